@@ -1,0 +1,4 @@
+//! Linux plumbing behind small traits: launcher, slots, cgroups, pidfd, locks, confined paths.
+
+pub mod launcher;
+pub mod slot;

@@ -1,0 +1,65 @@
+//! Slots: one number from which a VM's uid, cgroup and runtime directory follow.
+//!
+//! Slot *n* is a flock on `<run-dir>/slots/<n>`; the locked file's JSON is its [`SlotRecord`]. The host's budget is
+//! the sum over held locks, so several runners share one host honestly and dead owners vanish.
+
+use serde::{Deserialize, Serialize};
+
+/// A slot's number, 0 to 4095.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SlotId(pub u16);
+
+/// What a reservation takes of the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// Virtual CPUs.
+    pub vcpu: u32,
+    /// Memory, MiB.
+    pub memory_mb: u64,
+    /// Disk, MiB.
+    pub disk_mb: u64,
+}
+
+/// Whether a reservation may be taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LeaseKind {
+    /// A job's: counted by admission, released only by its owner.
+    Firm,
+    /// A warm or idle VM's: not counted by admission, destroyed when the room is wanted.
+    Revocable,
+}
+
+/// What the locked slot file says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotRecord {
+    /// Instance id of the owning runner process.
+    pub instance: String,
+    /// Firm or revocable.
+    pub kind: LeaseKind,
+    /// What it takes.
+    pub resources: Resources,
+    /// The run it serves, when it serves one.
+    pub run_id: Option<String>,
+}
+
+/// Limits that a firm reservation must fit in, computed by the runner's `resource_budget`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostLimits {
+    /// Sum of firm reservations may not exceed this, unless nothing firm is held on the host.
+    pub total: Resources,
+}
+
+/// What all held slots take, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostUsage {
+    /// Jobs.
+    pub firm: Resources,
+    /// Number of firm slots.
+    pub firm_count: u32,
+    /// Warm and idle VMs.
+    pub revocable: Resources,
+    /// Number of revocable slots.
+    pub revocable_count: u32,
+}

@@ -1,0 +1,12 @@
+//! What a sandbox engine is: traits, types, errors, the life-cycle state machine, capabilities, a fake engine for
+//! tests (feature `fake`) and the conformance suite every engine passes (feature `conformance`).
+
+mod engine;
+mod error;
+mod types;
+
+pub use engine::{Engine, Progress, Template, Vm};
+pub use error::SandboxError;
+pub use types::{
+    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Shape, SnapshotInputs, SnapshotOutcome, StepTimes,
+};

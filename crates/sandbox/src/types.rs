@@ -1,0 +1,101 @@
+//! Plain types that engines and the runner share.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Which engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EngineKind {
+    /// Firecracker under its jailer (arrives with the production engine).
+    Firecracker,
+    /// QEMU with hardware KVM.
+    QemuKvm,
+    /// QEMU with software emulation (TCG).
+    QemuTcg,
+    /// In-process fake, tests only.
+    Fake,
+}
+
+/// Optional abilities.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// Memory of a parked VM can be given back.
+    pub balloon: bool,
+    /// Pausing and resuming.
+    pub pause: bool,
+}
+
+/// Size of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    /// Virtual CPUs.
+    pub vcpu: u32,
+    /// Memory, MiB.
+    pub memory_mb: u64,
+    /// Writable disk, MiB.
+    pub disk_mb: u64,
+}
+
+/// The built image an engine boots: paths below `images/<rootfs-hash>/`, already verified.
+#[derive(Clone, Debug)]
+pub struct ImageFiles {
+    /// Uncompressed kernel (ELF) where it could be had, else the distribution's bzImage / Image.
+    pub kernel: PathBuf,
+    /// cpio with guest-init and the modules it loads.
+    pub initrd: PathBuf,
+    /// Read-only root file system (erofs).
+    pub rootfs: PathBuf,
+}
+
+/// What a snapshot is made from.
+#[derive(Clone, Debug)]
+pub struct SnapshotInputs {
+    /// The image.
+    pub image: ImageFiles,
+    /// Size of the VM.
+    pub shape: Shape,
+    /// Empty directory in staging that receives the engine's snapshot files.
+    pub dir: PathBuf,
+    /// Runs in the guest before saving, on a tmpfs root that is dropped: fills the page cache.
+    pub warm_up: Vec<guest_control::ExecSpec>,
+    /// Limit for the boot and for each warm-up process.
+    pub limit: Duration,
+}
+
+/// What an engine says of a snapshot it made; kept in the snapshot's manifest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SnapshotOutcome {
+    /// File names in the directory that make up the snapshot.
+    pub files: Vec<String>,
+    /// Measured inputs the snapshot depends on (for QEMU under emulation: `tsc_khz`), compared within a tolerance
+    /// when it is opened, and exact ones (`qemu_version`).
+    pub facts: BTreeMap<String, String>,
+    /// How long the cold boot took.
+    pub cold_boot: Duration,
+}
+
+/// How a VM's process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Death {
+    /// One sentence for the result of a job that ran in it.
+    pub reason: String,
+    /// The host killed it for want of memory.
+    pub oom: bool,
+}
+
+/// Memory of the VM's process on the host.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct MemoryStats {
+    /// Private dirty bytes (its own, not the template's).
+    pub private_dirty: u64,
+    /// Resident bytes, shared ones included.
+    pub resident: u64,
+}
+
+/// Where the time of a preparation went, in order.
+#[derive(Clone, Debug, Default)]
+pub struct StepTimes(pub Vec<(&'static str, Duration)>);
