@@ -6,7 +6,8 @@ use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::types::{
-    CloseReason, ControlError, ExecSpec, ExitReport, FileSpec, GuestStats, MountSource, PtySize, Stream, Wake,
+    CloseReason, ControlError, ExecSpec, ExitReport, FileSpec, GuestStats, MountSource, PtySize,
+    Stream, Wake,
 };
 
 /// A handle on one VM's control channel. Clones share the channel.
@@ -81,12 +82,20 @@ impl Client {
         Err(ControlError::Closed)
     }
     /// Streams a regular guest file to `sink`; returns its length.
-    pub async fn read_file<W: AsyncWrite + Unpin>(&self, path: &str, sink: W) -> Result<u64, ControlError> {
+    pub async fn read_file<W: AsyncWrite + Unpin>(
+        &self,
+        path: &str,
+        sink: W,
+    ) -> Result<u64, ControlError> {
         let _ = (path, sink);
         Err(ControlError::Closed)
     }
     /// Streams `source` to a guest file, which appears whole by rename.
-    pub async fn write_file<R: AsyncRead + Unpin>(&self, spec: FileSpec, source: R) -> Result<u64, ControlError> {
+    pub async fn write_file<R: AsyncRead + Unpin>(
+        &self,
+        spec: FileSpec,
+        source: R,
+    ) -> Result<u64, ControlError> {
         let _ = (spec, source);
         Err(ControlError::Closed)
     }

@@ -8,6 +8,6 @@ mod types;
 
 pub use client::{Client, Output, OutputChunk, Session};
 pub use types::{
-    CloseReason, ControlError, ExecSpec, ExitReport, ExitStatus, FileSpec, GuestStats, MountSource, PtySize, Stream,
-    UserSpec, Wake,
+    CloseReason, ControlError, ExecSpec, ExitReport, ExitStatus, FileSpec, GuestStats, MountSource,
+    PtySize, Stream, UserSpec, Wake,
 };

@@ -112,12 +112,21 @@ impl ForkedLauncher {
 impl Launcher {
     /// Takes a free slot under the host lock. Firm: only if the host's firm reservations with it stay within
     /// `limits`, or none is held at all. Whatever a dead owner left in the slot is reclaimed first.
-    pub async fn reserve(&self, record: SlotRecord, limits: HostLimits) -> Result<SlotId, LauncherError> {
+    pub async fn reserve(
+        &self,
+        record: SlotRecord,
+        limits: HostLimits,
+    ) -> Result<SlotId, LauncherError> {
         let _ = (record, limits);
         Err(LauncherError::Gone)
     }
     /// Rewrites the record of a slot we hold; revocable to firm is checked against `limits` as in `reserve`.
-    pub async fn update(&self, slot: SlotId, record: SlotRecord, limits: HostLimits) -> Result<(), LauncherError> {
+    pub async fn update(
+        &self,
+        slot: SlotId,
+        record: SlotRecord,
+        limits: HostLimits,
+    ) -> Result<(), LauncherError> {
         let _ = (slot, record, limits);
         Err(LauncherError::Gone)
     }

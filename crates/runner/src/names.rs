@@ -19,13 +19,19 @@ fn refuse(kind: &'static str, text: &str, rule: &'static str) -> NameError {
     if text.chars().count() > 60 {
         shown.push('…');
     }
-    NameError { kind, shown: format!("\"{shown}\""), rule }
+    NameError {
+        kind,
+        shown: format!("\"{shown}\""),
+        rule,
+    }
 }
 
 /// Lowercase letters, digits and inner hyphens, 1 to 64 characters.
 fn is_label(text: &str) -> bool {
     (1..=64).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         && !text.starts_with('-')
         && !text.ends_with('-')
 }
@@ -130,7 +136,11 @@ impl FromStr for RunId {
     fn from_str(text: &str) -> Result<Self, NameError> {
         let rule = "it is a UUID such as 6f1c2f0e-3a7b-4c1d-9e55-0a1b2c3d4e5f";
         let id = uuid::Uuid::try_parse(text).map_err(|_| refuse("run id", text, rule))?;
-        if id.hyphenated().to_string() == text { Ok(Self(id)) } else { Err(refuse("run id", text, rule)) }
+        if id.hyphenated().to_string() == text {
+            Ok(Self(id))
+        } else {
+            Err(refuse("run id", text, rule))
+        }
     }
 }
 
@@ -142,7 +152,9 @@ impl fmt::Display for RunId {
 
 impl<'de> Deserialize<'de> for RunId {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -153,26 +165,38 @@ mod tests {
     #[test]
     fn names_that_could_leave_their_directory_or_become_shell_are_refused() {
         let long = "a".repeat(10_000);
-        for bad in
-            ["", "..", "../x", "a/../b", "a/b/c", "/a", "a/", "a", "a/b\0", "a/b\n", "A/b", "a/-b", "a/b-", "a/$(x)", &long]
-        {
+        for bad in [
+            "", "..", "../x", "a/../b", "a/b/c", "/a", "a/", "a", "a/b\0", "a/b\n", "A/b", "a/-b",
+            "a/b-", "a/$(x)", &long,
+        ] {
             assert!(bad.parse::<ProfileName>().is_err(), "{bad:?}");
             assert!(bad.parse::<GroupName>().is_err(), "{bad:?}");
         }
         for bad in ["", "..", ".hidden", "a/b", "a b", "a\0", &long] {
             assert!(bad.parse::<SessionId>().is_err(), "{bad:?}");
         }
-        for bad in ["", "..", "6F1C2F0E-3A7B-4C1D-9E55-0A1B2C3D4E5F", "6f1c2f0e3a7b4c1d9e550a1b2c3d4e5f"] {
+        for bad in [
+            "",
+            "..",
+            "6F1C2F0E-3A7B-4C1D-9E55-0A1B2C3D4E5F",
+            "6f1c2f0e3a7b4c1d9e550a1b2c3d4e5f",
+        ] {
             assert!(bad.parse::<RunId>().is_err(), "{bad:?}");
         }
     }
 
     #[test]
     fn good_names_pass_and_errors_show_the_text_escaped() {
-        assert_eq!("vm0/default".parse::<ProfileName>().unwrap().as_str(), "vm0/default");
+        assert_eq!(
+            "vm0/default".parse::<ProfileName>().unwrap().as_str(),
+            "vm0/default"
+        );
         let id = RunId::random();
         assert_eq!(id.to_string().parse::<RunId>().unwrap(), id);
-        let error = "x\u{1b}[31m".parse::<ProfileName>().unwrap_err().to_string();
+        let error = "x\u{1b}[31m"
+            .parse::<ProfileName>()
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("\\u{1b}"), "{error}");
     }
 }

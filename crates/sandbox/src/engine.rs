@@ -8,7 +8,10 @@ use guest_control::Client;
 use host::slot::SlotId;
 
 use crate::error::SandboxError;
-use crate::types::{Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Shape, SnapshotInputs, SnapshotOutcome, StepTimes};
+use crate::types::{
+    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Shape, SnapshotInputs,
+    SnapshotOutcome, StepTimes,
+};
 
 /// Progress of a long step, for a person.
 pub trait Progress: Send + Sync {

@@ -8,5 +8,6 @@ mod types;
 pub use engine::{Engine, Progress, Template, Vm};
 pub use error::SandboxError;
 pub use types::{
-    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Shape, SnapshotInputs, SnapshotOutcome, StepTimes,
+    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Shape, SnapshotInputs,
+    SnapshotOutcome, StepTimes,
 };
