@@ -1,5 +1,18 @@
 //! The runner: a daemon that runs coding-agent jobs, each in its own microVM, and the commands around it.
+//!
+//! `main` parses the command line and dispatches; it starts no thread and no async runtime, because `start` and
+//! `build` must fork the launcher while the process is still single-threaded. Commands start their own.
 
+mod cli;
+mod cmd;
+mod config;
+mod context;
+mod home;
 mod names;
+mod profile;
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

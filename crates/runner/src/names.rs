@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 /// Why a name was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{kind} {shown} is not valid: {rule}")]
-pub struct NameError {
+pub(crate) struct NameError {
     kind: &'static str,
     shown: String,
     rule: &'static str,
@@ -41,11 +41,11 @@ macro_rules! name_type {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
         #[serde(transparent)]
-        pub struct $name(String);
+        pub(crate) struct $name(String);
 
         impl $name {
             /// The text.
-            pub fn as_str(&self) -> &str {
+            pub(crate) fn as_str(&self) -> &str {
                 &self.0
             }
         }
@@ -122,11 +122,11 @@ name_type!(
 /// A run (and its job): a UUID in its canonical lowercase form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
-pub struct RunId(uuid::Uuid);
+pub(crate) struct RunId(uuid::Uuid);
 
 impl RunId {
     /// A new random one.
-    pub fn random() -> Self {
+    pub(crate) fn random() -> Self {
         Self(uuid::Uuid::new_v4())
     }
 }

@@ -1,0 +1,17 @@
+//! `local list`.
+
+use std::process::ExitCode;
+
+use crate::context::{CliError, Context};
+
+/// Command line.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  runner local list")]
+pub(crate) struct Args {}
+
+/// Runs it.
+pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
+    let Args {} = args;
+    let _ = context;
+    Err(CliError::failed("`runner local list` is not there yet"))
+}

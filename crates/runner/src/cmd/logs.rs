@@ -1,0 +1,17 @@
+//! Shows a job's log.
+
+use std::process::ExitCode;
+
+use crate::context::{CliError, Context};
+
+/// Command line.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  runner logs")]
+pub(crate) struct Args {}
+
+/// Runs it.
+pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
+    let Args {} = args;
+    let _ = context;
+    Err(CliError::failed("`runner logs` is not there yet"))
+}

@@ -1,0 +1,15 @@
+//! One file a command. Each has an `Args` struct for the command line and `run(args, &Context)`.
+
+pub(crate) mod benchmark;
+pub(crate) mod build;
+pub(crate) mod completion;
+pub(crate) mod config;
+pub(crate) mod cp;
+pub(crate) mod doctor;
+pub(crate) mod exec;
+pub(crate) mod kill;
+pub(crate) mod local;
+pub(crate) mod logs;
+pub(crate) mod setup;
+pub(crate) mod start;
+pub(crate) mod version;

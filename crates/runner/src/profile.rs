@@ -1,0 +1,133 @@
+//! Profiles: the size of a VM and the image it boots. Some are built in; `runner.yaml` may define more.
+
+use serde::{Deserialize, Serialize};
+
+use crate::names::ProfileName;
+
+/// Which root file system a profile boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Flavour {
+    /// The real agent CLI, Node, Python, git, ripgrep, Chromium and agent-browser.
+    Full,
+    /// bash, coreutils, procps, curl, git and python3, for tests and quick starts.
+    Small,
+}
+
+/// A VM's size and image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Profile {
+    /// Virtual CPUs.
+    pub(crate) vcpu: u32,
+    /// Memory, MiB.
+    pub(crate) memory_mb: u64,
+    /// Writable disk, MiB (sparse: it takes what is written).
+    pub(crate) disk_mb: u64,
+    /// The image.
+    pub(crate) flavour: Flavour,
+}
+
+/// `vm0/default`: what an agent with a browser needs.
+const DEFAULT: Profile = Profile {
+    vcpu: 2,
+    memory_mb: 2048,
+    disk_mb: 8192,
+    flavour: Flavour::Full,
+};
+
+/// `vm0/small`: tests and quick starts.
+const SMALL: Profile = Profile {
+    vcpu: 1,
+    memory_mb: 256,
+    disk_mb: 1024,
+    flavour: Flavour::Small,
+};
+
+/// The names of the built-in profiles.
+pub(crate) const BUILT_IN: [&str; 2] = ["vm0/default", "vm0/small"];
+
+/// Most virtual CPUs a VM may have.
+pub(crate) const MAX_VCPU: u32 = 64;
+/// Least memory in which the guest boots, MiB.
+pub(crate) const MIN_MEMORY_MB: u64 = 128;
+/// Most memory of a VM, MiB.
+pub(crate) const MAX_MEMORY_MB: u64 = 1 << 20;
+/// Least writable disk: room for ext4's own tables, MiB.
+pub(crate) const MIN_DISK_MB: u64 = 64;
+/// Most writable disk, MiB.
+pub(crate) const MAX_DISK_MB: u64 = 16 << 20;
+
+impl Profile {
+    /// The built-in profile of this name.
+    pub(crate) fn built_in(name: &ProfileName) -> Option<Self> {
+        match name.as_str() {
+            "vm0/default" => Some(DEFAULT),
+            "vm0/small" => Some(SMALL),
+            _ => None,
+        }
+    }
+
+    /// Checks the bounds; the error names the key and the range.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let Self {
+            vcpu,
+            memory_mb,
+            disk_mb,
+            flavour: _,
+        } = *self;
+        if !(1..=MAX_VCPU).contains(&vcpu) {
+            return Err(format!("vcpu is {vcpu}; it must be 1 to {MAX_VCPU}"));
+        }
+        if !(MIN_MEMORY_MB..=MAX_MEMORY_MB).contains(&memory_mb) {
+            return Err(format!(
+                "memory_mb is {memory_mb}; it must be {MIN_MEMORY_MB} to {MAX_MEMORY_MB}"
+            ));
+        }
+        if !(MIN_DISK_MB..=MAX_DISK_MB).contains(&disk_mb) {
+            return Err(format!(
+                "disk_mb is {disk_mb}; it must be {MIN_DISK_MB} to {MAX_DISK_MB}"
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_profiles_exist_and_keep_the_bounds() {
+        for name in BUILT_IN {
+            let profile = Profile::built_in(&name.parse().unwrap()).unwrap();
+            profile.check().unwrap();
+        }
+        assert_eq!(DEFAULT.vcpu, 2);
+        assert_eq!(DEFAULT.memory_mb, 2048);
+        assert_eq!(Profile::built_in(&"vm0/other".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn sizes_outside_the_bounds_are_refused_with_the_key() {
+        for (profile, key) in [
+            (Profile { vcpu: 0, ..SMALL }, "vcpu"),
+            (Profile { vcpu: 65, ..SMALL }, "vcpu"),
+            (
+                Profile {
+                    memory_mb: 127,
+                    ..SMALL
+                },
+                "memory_mb",
+            ),
+            (
+                Profile {
+                    disk_mb: u64::MAX,
+                    ..SMALL
+                },
+                "disk_mb",
+            ),
+        ] {
+            assert!(profile.check().unwrap_err().starts_with(key));
+        }
+    }
+}
