@@ -1,60 +1,31 @@
-//! The runner's home directory: where it is, and the typed paths below it (docs/architecture.md, "Home").
+//! The runner's home directory: where it is, who owns it, and everything below it (docs/architecture.md, "Home").
+//!
+//! It is opened once, as a directory descriptor; everything below is reached through that descriptor, without
+//! following symbolic links, so a link planted in it leads nowhere. Its owner is as powerful as root on this host,
+//! because root starts binaries from it: a home that others may write in is refused.
 
-use std::ffi::{CStr, OsStr};
-use std::os::unix::ffi::OsStrExt;
+mod account;
+pub(crate) mod rel;
+
 use std::path::{Path, PathBuf};
 
-use crate::names::{GroupName, ImageHash, RunId, RunnerName};
+use host::fs::{Dir, FsError};
 
-/// Paths relative to the home, for use with its directory descriptor.
-pub(crate) mod rel {
-    use super::{GroupName, ImageHash, Path, PathBuf, RunId, RunnerName};
+pub(crate) use account::Account;
 
-    /// `runners/<name>`.
-    pub(crate) fn runner(name: &RunnerName) -> PathBuf {
-        Path::new("runners").join(name.as_str())
-    }
+use crate::names::GroupName;
 
-    /// `runners/<name>/runner.yaml`.
-    pub(crate) fn runner_yaml(name: &RunnerName) -> PathBuf {
-        runner(name).join("runner.yaml")
-    }
+/// Others may pass through, to a group that a Unix group shares, but not look around.
+const PASSAGE: u32 = 0o711;
+/// The owner's alone.
+const PRIVATE: u32 = 0o700;
 
-    /// `runners/<name>/instances`.
-    pub(crate) fn instances(name: &RunnerName) -> PathBuf {
-        runner(name).join("instances")
-    }
-
-    /// `groups/<org>/<name>`.
-    pub(crate) fn group(group: &GroupName) -> PathBuf {
-        Path::new("groups").join(group.as_str())
-    }
-
-    /// `images/<rootfs-hash>`.
-    pub(crate) fn image(rootfs: &ImageHash) -> PathBuf {
-        Path::new("images").join(rootfs.as_str())
-    }
-
-    /// `images/<rootfs-hash>/snapshots/<snapshot-hash>`.
-    pub(crate) fn snapshot(rootfs: &ImageHash, snapshot: &ImageHash) -> PathBuf {
-        image(rootfs).join("snapshots").join(snapshot.as_str())
-    }
-
-    /// `logs`.
-    pub(crate) const LOGS: &str = "logs";
-
-    /// `logs/system-<run>.log`.
-    pub(crate) fn system_log(run: &RunId) -> PathBuf {
-        Path::new(LOGS).join(format!("system-{run}.log"))
-    }
-
-    /// `logs/runner-<name>.log`.
-    pub(crate) fn runner_log(name: &RunnerName) -> PathBuf {
-        Path::new(LOGS).join(format!("runner-{name}.log"))
-    }
-
-    /// `locks`.
-    pub(crate) const LOCKS: &str = "locks";
+/// The home, open.
+#[derive(Debug)]
+pub(crate) struct Home {
+    dir: Dir,
+    path: PathBuf,
+    owner: Account,
 }
 
 /// Why the home cannot be used.
@@ -66,7 +37,23 @@ pub(crate) enum HomeError {
         /// Whose home was looked for.
         uid: u32,
     },
-    /// Input or output.
+    /// It belongs to somebody else.
+    #[error(
+        "{} belongs to uid {owner}, and this is uid {caller}: a runner's home is used by its owner or root",
+        path.display()
+    )]
+    Foreign {
+        /// The home.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Who we are, or who called sudo.
+        caller: u32,
+    },
+    /// Something in it was refused or failed.
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    /// Input or output outside it.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
         /// What we were doing.
@@ -83,27 +70,65 @@ impl HomeError {
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
             Self::Unknown { .. } => Some("name it with --home DIR or VM0_RUNNER_HOME".to_owned()),
-            Self::Io { .. } => None,
+            Self::Foreign { .. } => {
+                Some("use another home with --home DIR or VM0_RUNNER_HOME".to_owned())
+            }
+            Self::Fs(_) | Self::Io { .. } => None,
         }
     }
 }
 
-/// The home, open.
-#[derive(Debug)]
-pub(crate) struct Home {
-    path: PathBuf,
-}
-
 impl Home {
-    /// Opens the home at an absolute path, creating it when it is missing.
+    /// Opens the home at an absolute path, creating it, owned by the invoking user, when it is missing.
     pub(crate) fn open_or_create(path: &Path) -> Result<Self, HomeError> {
-        std::fs::create_dir_all(path).map_err(|source| HomeError::Io {
-            action: "create the home",
-            path: path.to_owned(),
-            source,
-        })?;
+        match Dir::open(path) {
+            Ok(dir) => Self::from_dir(dir, path),
+            Err(error) if error.is_not_found() => {
+                let io = |source| HomeError::Io {
+                    action: "create the directories above",
+                    path: path.to_owned(),
+                    source,
+                };
+                let parent = path.parent().unwrap_or(Path::new("/"));
+                std::fs::create_dir_all(parent).map_err(io)?;
+                let name = path.file_name().ok_or_else(|| {
+                    io(std::io::Error::other(
+                        "it does not end in a directory's name",
+                    ))
+                })?;
+                let dir = Dir::open(parent)?.create_dir(name, PASSAGE)?;
+                let invoking = Account::invoking();
+                if invoking != Account::current() {
+                    dir.set_owner(invoking.uid, invoking.gid)?;
+                }
+                Self::from_dir(dir, path)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn from_dir(dir: Dir, path: &Path) -> Result<Self, HomeError> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = dir.own_metadata()?;
+        let owner = Account {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        };
+        // Root itself may use anybody's home (a service does, and the daemon then becomes its owner); somebody who
+        // called sudo only his own or root's.
+        let caller = Account::invoking().uid;
+        if caller != 0 && owner.uid != caller && owner.uid != 0 {
+            return Err(HomeError::Foreign {
+                path: path.to_owned(),
+                owner: owner.uid,
+                caller,
+            });
+        }
+        dir.require_private(owner.uid)?;
         Ok(Self {
+            dir,
             path: path.to_owned(),
+            owner,
         })
     }
 
@@ -112,20 +137,91 @@ impl Home {
         &self.path
     }
 
-    /// The absolute path of something in it; `rel` is from [`rel`].
+    /// The absolute path of something in it, for messages and for files that other programs open; `rel` is from
+    /// [`rel`].
     pub(crate) fn at(&self, rel: impl AsRef<Path>) -> PathBuf {
         self.path.join(rel)
     }
+
+    /// Its descriptor.
+    pub(crate) fn dir(&self) -> &Dir {
+        &self.dir
+    }
+
+    /// Whose it is.
+    pub(crate) fn owner(&self) -> Account {
+        self.owner
+    }
+
+    /// Turns a process that root started into the home's owner, for good, so that whatever it makes belongs to
+    /// the owner. Only while the process has one thread. Nothing happens when it already is the owner.
+    pub(crate) fn become_owner(&self) -> Result<(), HomeError> {
+        let current = Account::current();
+        if current.uid != 0 || self.owner.uid == 0 {
+            return Ok(());
+        }
+        self.owner.become_it().map_err(|source| HomeError::Io {
+            action: "become the owner of",
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    /// Opens a directory below the home, making what is missing of it: owned by the home's owner, closed to others
+    /// (but for the passage to groups).
+    pub(crate) fn ensure_dir(&self, rel: impl AsRef<Path>) -> Result<Dir, HomeError> {
+        let rel = rel.as_ref();
+        let mut dir = self.dir.try_clone()?;
+        let mode = |depth: usize| {
+            if rel.starts_with(rel::GROUPS) && depth < 2 {
+                PASSAGE
+            } else {
+                PRIVATE
+            }
+        };
+        for (depth, component) in rel.components().enumerate() {
+            dir = self.ensure_child(&dir, Path::new(component.as_os_str()), mode(depth))?;
+        }
+        Ok(dir)
+    }
+
+    fn ensure_child(&self, parent: &Dir, name: &Path, mode: u32) -> Result<Dir, HomeError> {
+        match parent.open_dir(name) {
+            Err(error) if error.is_not_found() => {}
+            other => return Ok(other?),
+        }
+        match parent.create_new_dir(name, mode) {
+            Ok(dir) => {
+                if Account::current().uid == 0 && self.owner.uid != 0 {
+                    dir.set_owner(self.owner.uid, self.owner.gid)?;
+                }
+                Ok(dir)
+            }
+            // Somebody else made it in the meantime.
+            Err(error) if error.is_already_exists() => Ok(parent.open_dir(name)?),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Opens a group's directory, making it when it is missing (0700; an operator may open it to a Unix group
+    /// with mode 3770).
+    pub(crate) fn group(&self, group: &GroupName) -> Result<Dir, HomeError> {
+        self.ensure_dir(rel::group(group))
+    }
+
+    /// Opens the directory of logs, making it when it is missing.
+    pub(crate) fn logs(&self) -> Result<Dir, HomeError> {
+        self.ensure_dir(rel::LOGS)
+    }
 }
 
-/// The absolute path of the home: `named` if given, else `.vm0-runner` in the user's home directory.
-///
-/// Under sudo that is the invoking user's, from the passwd entry of `SUDO_UID`, never `$HOME`, which sudo may have
-/// kept or replaced.
+/// The absolute path of the home: `named` if given, else `.vm0-runner` in the invoking user's home directory.
 pub(crate) fn resolve(named: Option<&Path>) -> Result<PathBuf, HomeError> {
     let path = match named {
         Some(named) => named.to_owned(),
-        None => user_home()?.join(".vm0-runner"),
+        None => Account::invoking_home()
+            .map_err(|uid| HomeError::Unknown { uid })?
+            .join(".vm0-runner"),
     };
     std::path::absolute(&path).map_err(|source| HomeError::Io {
         action: "make absolute",
@@ -134,74 +230,62 @@ pub(crate) fn resolve(named: Option<&Path>) -> Result<PathBuf, HomeError> {
     })
 }
 
-/// The uid that called sudo, if root was reached that way.
-pub(crate) fn sudo_uid() -> Option<u32> {
-    if !rustix::process::geteuid().is_root() {
-        return None;
-    }
-    std::env::var("SUDO_UID").ok()?.parse().ok()
-}
-
-fn user_home() -> Result<PathBuf, HomeError> {
-    if let Some(uid) = sudo_uid() {
-        return passwd_home(uid).ok_or(HomeError::Unknown { uid });
-    }
-    if let Some(home) = std::env::var_os("HOME").map(PathBuf::from)
-        && home.is_absolute()
-    {
-        return Ok(home);
-    }
-    let uid = rustix::process::geteuid().as_raw();
-    passwd_home(uid).ok_or(HomeError::Unknown { uid })
-}
-
-/// The home directory in the passwd entry of `uid`, whatever name service holds it.
-fn passwd_home(uid: u32) -> Option<PathBuf> {
-    // glibc suggests 1 KiB and asks for more with ERANGE; entries beyond 1 MiB are nobody's.
-    let mut size = 1024;
-    while size <= 1 << 20 {
-        let mut strings = vec![0_u8; size];
-        let mut found = std::ptr::null_mut();
-        // SAFETY: passwd is plain data for which all zeroes is a valid value (null pointers and zero ids).
-        let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
-        // SAFETY: all pointers are valid for the call and `strings.len()` is the buffer's true length.
-        let error = unsafe {
-            libc::getpwuid_r(
-                uid,
-                &mut entry,
-                strings.as_mut_ptr().cast(),
-                strings.len(),
-                &mut found,
-            )
-        };
-        if error == libc::ERANGE {
-            size *= 4;
-            continue;
-        }
-        if error != 0 || found.is_null() || entry.pw_dir.is_null() {
-            return None;
-        }
-        // SAFETY: on success pw_dir is a NUL-terminated string inside `strings`, which is still alive.
-        let home = unsafe { CStr::from_ptr(entry.pw_dir) };
-        let home = Path::new(OsStr::from_bytes(home.to_bytes()));
-        return home.is_absolute().then(|| home.to_owned());
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
     use super::*;
 
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
     #[test]
-    fn a_named_home_is_made_absolute_and_roots_passwd_entry_is_found() {
+    fn a_named_home_is_made_absolute() {
         assert_eq!(
             resolve(Some(Path::new("/srv/x"))).unwrap(),
             Path::new("/srv/x")
         );
         let here = std::env::current_dir().unwrap();
         assert_eq!(resolve(Some(Path::new("x"))).unwrap(), here.join("x"));
-        assert_eq!(passwd_home(0), Some(PathBuf::from("/root")));
-        assert_eq!(passwd_home(4_000_000_001), None);
+    }
+
+    #[test]
+    fn a_missing_home_is_made_and_its_directories_are_closed_to_others() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("a/b/home");
+        let home = Home::open_or_create(&path).unwrap();
+        home.group(&"vm0/demo".parse().unwrap()).unwrap();
+        home.logs().unwrap();
+        assert_eq!(mode(&path), 0o711);
+        assert_eq!(mode(&path.join("groups")), 0o711);
+        assert_eq!(mode(&path.join("groups/vm0")), 0o711);
+        assert_eq!(mode(&path.join("groups/vm0/demo")), 0o700);
+        assert_eq!(mode(&path.join("logs")), 0o700);
+        Home::open_or_create(&path).unwrap();
+    }
+
+    #[test]
+    fn a_home_that_others_may_write_in_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        for open in [0o777, 0o770, 0o702] {
+            std::fs::set_permissions(temp.path(), std::fs::Permissions::from_mode(open)).unwrap();
+            let error = Home::open_or_create(temp.path()).unwrap_err();
+            assert!(matches!(error, HomeError::Fs(_)), "{error}");
+        }
+    }
+
+    #[test]
+    fn links_planted_in_the_home_lead_nowhere() {
+        let temp = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&temp.path().join("home")).unwrap();
+        symlink(outside.path(), home.at("groups")).unwrap();
+        home.group(&"vm0/demo".parse().unwrap()).unwrap_err();
+        std::fs::remove_file(home.at("groups")).unwrap();
+        home.ensure_dir("groups/vm0").unwrap();
+        symlink(outside.path(), home.at("groups/vm0/demo")).unwrap();
+        home.group(&"vm0/demo".parse().unwrap()).unwrap_err();
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
     }
 }
