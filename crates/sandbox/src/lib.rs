@@ -3,10 +3,13 @@
 
 mod engine;
 mod error;
+mod owner;
+mod sandbox;
 mod types;
 
 pub use engine::{Engine, Progress, Template, Vm};
 pub use error::SandboxError;
+pub use sandbox::{Limits, PausedAs, Sandbox, State};
 pub use types::{
     Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Shape, SnapshotInputs,
     SnapshotOutcome, StepTimes,
