@@ -7,9 +7,11 @@ mod cli;
 mod cmd;
 mod config;
 mod context;
+mod control;
 mod home;
 mod names;
 mod profile;
+mod terminal;
 
 use std::process::ExitCode;
 

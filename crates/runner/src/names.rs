@@ -120,8 +120,7 @@ name_type!(
 );
 
 /// A run (and its job): a UUID in its canonical lowercase form.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct RunId(uuid::Uuid);
 
 impl RunId {
@@ -147,6 +146,13 @@ impl FromStr for RunId {
 impl fmt::Display for RunId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0.hyphenated())
+    }
+}
+
+impl Serialize for RunId {
+    // Always as text, also in binary formats: that is what deserialising accepts.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
