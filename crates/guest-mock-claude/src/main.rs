@@ -1,2 +1,80 @@
-//! x
-fn main() {}
+//! Mock agent CLI: runs the prompt with bash and answers in the real CLI's own stream.
+//!
+//! It stands in for `claude` where no credentials are: same flags, same JSON lines, same session history file,
+//! and the prompt is executed instead of thought about. Prompts that begin with `@` misbehave on purpose, so
+//! that whatever supervises an agent CLI can be tested against every way one can go wrong (`script`; the table
+//! of them is `docs/mock-agent.md`).
+//!
+//! It is started once for every job, often under emulation where each new basic block costs: no async runtime,
+//! no argument-parsing crate, one write per batch of lines.
+
+mod args;
+mod bash;
+mod events;
+mod history;
+mod script;
+
+use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStringExt as _;
+use std::process::ExitCode;
+
+use args::{Args, OutputFormat};
+use events::{Stream, command_lines, opening_lines, result_lines};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        // The reader of our output is gone: nobody is left to tell.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("Error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> io::Result<ExitCode> {
+    let args = Args::parse(std::env::args_os().skip(1));
+    let Some(prompt) = prompt_bytes(&args)? else {
+        eprintln!(
+            "Error: Input must be provided either through stdin or as a prompt argument when using --print"
+        );
+        return Ok(ExitCode::FAILURE);
+    };
+    if let Some(script) = script::Script::parse(&prompt) {
+        return script.play();
+    }
+    match args.output_format {
+        OutputFormat::Text => Err(bash::become_bash(&prompt)),
+        OutputFormat::StreamJson => answer(&prompt),
+    }
+}
+
+/// The prompt: the first argument that is one, or else standard input to its end.
+fn prompt_bytes(args: &Args) -> io::Result<Option<Vec<u8>>> {
+    let mut prompt = match &args.prompt {
+        Some(prompt) => prompt.clone().into_vec(),
+        None => Vec::new(),
+    };
+    if prompt.is_empty() {
+        io::stdin().lock().read_to_end(&mut prompt)?;
+    }
+    Ok((!prompt.is_empty()).then_some(prompt))
+}
+
+/// The five lines around one run of the prompt.
+fn answer(prompt: &[u8]) -> io::Result<ExitCode> {
+    let mut stream = Stream::new()?;
+    opening_lines(&mut stream);
+    command_lines(&mut stream, prompt);
+    stream.flush()?;
+
+    let outcome = bash::run(prompt);
+
+    result_lines(&mut stream, &outcome.text(), outcome.failed());
+    stream.flush()?;
+    if let Err(error) = history::save(&stream) {
+        eprintln!("the session history could not be written: {error}");
+    }
+    Ok(ExitCode::from(outcome.code))
+}
