@@ -1,0 +1,130 @@
+# shellcheck shell=bash
+# What the scripts beside this file share: progress, privileges, and what a fresh Debian or Ubuntu machine lacks.
+# Sourced, never run. Everything a person reads goes to stderr; stdout belongs to results.
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+target=${CARGO_TARGET_DIR:-$top/target}
+mkdir -p "$target"
+
+# cargo-deny's version is fixed so that a new release cannot turn a green tree red.
+cargo_deny_version=0.20.2
+
+# Seconds since the script started, as m:ss.
+elapsed() { printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)); }
+
+# One line of progress: "[1:05] Building".
+say() { printf '[%5s] %s\n' "$(elapsed)" "$*" >&2; }
+
+# die MESSAGE [HINT]
+die() {
+    printf 'error: %s\n' "$1" >&2
+    [ $# -lt 2 ] || printf 'hint: %s\n' "$2" >&2
+    exit 1
+}
+
+is_root() { [ "$(id -u)" = 0 ]; }
+
+# Runs a command as root; variables go in front of it with `env NAME=value`.
+as_root() {
+    if is_root; then "$@"; else sudo -- "$@"; fi
+}
+
+# Says why root is needed, and asks for sudo's password once, up front, rather than in the middle of a build.
+need_root() {
+    is_root && return
+    command -v sudo >/dev/null || die "$1 needs root, and there is no sudo" "run it as root"
+    say "$1 needs root for some steps and uses sudo for them"
+    sudo -v || die "sudo refused" "run it as root, or as a user who may use sudo"
+}
+
+# Runs a command whose output is only interesting when it fails.
+quietly() {
+    local log status=0
+    log=$(mktemp)
+    "$@" >"$log" 2>&1 </dev/null || status=$?
+    [ "$status" = 0 ] || cat "$log" >&2
+    rm -f "$log"
+    return "$status"
+}
+
+has_package() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+# Installs the named Debian packages that are missing. Several copies may run at once: they queue on one lock.
+need_packages() {
+    local package missing=()
+    command -v apt-get >/dev/null ||
+        die "this machine has no apt-get" "the scripts know Debian 12 and later and Ubuntu 22.04 and later"
+    for package in "$@"; do has_package "$package" || missing+=("$package"); done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    say "Installing Debian packages: ${missing[*]}"
+    # shellcheck disable=SC2016 # "$@" belongs to the inner shell
+    quietly as_root flock /run/vm0-runner-apt.lock env DEBIAN_FRONTEND=noninteractive sh -c '
+        apt-get update && exec apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "$@"' sh "${missing[@]}" ||
+        die "apt-get could not install ${missing[*]}"
+}
+
+# At least version $1 is $2?
+at_least() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
+
+# Puts a good enough Rust on PATH: what is there, what rustup updates it to, or a new one by rustup.
+need_rust() {
+    local wanted have
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$top/Cargo.toml")
+    # rustup's own place: a shell that was open before it was installed does not have it yet.
+    PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+    export PATH
+    if ! command -v cargo >/dev/null; then
+        say "Installing Rust with rustup into ~/.cargo and ~/.rustup"
+        quietly sh -c "curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --no-modify-path --profile minimal" ||
+            die "rustup could not be installed" "install Rust $wanted or later by hand and run this again"
+        hash -r
+    fi
+    have=$(rustc --version | cut -d' ' -f2)
+    if ! at_least "$wanted" "$have"; then
+        command -v rustup >/dev/null ||
+            die "rustc is $have, and $wanted is needed" "remove the distribution's Rust and run this again: rustup then brings one"
+        say "Updating Rust from $have"
+        quietly rustup update stable || die "rustup could not update Rust" "run: rustup update stable"
+        have=$(rustc --version | cut -d' ' -f2)
+        at_least "$wanted" "$have" || die "rustc is $have, and $wanted is needed" "run: rustup default stable"
+    fi
+    # Guest programs are static: musl where its target can be had, glibc otherwise (scripts/build.sh decides by this).
+    if command -v rustup >/dev/null && ! rustup target list --installed | grep -q "^$(uname -m)-unknown-linux-musl\$"; then
+        say "Adding Rust's musl target"
+        quietly rustup target add "$(uname -m)-unknown-linux-musl" || say "no musl target to be had: guest programs become static glibc ones"
+    fi
+}
+
+# rustfmt and clippy, which rustup's minimal profile leaves out.
+need_rust_components() {
+    local component
+    for component in rustfmt clippy; do
+        cargo "${component/rustfmt/fmt}" --version >/dev/null 2>&1 && continue
+        say "Adding $component"
+        quietly rustup component add "$component" || die "$component cannot be had" "run: rustup component add $component"
+    done
+}
+
+# Sets cargo_deny to a cargo-deny of the fixed version, building it once into target/tools (about a minute: its speed
+# does not matter here, so it is built without optimisation).
+need_cargo_deny() {
+    local candidate
+    for candidate in "$target/tools/bin/cargo-deny" "$(command -v cargo-deny)"; do
+        [ -x "$candidate" ] || continue
+        [ "$("$candidate" --version)" = "cargo-deny $cargo_deny_version" ] || continue
+        cargo_deny=$candidate
+        return
+    done
+    say "Building cargo-deny $cargo_deny_version (about a minute, once)"
+    quietly cargo install --quiet --locked --debug --root "$target/tools" --version "=$cargo_deny_version" cargo-deny ||
+        die "cargo-deny could not be installed"
+    # shellcheck disable=SC2034 # for whoever sourced this
+    cargo_deny=$target/tools/bin/cargo-deny
+}
+
+# Refuses to start what would end in a full disk. $1: GiB.
+need_disk() {
+    local free
+    free=$(df --output=avail -B1G "$target" | tail -n 1)
+    [ "$free" -ge "$1" ] || die "$target has ${free} GiB free, and about $1 GiB are needed" "set CARGO_TARGET_DIR to a directory with more room"
+}

@@ -1,0 +1,194 @@
+#!/usr/bin/env bash
+# Runs every check and every test, on a fresh Debian or Ubuntu machine too, and ends with the line
+#
+#   N passed, N failed, N skipped
+#
+# above which every skip has its reason. Exit status 0 only if nothing failed.
+#
+# usage: scripts/test.sh [--lint | --fast | --slow | --soak ROUNDS] [-- FILTER…]
+#
+#   --lint   formatting, clippy, cargo deny, shellcheck
+#   --fast   those and the unit tests: no image, no VM, no root
+#   (none)   those and the end-to-end tests in microVMs with the small image
+#   --slow   those and the full image: the real agent CLI, Chromium, large volumes
+#   --soak   the end-to-end tests ROUNDS times over
+#   FILTER   run only the tests whose names contain one of these words
+#
+# Installs (root, by sudo where you are not root): Debian packages for building, for QEMU and for the checks; Rust by
+# rustup where there is none; cargo-deny into target/tools. The image is built into target/test-home.
+# Safe to run again, and beside another copy.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+tier=full rounds=1 filters=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --lint | --fast | --slow) tier=${1#--} ;;
+    --soak)
+        tier=soak rounds=${2-}
+        [[ $rounds =~ ^[1-9][0-9]{0,5}$ ]] || die "--soak wants a number of rounds"
+        shift
+        ;;
+    --)
+        shift
+        filters=("$@")
+        break
+        ;;
+    -h | --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+        exit
+        ;;
+    *) die "unknown option $1" "scripts/test.sh --help" ;;
+    esac
+    shift
+done
+cd "$top"
+
+passed=0 failed=0 skipped=0
+failures=() skips=() times=()
+logs=$target/test-logs
+mkdir -p "$logs"
+
+# stage NAME COMMAND…: one check, passed or failed as a whole. Its output is shown as it comes.
+stage() {
+    local name=$1 begin=$SECONDS
+    shift
+    say "$name"
+    if "$@" </dev/null >&2; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        failures+=("$name")
+    fi
+    times+=("$((SECONDS - begin)) $name")
+}
+
+# skip NAME REASON
+skip() {
+    skipped=$((skipped + 1))
+    skips+=("$1: $2")
+}
+
+# rust_tests NAME ARGS…: `cargo test ARGS`, counted test by test.
+#
+# libtest has no way to skip at run time, so a test that cannot run here says `SKIP <test>: <reason>` past libtest's
+# capture and returns; it is taken out of the passed ones.
+rust_tests() {
+    local name=$1 begin=$SECONDS status=0 log ok bad left
+    shift
+    log=$logs/${name// /-}-$$.log
+    say "$name"
+    cargo test --no-fail-fast "$@" </dev/null 2>&1 | tee "$log" | grep -v -e '^running 0 tests' -e '^$' >&2 || true
+    status=${PIPESTATUS[0]}
+    read -r ok bad < <(awk '/^test result:/ { ok += $4; bad += $6 } END { print ok + 0, bad + 0 }' "$log")
+    while IFS= read -r left; do
+        skip "${left%%: *}" "${left#*: }"
+        ok=$((ok - 1))
+    done < <(grep -o 'SKIP [A-Za-z0-9_:]*: .*' "$log" | cut -d' ' -f2- | sort -u)
+    while IFS= read -r left; do
+        skip "${left%% *}" "${left#*ignored, }"
+    done < <(sed -n 's/^test \(.* \.\.\. ignored\(, .*\)\{0,1\}\)$/\1/p' "$log")
+    while IFS= read -r left; do
+        failures+=("$left")
+    done < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$log")
+    # A build that failed or a test binary that died counts no test of its own.
+    if [ "$status" != 0 ] && [ "$bad" = 0 ]; then
+        bad=1
+        failures+=("$name: cargo test ended with status $status, see above")
+    fi
+    passed=$((passed + ok)) failed=$((failed + bad))
+    times+=("$((SECONDS - begin)) $name")
+}
+
+shell_scripts() { shellcheck --external-sources scripts/*.sh .ci/run; }
+
+advisories() {
+    local log=$logs/advisories-$$.log
+    if timeout 60 "$cargo_deny" check advisories >"$log" 2>&1; then
+        passed=$((passed + 1))
+    elif grep -q 'failed to fetch advisory database' "$log"; then
+        skip "cargo deny: advisories" "the advisory database cannot be reached from here"
+    else
+        cat "$log" >&2
+        failed=$((failed + 1))
+        failures+=("cargo deny: advisories")
+    fi
+}
+
+# Results must not depend on somebody's settings.
+export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto} CARGO_INCREMENTAL=0
+unset RUSTFLAGS VM0_RUNNER_HOME VM0_RUNNER_RUN_DIR VM0_RUNNER_UID_BASE
+
+packages=(ca-certificates curl git build-essential pkg-config musl-tools shellcheck util-linux procps)
+case $tier in full | slow | soak)
+    need_root "scripts/test.sh (the microVM tests)"
+    packages+=(tmux iproute2 e2fsprogs)
+    ;;
+esac
+need_disk 10
+need_packages "${packages[@]}"
+need_rust
+need_rust_components
+
+if [ "$tier" != soak ] && [ ${#filters[@]} = 0 ]; then
+    need_cargo_deny
+    stage "rustfmt" cargo fmt --all --check
+    stage "shellcheck" shell_scripts
+    stage "cargo deny: bans, licences, sources" "$cargo_deny" --log-level error check --hide-inclusion-graph bans licenses sources
+    advisories
+    stage "clippy" cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+fi
+
+if [ "$tier" != lint ] && [ "$tier" != soak ]; then
+    rust_tests "unit tests" --workspace --exclude e2e --locked "${filters[@]+"${filters[@]}"}"
+fi
+
+# What the end-to-end tests need: the release binary and the images, in a home that each test links them from.
+prepare_images() {
+    local profile
+    export VM0_RUNNER_BIN=$target/release/runner
+    export VM0_TEST_IMAGES=$target/test-home
+    (umask 077 && mkdir -p "$VM0_TEST_IMAGES")
+    as_root "$VM0_RUNNER_BIN" setup && for profile in "$@"; do
+        as_root env VM0_RUNNER_HOME="$VM0_TEST_IMAGES" "$VM0_RUNNER_BIN" build --profile "$profile" || return
+    done
+}
+
+case $tier in full | slow | soak)
+    stage "release build" scripts/build.sh
+    profiles=(vm0/small)
+    [ "$tier" != slow ] || profiles+=(vm0/default)
+    stage "images: ${profiles[*]}" prepare_images "${profiles[@]}"
+    if ! is_root; then
+        # Test binaries start the daemon, which needs root.
+        triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+        export "CARGO_TARGET_${triple}_RUNNER=sudo --preserve-env=VM0_RUNNER_BIN,VM0_TEST_IMAGES,VM0_TEST_SLOW --"
+    fi
+    [ "$tier" != slow ] || export VM0_TEST_SLOW=1
+    for ((round = 1; round <= rounds; round++)); do
+        name="end-to-end tests"
+        [ "$rounds" = 1 ] || name+=", round $round of $rounds"
+        # More VMs at once than cores only makes each of them slower.
+        rust_tests "$name" --package e2e --locked "${filters[@]+"${filters[@]}"}" -- --test-threads "$(nproc)"
+        [ "$tier" != soak ] || [ "$failed" = 0 ] || break
+    done
+    ;;
+esac
+
+{
+    printf '\nTime per stage:\n'
+    for entry in "${times[@]}"; do printf '%6d s  %s\n' "${entry%% *}" "${entry#* }"; done
+    printf '%6d s  in all\n' "$SECONDS"
+    if [ ${#skips[@]} -gt 0 ]; then
+        printf '\nSkipped:\n'
+        printf '  %s\n' "${skips[@]}"
+    fi
+    if [ ${#failures[@]} -gt 0 ]; then
+        printf '\nFailed:\n'
+        printf '  %s\n' "${failures[@]}"
+    fi
+    echo
+} >&2
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ]
