@@ -6,3 +6,5 @@
 pub(crate) mod client;
 pub(crate) mod protocol;
 pub(crate) mod server;
+mod sessions;
+mod source;

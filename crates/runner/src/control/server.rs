@@ -1,10 +1,44 @@
 //! The daemon's end of the control socket.
+//!
+//! A connection's life:
+//!
+//! ```text
+//! accepted ─ peer is owner or root? ─ no ─▶ closed
+//!    │ first frame
+//!    ├─ Runs, Status, Cancel ──▶ one answer ──▶ closed
+//!    ├─ ReadFile, WriteFile ───▶ bytes ──▶ Done ──▶ closed
+//!    └─ Exec, Attach ──▶ attached ─┬─ process ended ──▶ Exited ──▶ closed
+//!                                  ├─ Detach ──▶ left running, can be attached to again
+//!                                  └─ connection ended ──▶ process killed
+//! ```
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
-use guest_control::Client;
+use bytes::Bytes;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use guest_control::{Client, ExecSpec, FileSpec, PtySize, Session, Stream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
-use super::protocol::{Failure, RunInfo};
+use super::protocol::{
+    self, CHUNK, Connection, Failure, Input, Reply, Request, RunInfo, STDIN_WINDOW,
+};
+use super::sessions::Sessions;
 use crate::names::RunId;
+
+/// A peer that connects and says nothing is dropped after this.
+const FIRST_FRAME_LIMIT: Duration = Duration::from_secs(10);
+
+/// Connections served at once; more wait in the socket's backlog.
+const MAX_CONNECTIONS: usize = 256;
 
 /// What the server asks the daemon. Implementations answer from the daemon's own state and must not block.
 #[async_trait]
@@ -17,4 +51,367 @@ pub(crate) trait RunLookup: Send + Sync + 'static {
     async fn cancel(&self, run: RunId) -> Result<(), Failure>;
     /// What `status.json` says now.
     async fn status(&self) -> String;
+}
+
+/// Serves the socket until the future is dropped, which ends every connection.
+///
+/// `listener` comes from [`host::fs::Dir::bind_socket`]; `owner` is the home's owner: nobody else but root is heard.
+pub(crate) async fn serve(
+    listener: std::os::unix::net::UnixListener,
+    owner: u32,
+    lookup: Arc<dyn RunLookup>,
+) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = UnixListener::from_std(listener)?;
+    let sessions = Arc::new(Sessions::default());
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => {
+                let stream = match accepted {
+                    Ok((stream, _)) => stream,
+                    // Out of descriptors, or a peer that was gone at once: neither ends the server.
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept a control connection");
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
+                };
+                match stream.peer_cred() {
+                    Ok(peer) if peer.uid() == owner || peer.uid() == 0 => {}
+                    Ok(peer) => {
+                        tracing::warn!(uid = peer.uid(), "control connection of a stranger refused");
+                        continue;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "control connection without credentials refused");
+                        continue;
+                    }
+                }
+                let handler = Handler {
+                    lookup: Arc::clone(&lookup),
+                    sessions: Arc::clone(&sessions),
+                };
+                connections.spawn(async move {
+                    if let Err(error) = handler.run(protocol::frame(stream)).await {
+                        tracing::debug!(%error, "control connection ended");
+                    }
+                });
+            }
+        }
+    }
+}
+
+struct Handler {
+    lookup: Arc<dyn RunLookup>,
+    sessions: Arc<Sessions>,
+}
+
+/// How an attachment ended.
+enum End {
+    Exited,
+    Detached,
+    PeerGone,
+}
+
+impl Handler {
+    async fn run(self, mut connection: Connection) -> io::Result<()> {
+        let first = tokio::time::timeout(FIRST_FRAME_LIMIT, protocol::receive(&mut connection));
+        let Some(request) = first.await.map_err(io::Error::from)?? else {
+            return Ok(());
+        };
+        let reply = match request {
+            Request::Runs => Reply::Runs(self.lookup.runs().await),
+            Request::Status => Reply::Status(self.lookup.status().await),
+            Request::Cancel { run } => match self.lookup.cancel(run).await {
+                Ok(()) => Reply::Done,
+                Err(failure) => Reply::Failed(failure),
+            },
+            Request::Exec { run, spec, detach } => {
+                return self.exec(connection, run, spec, detach).await;
+            }
+            Request::Attach { run, session, size } => {
+                return self.attach(connection, run, session, size).await;
+            }
+            Request::ReadFile { run, path } => {
+                return self.read_file(connection, run, &path).await;
+            }
+            Request::WriteFile { run, file } => {
+                return self.write_file(connection, run, file).await;
+            }
+        };
+        protocol::send(&mut connection, &reply).await
+    }
+
+    async fn exec(
+        &self,
+        mut connection: Connection,
+        run: RunId,
+        spec: ExecSpec,
+        detach: bool,
+    ) -> io::Result<()> {
+        let started = match self.lookup.client(run).await {
+            Ok(client) => client.exec(spec).await.map_err(Failure::from),
+            Err(failure) => Err(failure),
+        };
+        let session = match started {
+            Ok(session) => session,
+            Err(failure) => return fail(&mut connection, failure).await,
+        };
+        let id = self.sessions.number();
+        let reply = Reply::Started {
+            session: id,
+            pid: session.pid(),
+        };
+        if let Err(error) = protocol::send(&mut connection, &reply).await {
+            kill(&session).await;
+            return Err(error);
+        }
+        if detach {
+            let active = self.lookup.runs().await;
+            self.sessions.keep(id, run, session, &active);
+            return protocol::send(&mut connection, &Reply::Done).await;
+        }
+        self.serve_attached(connection, run, id, session).await
+    }
+
+    async fn attach(
+        &self,
+        mut connection: Connection,
+        run: RunId,
+        id: u32,
+        size: Option<PtySize>,
+    ) -> io::Result<()> {
+        let Some(session) = self.sessions.take(id, run) else {
+            let failure = Failure::new(format_args!(
+                "run {run} has no detached session {id}; it ended, or somebody is attached to it"
+            ));
+            return fail(&mut connection, failure).await;
+        };
+        if let Some(size) = size {
+            // A process that has ended has no terminal any more; its output still is to be had.
+            let _ = session.resize(size).await;
+        }
+        let reply = Reply::Started {
+            session: id,
+            pid: session.pid(),
+        };
+        protocol::send(&mut connection, &reply).await?;
+        self.serve_attached(connection, run, id, session).await
+    }
+
+    async fn serve_attached(
+        &self,
+        connection: Connection,
+        run: RunId,
+        id: u32,
+        session: Session,
+    ) -> io::Result<()> {
+        match attached(connection, &session).await {
+            Ok(End::Exited) => Ok(()),
+            Ok(End::Detached) => {
+                let active = self.lookup.runs().await;
+                self.sessions.keep(id, run, session, &active);
+                Ok(())
+            }
+            Ok(End::PeerGone) => {
+                kill(&session).await;
+                Ok(())
+            }
+            Err(error) => {
+                kill(&session).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn read_file(
+        &self,
+        mut connection: Connection,
+        run: RunId,
+        path: &str,
+    ) -> io::Result<()> {
+        let client = match self.lookup.client(run).await {
+            Ok(client) => client,
+            Err(failure) => return fail(&mut connection, failure).await,
+        };
+        let (sink, mut source) = tokio::io::duplex(CHUNK);
+        let forward = async {
+            let mut buffer = vec![0; CHUNK];
+            loop {
+                let length = source.read(&mut buffer).await?;
+                let Some(data) = buffer.get(..length).filter(|data| !data.is_empty()) else {
+                    return Ok(());
+                };
+                let data = Bytes::copy_from_slice(data);
+                protocol::send(&mut connection, &Reply::Data(data)).await?;
+            }
+        };
+        // A peer that goes away ends the reading at once.
+        let read = async { Ok::<_, io::Error>(client.read_file(path, sink).await) };
+        let (read, ()) = tokio::try_join!(read, forward)?;
+        match read {
+            Ok(_) => protocol::send(&mut connection, &Reply::Done).await,
+            Err(error) => fail(&mut connection, error.into()).await,
+        }
+    }
+
+    async fn write_file(
+        &self,
+        mut connection: Connection,
+        run: RunId,
+        file: FileSpec,
+    ) -> io::Result<()> {
+        let client = match self.lookup.client(run).await {
+            Ok(client) => client,
+            Err(failure) => return fail(&mut connection, failure).await,
+        };
+        // The source fails, rather than ends, when the peer goes away: then the guest's file must not appear.
+        let (mut sink, source) = tokio::io::duplex(CHUNK);
+        let (complete, completed) = tokio::sync::oneshot::channel();
+        let receive = async {
+            loop {
+                match protocol::receive(&mut connection).await? {
+                    // After a failure of the guest the rest is read and dropped, so that the answer gets through.
+                    Some(Input::Stdin(data)) => drop(sink.write_all(&data).await),
+                    Some(Input::EndOfStdin) => {
+                        let _ = complete.send(());
+                        drop(sink);
+                        return Ok(());
+                    }
+                    Some(_) => return Err(out_of_place()),
+                    None => return Err(io::ErrorKind::UnexpectedEof.into()),
+                }
+            }
+        };
+        let source = super::source::Whole::new(source, completed);
+        let (written, received) = tokio::join!(client.write_file(file, source), receive);
+        received?;
+        match written {
+            Ok(_) => protocol::send(&mut connection, &Reply::Done).await,
+            Err(error) => fail(&mut connection, error.into()).await,
+        }
+    }
+}
+
+/// Serves a client that is attached to a session until one of the three ends.
+async fn attached(connection: Connection, session: &Session) -> io::Result<End> {
+    let (sink, stream) = connection.split();
+    // The window bounds what is queued, so the channels need no bound of their own.
+    let outstanding = AtomicUsize::new(0);
+    let (stdin, queued) = mpsc::unbounded_channel();
+    let (taken, confirmed) = mpsc::unbounded_channel();
+    tokio::select! {
+        end = forward_output(session, sink, confirmed) => end,
+        end = accept_input(session, stream, stdin, &outstanding) => end,
+        never = feed_stdin(session, queued, &taken, &outstanding) => match never {},
+    }
+}
+
+async fn forward_output(
+    session: &Session,
+    mut sink: SplitSink<Connection, Bytes>,
+    mut confirmed: mpsc::UnboundedReceiver<usize>,
+) -> io::Result<End> {
+    let mut output = session.attach(0, true);
+    let mut expected = 0;
+    loop {
+        tokio::select! {
+            biased;
+            Some(bytes) = confirmed.recv() => {
+                let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+                protocol::send(&mut sink, &Reply::StdinTaken(bytes)).await?;
+            }
+            chunk = output.next() => {
+                let Some(chunk) = chunk else { break };
+                if chunk.offset > expected {
+                    let bytes = chunk.offset - expected;
+                    protocol::send(&mut sink, &Reply::Lost { bytes }).await?;
+                }
+                expected = chunk.offset + chunk.data.len() as u64;
+                let stderr = chunk.stream == Stream::Stderr;
+                let mut data = chunk.data;
+                while !data.is_empty() {
+                    let piece = data.split_to(data.len().min(CHUNK));
+                    protocol::send(&mut sink, &Reply::Output { stderr, data: piece }).await?;
+                }
+            }
+        }
+    }
+    let last = match session.wait().await {
+        Ok(report) => Reply::Exited(report),
+        Err(error) => Reply::Failed(error.into()),
+    };
+    protocol::send(&mut sink, &last).await?;
+    sink.close().await?;
+    Ok(End::Exited)
+}
+
+/// What is queued for stdin.
+enum Stdin {
+    Data(Bytes),
+    End,
+}
+
+async fn accept_input(
+    session: &Session,
+    mut stream: SplitStream<Connection>,
+    stdin: mpsc::UnboundedSender<Stdin>,
+    outstanding: &AtomicUsize,
+) -> io::Result<End> {
+    loop {
+        match protocol::receive(&mut stream).await? {
+            Some(Input::Stdin(data)) => {
+                let before = outstanding.fetch_add(data.len(), Ordering::Relaxed);
+                if before.saturating_add(data.len()) > STDIN_WINDOW {
+                    return Err(out_of_place());
+                }
+                let _ = stdin.send(Stdin::Data(data));
+            }
+            Some(Input::EndOfStdin) => {
+                let _ = stdin.send(Stdin::End);
+            }
+            // A process that has just ended can neither be signalled nor resized; its exit report is under way.
+            Some(Input::Signal(signal)) => drop(session.signal(signal).await),
+            Some(Input::Resize(size)) => drop(session.resize(size).await),
+            Some(Input::Detach) => return Ok(End::Detached),
+            None => return Ok(End::PeerGone),
+        }
+    }
+}
+
+/// Passes stdin on as the guest takes it. Never returns: the others decide the end.
+async fn feed_stdin(
+    session: &Session,
+    mut queued: mpsc::UnboundedReceiver<Stdin>,
+    taken: &mpsc::UnboundedSender<usize>,
+    outstanding: &AtomicUsize,
+) -> Infallible {
+    while let Some(item) = queued.recv().await {
+        match item {
+            Stdin::Data(data) => {
+                let length = data.len();
+                // A process that closed its stdin is no failure; what is left is dropped, like a closed pipe's.
+                let _ = session.write_stdin(data).await;
+                outstanding.fetch_sub(length, Ordering::Relaxed);
+                let _ = taken.send(length);
+            }
+            Stdin::End => drop(session.close_stdin().await),
+        }
+    }
+    std::future::pending().await
+}
+
+async fn kill(session: &Session) {
+    // It fails only if the process or its VM has ended, which is what was wanted.
+    let _ = session.kill().await;
+}
+
+async fn fail(connection: &mut Connection, failure: Failure) -> io::Result<()> {
+    protocol::send(connection, &Reply::Failed(failure)).await
+}
+
+fn out_of_place() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "a frame out of place")
 }
