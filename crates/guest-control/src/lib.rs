@@ -1,10 +1,15 @@
 //! Host-to-guest control protocol: messages, framing, host client, guest server.
 //!
 //! One byte stream per VM life carries many operations at once. This crate knows nothing of VMs or engines:
-//! it speaks over any `AsyncRead + AsyncWrite`.
+//! it speaks over any `AsyncRead + AsyncWrite`, and the guest's end leaves all work on the operating system to an
+//! implementation of [`server::Os`].
 
 mod client;
+mod link;
+mod outbox;
+pub mod server;
 mod types;
+mod wire;
 
 pub use client::{Client, Output, OutputChunk, Session};
 pub use types::{

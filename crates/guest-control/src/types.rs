@@ -112,7 +112,7 @@ pub struct FileSpec {
 }
 
 /// A few figures about the guest.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestStats {
     /// Kilobytes.
     pub mem_total_kb: u64,
@@ -151,6 +151,16 @@ pub enum ControlError {
         operation: &'static str,
         /// How long we waited.
         limit: Duration,
+    },
+    /// The host's own side of a file transfer failed.
+    #[error("the host could not {operation}: {message}")]
+    Local {
+        /// What was attempted.
+        operation: &'static str,
+        /// errno on the host where there was one.
+        errno: Option<i32>,
+        /// Its words.
+        message: String,
     },
     /// The guest refused or failed the operation.
     #[error("the guest could not {operation}: {message}")]
