@@ -1,0 +1,27 @@
+//! The file queue: what the files of a group's directory say, and how they move (docs/architecture.md, "The file
+//! queue"). Submitters use [`GroupQueue`], the runner's local provider adds [`RunnerQueue`].
+//!
+//! ```text
+//! submit:  .tmp-… ─rename─▶ <id>.job                                              reads .results/<id>.result
+//! runner:                      └─ link ▶ .claims/<id>.claim ─ run ─ rename ▶ .results/<id>.result
+//!                                                                            then unlink .job, .cancel, .claim
+//! ```
+//!
+//! Whatever is killed between two steps, the next runner that looks finishes the story: a job without a claim is
+//! new, a claim whose owner is dead is answered, a claim whose result is there is only cleaned up.
+
+mod group;
+mod job;
+mod registry;
+mod result;
+mod runner;
+mod watch;
+
+pub(crate) use group::{GroupQueue, JobState, Listed, QueueError};
+pub(crate) use job::{
+    Job, JobError, JobFields, MAX_COLLECT, MAX_JOB_BYTES, MAX_PROMPT_BYTES, MAX_STRING_BYTES,
+};
+pub(crate) use registry::{LiveRunner, Registration};
+pub(crate) use result::JobResult;
+pub(crate) use runner::{Claim, ClaimedJob, JobHead, RunnerQueue, Scan};
+pub(crate) use watch::{Change, Watch};

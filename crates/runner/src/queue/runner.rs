@@ -1,0 +1,475 @@
+//! A group's directory as the runner uses it.
+
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, SystemTime};
+
+use host::fs::{Access, Dir, FsError, LockKind};
+use serde::{Deserialize, Serialize};
+
+use super::group::{
+    CLAIMS, GroupQueue, QueueError, QueueFile, RESULTS, RUNNERS, cancel_name, claim_name,
+    collected_name, job_name, result_name,
+};
+use super::job::{Job, JobError, MAX_JOB_BYTES};
+use super::registry::{self, LiveRunner, Registration};
+use super::result::JobResult;
+use super::watch::Watch;
+use crate::names::{ProfileName, RunId, SessionId};
+
+/// A malformed file that nobody declared finished may still be being written for this long.
+const STILL_BEING_WRITTEN: Duration = Duration::from_secs(2);
+/// Results that nobody fetched are removed after this long.
+const RESULT_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Cancel markers without a job are removed after this long: they may be early, not lost.
+const MARKER_LIFE: Duration = Duration::from_secs(600);
+/// Largest claim, bytes.
+const MAX_CLAIM_BYTES: u64 = 4096;
+
+/// What a claim says.
+#[derive(Debug, Serialize, Deserialize)]
+struct ClaimText {
+    instance: String,
+}
+
+/// What the queue needs to know of a job before it is claimed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct JobHead {
+    /// The run.
+    pub(crate) run_id: RunId,
+    /// What it asks for.
+    pub(crate) profile: ProfileName,
+    /// Whose VM it may meet again.
+    pub(crate) session_id: Option<SessionId>,
+    /// Who submitted it: the owner of the file.
+    pub(crate) submitter: u32,
+    /// When (modification time of the file).
+    pub(crate) submitted: SystemTime,
+}
+
+/// What stands under a job's name.
+#[derive(Debug)]
+pub(crate) enum Look {
+    /// A job nobody has taken.
+    Fresh(JobHead),
+    /// Nothing, or somebody has it.
+    NotOurs,
+    /// It can never become a job: answer it with this.
+    Bad(String),
+    /// It makes no sense yet, but is so young that somebody may still be writing it.
+    Unfinished,
+}
+
+/// A job that is ours.
+#[derive(Debug)]
+pub(crate) struct ClaimedJob {
+    /// What it says, read after the claim.
+    pub(crate) job: Job,
+    /// Who submitted it.
+    pub(crate) submitter: u32,
+}
+
+/// What came of an attempt to claim.
+#[derive(Debug)]
+pub(crate) enum Claim {
+    /// It is ours, and has to be answered.
+    Won(Box<ClaimedJob>),
+    /// Somebody else has it, or it is gone.
+    Lost,
+    /// It is ours, and cannot be run: answer it with this.
+    Bad(String),
+}
+
+/// Everything in a group's directory, by kind.
+#[derive(Debug, Default)]
+pub(crate) struct Scan {
+    /// Job files.
+    pub(crate) jobs: Vec<RunId>,
+    /// Cancel markers.
+    pub(crate) cancels: Vec<RunId>,
+    /// Files that end in `.job` and whose name is no run id: nobody can be answered.
+    pub(crate) nameless: Vec<OsString>,
+}
+
+/// A group's directory, with the right to claim and answer.
+#[derive(Debug)]
+pub(crate) struct RunnerQueue {
+    group: GroupQueue,
+    claims: Dir,
+    results: Dir,
+    runners: Dir,
+    /// A finished, fsynced file in `claims` that says whose the claims are: claiming is giving it one more name.
+    claim_source: String,
+    instance: String,
+    _registration: Registration,
+}
+
+impl RunnerQueue {
+    /// Opens the directory for the runner process `runner`, which must own it, and registers the runner in it.
+    pub(crate) fn open(dir: Dir, runner: &LiveRunner) -> Result<Self, QueueError> {
+        let group = GroupQueue::open(dir)?;
+        let [claims, results, runners] =
+            [CLAIMS, RESULTS, RUNNERS].map(|name| own_or_replace(&group, name));
+        let (claims, results, runners) = (claims?, results?, runners?);
+        let claim_source = format!(".instance-{}", runner.instance);
+        let text = serde_json::to_vec(&ClaimText {
+            instance: runner.instance.clone(),
+        })
+        .unwrap_or_default();
+        claims.write_atomic(&claim_source, 0o644, &text)?;
+        let registration = Registration::new(runners.try_clone()?, runner)?;
+        Ok(Self {
+            group,
+            claims,
+            results,
+            runners,
+            claim_source,
+            instance: runner.instance.clone(),
+            _registration: registration,
+        })
+    }
+
+    /// A watch that wakes when jobs and cancel markers appear. Scan once after making it.
+    pub(crate) fn watch(&self) -> Result<Watch, QueueError> {
+        let mut watch = Watch::new().map_err(QueueError::Watch)?;
+        watch.add(&self.group.dir).map_err(QueueError::Watch)?;
+        Ok(watch)
+    }
+
+    /// Lists the directory.
+    pub(crate) fn scan(&self) -> Result<Scan, QueueError> {
+        let mut scan = Scan::default();
+        for entry in self.group.dir.list()? {
+            scan.add(entry.name);
+        }
+        Ok(scan)
+    }
+
+    /// Examines a job that may be new. `finished`: its writer has said that it is whole.
+    pub(crate) fn look(&self, id: RunId, finished: bool) -> Look {
+        match self.claims.metadata(claim_name(id)) {
+            Ok(None) => {}
+            Ok(Some(_)) => return Look::NotOurs,
+            Err(error) => return Look::Bad(error.to_string()),
+        }
+        match self.read_job(id) {
+            ReadJob::Gone => Look::NotOurs,
+            ReadJob::Good(read) => Look::Fresh(JobHead {
+                run_id: id,
+                profile: read.job.profile.clone(),
+                session_id: read.job.session_id.clone(),
+                submitter: read.submitter,
+                submitted: read.submitted,
+            }),
+            ReadJob::Bad { modified, .. } if !finished && is_young(modified) => Look::Unfinished,
+            ReadJob::Bad { reason, .. } => Look::Bad(reason),
+        }
+    }
+
+    /// Claims a job: from `Won` and `Bad` on it is ours and [`RunnerQueue::answer`] or [`RunnerQueue::unclaim`]
+    /// has to follow.
+    pub(crate) fn claim(&self, id: RunId) -> Result<Claim, QueueError> {
+        match self
+            .claims
+            .link(&self.claim_source, &self.claims, claim_name(id))
+        {
+            Ok(()) => {}
+            Err(error) if error.is_already_exists() => return Ok(Claim::Lost),
+            Err(error) => return Err(error.into()),
+        }
+        // Durable before the job starts: a host that loses power must not run it twice.
+        if let Err(error) = self.claims.sync() {
+            self.unclaim(id);
+            return Err(error.into());
+        }
+        let claim = match self.read_job(id) {
+            // Its submitter took it back, or another runner has answered it and cleaned up.
+            ReadJob::Gone => {
+                self.unclaim(id);
+                return Ok(Claim::Lost);
+            }
+            ReadJob::Good(read) => Claim::Won(Box::new(ClaimedJob {
+                job: read.job,
+                submitter: read.submitter,
+            })),
+            ReadJob::Bad { reason, .. } => Claim::Bad(reason),
+        };
+        // The job is there and ours: an answer that lies there already is not ours.
+        if self.results.remove_tree(result_name(id)).unwrap_or(false) {
+            tracing::warn!(run = %id, "removed a result that was there before the job was run");
+        }
+        let _ = self.results.remove_tree(collected_name(id));
+        Ok(claim)
+    }
+
+    /// Gives a claimed job back unanswered, for this or another runner to claim again.
+    pub(crate) fn unclaim(&self, id: RunId) {
+        if let Err(error) = self.claims.remove_file(claim_name(id)) {
+            tracing::warn!(run = %id, %error, "cannot give back a claim");
+        }
+    }
+
+    /// Whether a valid cancel marker lies there for a job of this submitter. Only the submitter, the runner's owner
+    /// and root may cancel.
+    pub(crate) fn is_cancelled(&self, id: RunId, submitter: u32) -> bool {
+        match self.group.dir.metadata(cancel_name(id)) {
+            Ok(Some(meta)) if meta.is_file() => {
+                let allowed = [submitter, self.group.owner, 0].contains(&meta.uid());
+                if !allowed {
+                    tracing::warn!(run = %id, uid = meta.uid(), "ignored a cancel marker of somebody else");
+                }
+                allowed
+            }
+            _ => false,
+        }
+    }
+
+    /// Answers a claimed job: durably, then cleans up after it.
+    pub(crate) fn answer(&self, result: &JobResult) -> Result<(), QueueError> {
+        let bytes = serde_json::to_vec(result).map_err(|error| QueueError::BadResult {
+            run_id: result.run_id,
+            reason: error.to_string(),
+        })?;
+        self.results
+            .write_atomic(result_name(result.run_id), 0o644, &bytes)?;
+        self.clean_up(result.run_id)
+    }
+
+    /// Removes job, marker and claim, in this order: without the claim the job would run again.
+    fn clean_up(&self, id: RunId) -> Result<(), QueueError> {
+        self.group.dir.remove_tree(job_name(id))?;
+        self.group.dir.remove_tree(cancel_name(id))?;
+        self.claims.remove_file(claim_name(id))?;
+        Ok(())
+    }
+
+    /// Makes the directory that receives files copied out for this run.
+    pub(crate) fn collect_dir(&self, id: RunId) -> Result<Dir, QueueError> {
+        Ok(self.results.create_dir(collected_name(id), 0o755)?)
+    }
+
+    /// Whether a live runner of the group, ourselves included, serves this profile.
+    pub(crate) fn is_served(&self, profile: &ProfileName) -> Result<bool, QueueError> {
+        Ok(registry::live(&self.runners)?
+            .iter()
+            .any(|runner| runner.profiles.contains(profile)))
+    }
+
+    /// Finishes the stories of runners that died, and of claims that no runner made; `running` are our own. Returns
+    /// the runs it answered.
+    pub(crate) fn recover(&self, running: &HashSet<RunId>) -> Result<Vec<RunId>, QueueError> {
+        // One runner at a time: two would answer the same claim, the second after its submitter has left.
+        let Some(_lock) = self
+            .claims
+            .try_lock(".recovery", LockKind::Exclusive, 0o644)?
+        else {
+            return Ok(Vec::new());
+        };
+        let mut answered = Vec::new();
+        for entry in self.claims.list()? {
+            let Some(name) = entry.name.to_str() else {
+                continue;
+            };
+            if let Some(instance) = name.strip_prefix(".instance-") {
+                if instance != self.instance && !registry::is_live(&self.runners, instance)? {
+                    self.claims.remove_file(name)?;
+                }
+                continue;
+            }
+            let Some(id) = name.strip_suffix(".claim").and_then(|s| s.parse().ok()) else {
+                continue;
+            };
+            if running.contains(&id) {
+                continue;
+            }
+            let reason = match self.claimant(name) {
+                Some(instance) if instance == self.instance => {
+                    "the claim on this job was not made by a runner"
+                }
+                Some(instance) if registry::is_live(&self.runners, &instance)? => continue,
+                _ => "runner stopped while the job was running",
+            };
+            if let Err(error) = self.bury(id, reason) {
+                tracing::warn!(run = %id, %error, "cannot answer the claim of a dead runner");
+                continue;
+            }
+            answered.push(id);
+        }
+        registry::sweep(&self.runners)?;
+        Ok(answered)
+    }
+
+    fn claimant(&self, claim: &str) -> Option<String> {
+        let bytes = self.claims.read_bounded(claim, MAX_CLAIM_BYTES).ok()?;
+        let text: ClaimText = serde_json::from_slice(&bytes).ok()?;
+        Some(text.instance)
+    }
+
+    fn bury(&self, id: RunId, reason: &str) -> Result<(), QueueError> {
+        let has_job = self.group.dir.metadata(job_name(id))?.is_some();
+        let has_result = self.results.metadata(result_name(id))?.is_some();
+        if has_job && !has_result {
+            self.answer(&JobResult::failed(id, 1, reason))
+        } else {
+            // Answered and only not cleaned up, or taken back by its submitter.
+            self.clean_up(id)
+        }
+    }
+
+    /// Removes answers that nobody fetched and markers that nothing belongs to.
+    pub(crate) fn expire(&self) -> Result<(), QueueError> {
+        for entry in self.results.list()? {
+            if is_older(&self.results, &entry.name, RESULT_LIFE) {
+                self.results.remove_tree(&entry.name)?;
+            }
+        }
+        for entry in self.group.dir.list()? {
+            let Some(QueueFile::Cancel(id)) = QueueFile::parse(&entry.name) else {
+                continue;
+            };
+            if is_older(&self.group.dir, &entry.name, MARKER_LIFE)
+                && self.group.dir.metadata(job_name(id))?.is_none()
+            {
+                self.group.dir.remove_tree(&entry.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_job(&self, id: RunId) -> ReadJob {
+        let name = job_name(id);
+        let bad = |reason: String, modified| ReadJob::Bad { reason, modified };
+        let file = match self.group.dir.open_file(&name, Access::Read) {
+            Ok(file) => file,
+            Err(error) if error.is_not_found() => return ReadJob::Gone,
+            Err(error) => {
+                let modified = match &error {
+                    // A regular file that we may not read yet may get its mode in a moment.
+                    FsError::Io { .. } => self
+                        .group
+                        .dir
+                        .metadata(&name)
+                        .ok()
+                        .flatten()
+                        .and_then(|meta| meta.modified().ok()),
+                    _ => None,
+                };
+                return bad(format!("the job file was refused: {error}"), modified);
+            }
+        };
+        let meta = match file.metadata() {
+            Ok(meta) => meta,
+            Err(error) => return bad(format!("the job file cannot be examined: {error}"), None),
+        };
+        let modified = meta.modified().ok();
+        if meta.nlink() == 0 {
+            return ReadJob::Gone;
+        }
+        if meta.nlink() > 1 {
+            return bad("the job file was refused: it has a second name".to_owned(), modified);
+        }
+        if meta.len() > MAX_JOB_BYTES {
+            return bad(JobError::TooLarge.to_string(), modified);
+        }
+        let mut bytes = Vec::new();
+        if let Err(error) = file
+            .take(MAX_JOB_BYTES.saturating_add(1))
+            .read_to_end(&mut bytes)
+        {
+            return bad(format!("the job file cannot be read: {error}"), modified);
+        }
+        match Job::parse(&bytes) {
+            Ok(job) if job.run_id == id => ReadJob::Good(Box::new(ReadFile {
+                job,
+                submitter: meta.uid(),
+                submitted: modified.unwrap_or(SystemTime::UNIX_EPOCH),
+            })),
+            Ok(job) => bad(
+                format!(
+                    "the job file's name and its `run_id` ({}) differ",
+                    job.run_id
+                ),
+                modified,
+            ),
+            Err(error) => bad(error.to_string(), modified),
+        }
+    }
+}
+
+impl Drop for RunnerQueue {
+    fn drop(&mut self) {
+        let _ = self.claims.remove_file(&self.claim_source);
+    }
+}
+
+impl Scan {
+    /// Sorts a name in; true if it was one the queue knows.
+    pub(crate) fn add(&mut self, name: OsString) -> bool {
+        match QueueFile::parse(&name) {
+            Some(QueueFile::Job(id)) => self.jobs.push(id),
+            Some(QueueFile::Cancel(id)) => self.cancels.push(id),
+            None if has_job_suffix(&name) => self.nameless.push(name),
+            None => return false,
+        }
+        true
+    }
+}
+
+fn has_job_suffix(name: &OsStr) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    name.as_bytes().ends_with(b".job") && !name.as_bytes().starts_with(b".")
+}
+
+/// A job file as it was read.
+#[derive(Debug)]
+struct ReadFile {
+    job: Job,
+    submitter: u32,
+    submitted: SystemTime,
+}
+
+#[derive(Debug)]
+enum ReadJob {
+    Gone,
+    Good(Box<ReadFile>),
+    Bad {
+        reason: String,
+        modified: Option<SystemTime>,
+    },
+}
+
+/// Opens one of the runner's directories. One that somebody planted before the runner first came is put aside.
+fn own_or_replace(group: &GroupQueue, name: &str) -> Result<Dir, QueueError> {
+    match group.own_dir(name) {
+        Ok(Some(dir)) => return Ok(dir),
+        Ok(None) => {}
+        Err(error) => {
+            tracing::warn!(%error, "put a planted directory of the queue aside");
+            let aside = format!(".refused-{}", RunId::random());
+            group.dir.rename(name, &group.dir, aside)?;
+        }
+    }
+    Ok(group.dir.create_new_dir(name, 0o755)?)
+}
+
+fn is_young(modified: Option<SystemTime>) -> bool {
+    // A time in the future counts as old: it must not keep the file from being answered.
+    modified
+        .and_then(|at| at.elapsed().ok())
+        .is_some_and(|age| age < STILL_BEING_WRITTEN)
+}
+
+fn is_older(dir: &Dir, name: &OsStr, limit: Duration) -> bool {
+    dir.metadata(name)
+        .ok()
+        .flatten()
+        .and_then(|meta| meta.modified().ok())
+        .and_then(|at| at.elapsed().ok())
+        .is_some_and(|age| age > limit)
+}
+
+#[cfg(test)]
+#[path = "runner_tests.rs"]
+mod tests;
