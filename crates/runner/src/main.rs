@@ -11,6 +11,7 @@ mod control;
 mod home;
 mod names;
 mod profile;
+mod queue;
 mod terminal;
 
 use std::process::ExitCode;

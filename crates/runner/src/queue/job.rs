@@ -129,7 +129,10 @@ fn check(fields: &JobFields) -> Result<(), JobError> {
         return refuse("prompt", "it is empty");
     }
     if fields.prompt.len() > MAX_PROMPT_BYTES {
-        return refuse("prompt", format!("it is longer than {MAX_PROMPT_BYTES} bytes"));
+        return refuse(
+            "prompt",
+            format!("it is longer than {MAX_PROMPT_BYTES} bytes"),
+        );
     }
     if fields.prompt.contains('\0') {
         return refuse("prompt", "it contains a NUL character");
@@ -273,7 +276,12 @@ pub(crate) mod tests {
 
     #[test]
     fn what_the_runner_sets_cannot_be_overridden() {
-        for name in ["VM0_RUN_ID", "VM0_ANYTHING", "CLI_AGENT_TYPE", "USE_MOCK_CLAUDE"] {
+        for name in [
+            "VM0_RUN_ID",
+            "VM0_ANYTHING",
+            "CLI_AGENT_TYPE",
+            "USE_MOCK_CLAUDE",
+        ] {
             let refused = with(|f| {
                 f.environment.insert(name.to_owned(), "x".to_owned());
             });
@@ -286,16 +294,34 @@ pub(crate) mod tests {
         let cases: Vec<(&str, Result<Job, JobError>)> = vec![
             ("prompt", with(|f| f.prompt.clear())),
             ("prompt", with(|f| f.prompt = "a\0b".to_owned())),
-            ("prompt", with(|f| f.prompt = "x".repeat(MAX_PROMPT_BYTES + 1))),
-            ("working_dir", with(|f| f.working_dir = "relative".to_owned())),
-            ("working_dir", with(|f| f.working_dir = "/a/../b".to_owned())),
+            (
+                "prompt",
+                with(|f| f.prompt = "x".repeat(MAX_PROMPT_BYTES + 1)),
+            ),
+            (
+                "working_dir",
+                with(|f| f.working_dir = "relative".to_owned()),
+            ),
+            (
+                "working_dir",
+                with(|f| f.working_dir = "/a/../b".to_owned()),
+            ),
             ("working_dir", with(|f| f.working_dir = "/a\nb".to_owned())),
-            ("working_dir", with(|f| f.working_dir = format!("/{}", "a".repeat(5000)))),
-            ("cli_agent_type", with(|f| f.cli_agent_type = "a b".to_owned())),
+            (
+                "working_dir",
+                with(|f| f.working_dir = format!("/{}", "a".repeat(5000))),
+            ),
+            (
+                "cli_agent_type",
+                with(|f| f.cli_agent_type = "a b".to_owned()),
+            ),
             ("timeout_secs", with(|f| f.timeout_secs = Some(0))),
             ("timeout_secs", with(|f| f.timeout_secs = Some(u64::MAX))),
             ("collect", with(|f| f.collect = vec!["x".to_owned()])),
-            ("collect", with(|f| f.collect = vec!["/x".to_owned(); MAX_COLLECT + 1])),
+            (
+                "collect",
+                with(|f| f.collect = vec!["/x".to_owned(); MAX_COLLECT + 1]),
+            ),
             (
                 "environment",
                 with(|f| drop(f.environment.insert("1A".to_owned(), String::new()))),
@@ -306,7 +332,12 @@ pub(crate) mod tests {
             ),
             (
                 "environment",
-                with(|f| drop(f.environment.insert("A".to_owned(), "x".repeat(MAX_STRING_BYTES + 1)))),
+                with(|f| {
+                    drop(
+                        f.environment
+                            .insert("A".to_owned(), "x".repeat(MAX_STRING_BYTES + 1)),
+                    )
+                }),
             ),
         ];
         for (field, result) in cases {
@@ -321,7 +352,14 @@ pub(crate) mod tests {
         let unknown = good.replacen('{', "{\"surprise\":1,", 1);
         let bad_id = good.replacen("\"run_id\":\"", "\"run_id\":\"..", 1);
         let half = &good[..good.len() / 2];
-        for bad in [unknown.as_bytes(), bad_id.as_bytes(), half.as_bytes(), b"", b"null", b"\xff"] {
+        for bad in [
+            unknown.as_bytes(),
+            bad_id.as_bytes(),
+            half.as_bytes(),
+            b"",
+            b"null",
+            b"\xff",
+        ] {
             assert!(matches!(Job::parse(bad), Err(JobError::Syntax(_))));
         }
         let huge = vec![b' '; usize::try_from(MAX_JOB_BYTES).unwrap() + 1];

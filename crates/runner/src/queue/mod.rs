@@ -23,5 +23,5 @@ pub(crate) use job::{
 };
 pub(crate) use registry::{LiveRunner, Registration};
 pub(crate) use result::JobResult;
-pub(crate) use runner::{Claim, ClaimedJob, JobHead, RunnerQueue, Scan};
+pub(crate) use runner::{Claim, ClaimedJob, JobHead, Look, RunnerQueue, Scan};
 pub(crate) use watch::{Change, Watch};

@@ -368,7 +368,10 @@ impl RunnerQueue {
             return ReadJob::Gone;
         }
         if meta.nlink() > 1 {
-            return bad("the job file was refused: it has a second name".to_owned(), modified);
+            return bad(
+                "the job file was refused: it has a second name".to_owned(),
+                modified,
+            );
         }
         if meta.len() > MAX_JOB_BYTES {
             return bad(JobError::TooLarge.to_string(), modified);

@@ -84,7 +84,10 @@ impl Watch {
             tv_sec: i64::from(milliseconds / 1000),
             tv_nsec: i64::from(milliseconds % 1000) * 1_000_000,
         };
-        match poll(&mut [PollFd::new(&self.inotify, PollFlags::IN)], Some(&limit)) {
+        match poll(
+            &mut [PollFd::new(&self.inotify, PollFlags::IN)],
+            Some(&limit),
+        ) {
             Ok(ready) => Ok(ready > 0),
             Err(rustix::io::Errno::INTR) => Ok(false),
             Err(error) => Err(error.into()),
