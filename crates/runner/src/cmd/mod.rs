@@ -10,6 +10,7 @@ pub(crate) mod exec;
 pub(crate) mod kill;
 pub(crate) mod local;
 pub(crate) mod logs;
+mod parse;
 pub(crate) mod setup;
 pub(crate) mod start;
 pub(crate) mod version;

@@ -197,6 +197,12 @@ pub(crate) fn broken(error: &io::Error) -> CliError {
         .with_hint("`runner logs` shows what the job did until then")
 }
 
+/// The daemon answered something that does not fit the question.
+pub(crate) fn odd() -> CliError {
+    CliError::failed("the runner gave an answer out of place")
+        .with_hint("the daemon may be of another version than this command")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
