@@ -12,6 +12,9 @@ mod home;
 mod names;
 mod profile;
 mod queue;
+mod resource_budget;
+mod run_log;
+mod status;
 mod terminal;
 
 use std::process::ExitCode;

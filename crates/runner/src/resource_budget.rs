@@ -1,0 +1,419 @@
+//! Admission: how many jobs this host carries.
+//!
+//! Effective resources are the host's times `concurrency_factor`. A job takes a *firm* lease before it is claimed;
+//! warm and idle VMs hold *revocable* ones. Admission counts firm leases only, over every runner of the host (they
+//! are flocks, see `host::slot`), and the first job is always admitted. When firm and revocable leases together
+//! are more than the host has, the least recently used revocable ones are given up ([`to_revoke`]).
+//!
+//! A [`Lease`] is the only way to hold a slot: it cannot leak, because dropping it releases the slot, and it cannot
+//! be released twice, because releasing it consumes it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use host::launcher::{Launcher, LauncherError};
+use host::slot::{HostLimits, HostUsage, LeaseKind, Resources, SlotId, SlotRecord};
+use tokio::sync::mpsc;
+
+use crate::names::RunId;
+
+/// What the host has, before anything is taken off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct HostSize {
+    /// CPUs this process may use.
+    pub(crate) vcpu: u32,
+    /// The smaller of the machine's memory and our cgroup's limit, MiB.
+    pub(crate) memory_mb: u64,
+    /// Free disk below the home, MiB.
+    pub(crate) disk_mb: u64,
+}
+
+/// Floor of `value * factor`, saturating. The factor is finite and above 0 (`runner.yaml` is checked for it).
+fn scaled(value: u64, factor: f64) -> u64 {
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "counts of CPUs and MiB are far below 2^52, and a float cast saturates"
+    )]
+    let scaled = (value as f64 * factor).floor() as u64;
+    scaled
+}
+
+/// What jobs may take of the host: (host − reserve) × factor, rounded down.
+///
+/// `reserve_mb` is kept for the host itself, `resident_mb` is what opened templates take once.
+pub(crate) fn effective(
+    host: HostSize,
+    factor: f64,
+    reserve_mb: u64,
+    resident_mb: u64,
+) -> HostLimits {
+    let memory_mb = host
+        .memory_mb
+        .saturating_sub(reserve_mb)
+        .saturating_sub(resident_mb);
+    HostLimits {
+        total: Resources {
+            vcpu: u32::try_from(scaled(u64::from(host.vcpu), factor)).unwrap_or(u32::MAX),
+            memory_mb: scaled(memory_mb, factor),
+            disk_mb: scaled(host.disk_mb, factor),
+        },
+    }
+}
+
+/// How many jobs of the smallest profile fit at once, at least 1: `status.json` shows it as `max_concurrent`.
+pub(crate) fn estimated_capacity(
+    limits: HostLimits,
+    profiles: impl IntoIterator<Item = Resources>,
+    max_concurrent: u32,
+) -> u32 {
+    let fits = |of: Resources| {
+        let by_vcpu = limits.total.vcpu.checked_div(of.vcpu);
+        let by_memory = limits.total.memory_mb.checked_div(of.memory_mb);
+        let by_disk = limits.total.disk_mb.checked_div(of.disk_mb);
+        let clamp = |n: Option<u64>| u32::try_from(n.unwrap_or(u64::MAX)).unwrap_or(u32::MAX);
+        by_vcpu
+            .unwrap_or(u32::MAX)
+            .min(clamp(by_memory))
+            .min(clamp(by_disk))
+    };
+    let most = profiles.into_iter().map(fits).max().unwrap_or(0);
+    let capped = if max_concurrent == 0 {
+        most
+    } else {
+        most.min(max_concurrent)
+    };
+    capped.max(1)
+}
+
+/// Whether `a` stays within `b` in every dimension.
+fn within(a: Resources, b: Resources) -> bool {
+    a.vcpu <= b.vcpu && a.memory_mb <= b.memory_mb && a.disk_mb <= b.disk_mb
+}
+
+/// Which of our revocable leases to give up so that everything held fits the host: the least recently used first
+/// (`lru` is in that order), as few as possible. All of them, where even that is not enough (the first job is
+/// admitted whatever its size).
+pub(crate) fn to_revoke(
+    usage: HostUsage,
+    limits: HostLimits,
+    lru: &[(SlotId, Resources)],
+) -> Vec<SlotId> {
+    let mut held = usage.firm + usage.revocable;
+    let mut revoked = Vec::new();
+    for (slot, resources) in lru {
+        if within(held, limits.total) {
+            break;
+        }
+        held = Resources {
+            vcpu: held.vcpu.saturating_sub(resources.vcpu),
+            memory_mb: held.memory_mb.saturating_sub(resources.memory_mb),
+            disk_mb: held.disk_mb.saturating_sub(resources.disk_mb),
+        };
+        revoked.push(*slot);
+    }
+    revoked
+}
+
+/// The runner's hand on the host's budget. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Budget {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    launcher: Launcher,
+    instance: String,
+    limits: HostLimits,
+    /// Most jobs of this runner at once; `u32::MAX` without a cap.
+    max_concurrent: u32,
+    /// Firm leases of this runner.
+    firm: AtomicU32,
+    /// Slots whose lease was dropped; the release task works them off.
+    dropped: mpsc::UnboundedSender<SlotId>,
+}
+
+/// One of the runner's places among `max_concurrent`, given back on drop.
+#[derive(Debug)]
+struct Place(Arc<Shared>);
+
+impl Place {
+    fn take(shared: &Arc<Shared>) -> Option<Self> {
+        shared
+            .firm
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |held| {
+                (held < shared.max_concurrent).then(|| held.saturating_add(1))
+            })
+            .ok()
+            .map(|_| Self(Arc::clone(shared)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.firm.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Budget {
+    /// `max_concurrent` 0 means no cap on the number of jobs. Spawns the task that releases dropped leases on the
+    /// current runtime; it ends with the last clone and the last lease.
+    pub(crate) fn new(
+        launcher: Launcher,
+        instance: String,
+        limits: HostLimits,
+        max_concurrent: u32,
+    ) -> Self {
+        let (dropped, mut to_release) = mpsc::unbounded_channel::<SlotId>();
+        let releasing = launcher.clone();
+        tokio::spawn(async move {
+            while let Some(slot) = to_release.recv().await {
+                if let Err(error) = releasing.release(slot).await {
+                    tracing::error!(slot = slot.0, %error, "a slot could not be released");
+                }
+            }
+        });
+        Self {
+            shared: Arc::new(Shared {
+                launcher,
+                instance,
+                limits,
+                max_concurrent: if max_concurrent == 0 {
+                    u32::MAX
+                } else {
+                    max_concurrent
+                },
+                firm: AtomicU32::new(0),
+                dropped,
+            }),
+        }
+    }
+
+    /// The limits admission goes by.
+    pub(crate) fn limits(&self) -> HostLimits {
+        self.shared.limits
+    }
+
+    /// What all runners of the host hold now.
+    pub(crate) async fn usage(&self) -> Result<HostUsage, LauncherError> {
+        self.shared.launcher.usage().await
+    }
+
+    /// Takes a lease, or says with `None` that there is no room for it now. A revocable one is refused as well
+    /// when it would not fit beside everything held: warm VMs never push anybody out.
+    pub(crate) async fn try_reserve(
+        &self,
+        resources: Resources,
+        kind: LeaseKind,
+        run: Option<RunId>,
+    ) -> Result<Option<Lease>, LauncherError> {
+        let place = match kind {
+            LeaseKind::Firm => match Place::take(&self.shared) {
+                Some(place) => Some(place),
+                None => return Ok(None),
+            },
+            LeaseKind::Revocable => {
+                let usage = self.usage().await?;
+                if !within(
+                    usage.firm + usage.revocable + resources,
+                    self.limits().total,
+                ) {
+                    return Ok(None);
+                }
+                None
+            }
+        };
+        let record = self.shared.record(resources, kind, run);
+        match self.shared.launcher.reserve(record, self.limits()).await {
+            Ok(slot) => Ok(Some(Lease {
+                slot,
+                resources,
+                place,
+                shared: Some(Arc::clone(&self.shared)),
+            })),
+            Err(LauncherError::NoRoom(_) | LauncherError::NoSlot(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Shared {
+    fn record(&self, resources: Resources, kind: LeaseKind, run: Option<RunId>) -> SlotRecord {
+        SlotRecord {
+            instance: self.instance.clone(),
+            kind,
+            resources,
+            run_id: run.map(|run| run.to_string()),
+        }
+    }
+}
+
+/// A held slot and what it takes of the host. Dropping it kills what runs in the slot and gives it back.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    slot: SlotId,
+    resources: Resources,
+    place: Option<Place>,
+    /// `None` once released.
+    shared: Option<Arc<Shared>>,
+}
+
+impl Lease {
+    /// The slot.
+    pub(crate) fn slot(&self) -> SlotId {
+        self.slot
+    }
+
+    /// What it takes.
+    pub(crate) fn resources(&self) -> Resources {
+        self.resources
+    }
+
+    /// Turns a warm or idle VM's lease into a job's. `false`: no room for one more job now; nothing changed.
+    pub(crate) async fn make_firm(&mut self, run: RunId) -> Result<bool, LauncherError> {
+        let Some(shared) = &self.shared else {
+            return Ok(false);
+        };
+        let place = match self.place.take() {
+            Some(place) => place,
+            None => match Place::take(shared) {
+                Some(place) => place,
+                None => return Ok(false),
+            },
+        };
+        let record = shared.record(self.resources, LeaseKind::Firm, Some(run));
+        match shared
+            .launcher
+            .update(self.slot, record, shared.limits)
+            .await
+        {
+            Ok(()) => {
+                self.place = Some(place);
+                Ok(true)
+            }
+            Err(LauncherError::NoRoom(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Turns a job's lease into a parked VM's.
+    pub(crate) async fn make_revocable(&mut self) -> Result<(), LauncherError> {
+        let Some(shared) = &self.shared else {
+            return Ok(());
+        };
+        let record = shared.record(self.resources, LeaseKind::Revocable, None);
+        shared
+            .launcher
+            .update(self.slot, record, shared.limits)
+            .await?;
+        self.place = None;
+        Ok(())
+    }
+
+    /// Gives it back; when this returns whatever ran in the slot is reaped.
+    pub(crate) async fn release(mut self) -> Result<(), LauncherError> {
+        match self.shared.take() {
+            // The place is kept until the slot is free: dropped with `self`, after the release.
+            Some(shared) => shared.launcher.release(self.slot).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.take() {
+            // The receiver lives as long as any lease or budget; a refusal means the runtime is gone, and with it
+            // the launcher, whose end frees every slot.
+            let _ = shared.dropped.send(self.slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: HostSize = HostSize {
+        vcpu: 16,
+        memory_mb: 32 * 1024,
+        disk_mb: 400 * 1024,
+    };
+    const DEFAULT: Resources = Resources {
+        vcpu: 2,
+        memory_mb: 2048,
+        disk_mb: 8192,
+    };
+
+    fn limits(vcpu: u32, memory_mb: u64, disk_mb: u64) -> HostLimits {
+        HostLimits {
+            total: Resources {
+                vcpu,
+                memory_mb,
+                disk_mb,
+            },
+        }
+    }
+
+    #[test]
+    fn a_host_of_16_cpus_and_32_gb_runs_8_default_vms() {
+        for (factor, cap, expected) in [
+            (1.0, 0, 8),
+            (2.0, 0, 16),
+            (0.5, 0, 4),
+            (1.0, 3, 3),
+            (0.01, 0, 1),
+        ] {
+            let limits = effective(HOST, factor, 512, 300);
+            assert_eq!(
+                estimated_capacity(limits, [DEFAULT], cap),
+                expected,
+                "factor {factor}, max_concurrent {cap}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_factor_rounds_down_and_the_reserve_comes_off_first() {
+        let host = HostSize {
+            vcpu: 3,
+            memory_mb: 1001,
+            disk_mb: 101,
+        };
+        assert_eq!(effective(host, 1.5, 0, 0), limits(4, 1501, 151));
+        assert_eq!(effective(host, 0.5, 100, 1), limits(1, 450, 50));
+        assert_eq!(effective(host, 1.0, 5000, 0), limits(3, 0, 101));
+    }
+
+    #[test]
+    fn as_few_revocable_leases_as_possible_go_and_the_least_recently_used_first() {
+        let small = Resources {
+            vcpu: 1,
+            memory_mb: 256,
+            disk_mb: 0,
+        };
+        let lru: Vec<_> = (0..4).map(|n| (SlotId(n), small)).collect();
+        let usage = |firm: u32| HostUsage {
+            firm: Resources {
+                vcpu: firm,
+                memory_mb: u64::from(firm) * 256,
+                disk_mb: 0,
+            },
+            firm_count: firm,
+            revocable: Resources {
+                vcpu: 4,
+                memory_mb: 1024,
+                disk_mb: 0,
+            },
+            revocable_count: 4,
+        };
+        let host = limits(6, 1 << 20, 1 << 20);
+        for (firm, expected) in [(0, 0), (2, 0), (3, 1), (5, 3), (6, 4), (9, 4)] {
+            let revoked = to_revoke(usage(firm), host, &lru);
+            let slots: Vec<u16> = revoked.iter().map(|slot| slot.0).collect();
+            assert_eq!(slots, (0..expected).collect::<Vec<u16>>(), "{firm} firm");
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! `status.json`: what the daemon is doing, for people, `doctor` and tests.
+//!
+//! The daemon publishes whole snapshots; one task writes them. It always writes the newest one published, at most
+//! one every [`INTERVAL`] (a burst of 200 jobs is not 1000 files), and never an older one after a newer: readers
+//! see time go forward only. The file is replaced atomically, so it is always whole.
+
+use std::time::Duration;
+
+use host::fs::Dir;
+use host::slot::{HostUsage, Resources};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{oneshot, watch};
+
+use crate::names::{GroupName, ProfileName, RunId, RunnerName, SessionId};
+
+/// Shortest time between two writes.
+const INTERVAL: Duration = Duration::from_millis(50);
+
+/// File name in the instance's directory.
+pub(crate) const STATUS_FILE: &str = "status.json";
+
+/// What the daemon is up to as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Mode {
+    /// Opening images, reconciling.
+    Starting,
+    /// Taking jobs.
+    Running,
+    /// Finishing what it has, taking nothing new; can be resumed.
+    Draining,
+    /// On its way out.
+    Stopping,
+    /// Gone.
+    Stopped,
+}
+
+/// Where a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Phase {
+    /// Claimed; its VM is being made or resumed.
+    Preparing,
+    /// The agent runs.
+    Running,
+    /// The agent has ended; files are collected, the answer is written.
+    Finishing,
+}
+
+/// One run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ActiveRun {
+    /// Which.
+    pub(crate) run_id: RunId,
+    /// The slot of its VM.
+    pub(crate) slot: u16,
+    /// Its profile.
+    pub(crate) profile: ProfileName,
+    /// The group it came from.
+    pub(crate) group: GroupName,
+    /// Where it is.
+    pub(crate) phase: Phase,
+    /// Since when.
+    pub(crate) phase_started_at: Time,
+}
+
+/// One VM kept for its session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct IdleVm {
+    /// The session it is kept for.
+    pub(crate) session_id: SessionId,
+    /// Its slot.
+    pub(crate) slot: u16,
+    /// Its profile.
+    pub(crate) profile: ProfileName,
+    /// Since when.
+    pub(crate) idle_since: Time,
+}
+
+/// The warm pool of one profile.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WarmPool {
+    /// Which profile.
+    pub(crate) profile: ProfileName,
+    /// VMs ready to be claimed.
+    pub(crate) ready: u32,
+    /// VMs being prepared.
+    pub(crate) preparing: u32,
+    /// How many it tries to keep ready.
+    pub(crate) target: u32,
+    /// Why the last preparation failed, until one succeeds.
+    pub(crate) last_error: Option<String>,
+}
+
+/// What is used of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BudgetStatus {
+    /// Firm and revocable leases of all runners of the host.
+    pub(crate) host: HostUsage,
+    /// What firm leases may take in all.
+    pub(crate) total: Resources,
+}
+
+/// An instant as ISO 8601 in UTC with milliseconds: `2026-11-23T22:24:28.123Z`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Time(Timestamp);
+
+impl Time {
+    /// The host's clock.
+    pub(crate) fn now() -> Self {
+        Self(Timestamp::now())
+    }
+}
+
+impl std::fmt::Display for Time {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.3}", self.0)
+    }
+}
+
+impl Serialize for Time {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+/// The whole file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// The runner.
+    pub(crate) name: RunnerName,
+    /// This process of it.
+    pub(crate) instance: String,
+    /// Its process id.
+    pub(crate) pid: u32,
+    /// `runner --version` of it.
+    pub(crate) version: String,
+    /// The engine its VMs run on.
+    pub(crate) engine: sandbox::EngineKind,
+    /// What it is up to.
+    pub(crate) mode: Mode,
+    /// About how many jobs it can run at once.
+    pub(crate) max_concurrent: u32,
+    /// Its runs, oldest first.
+    pub(crate) active_runs: Vec<ActiveRun>,
+    /// Jobs it has seen and has no room for yet.
+    pub(crate) waiting: u32,
+    /// VMs kept for their session, least recently used first.
+    pub(crate) idle_vms: Vec<IdleVm>,
+    /// Warm pools by profile.
+    pub(crate) warm: Vec<WarmPool>,
+    /// The host's budget.
+    pub(crate) budget: BudgetStatus,
+    /// When this process started.
+    pub(crate) started_at: Time,
+    /// When this was true.
+    pub(crate) updated_at: Time,
+}
+
+/// Hands snapshots to the task that writes them.
+#[derive(Debug)]
+pub(crate) struct StatusWriter {
+    newest: watch::Sender<Status>,
+    written: oneshot::Receiver<()>,
+}
+
+impl StatusWriter {
+    /// Starts the task on the current runtime; `instance` is the directory of this instance. `first` is written
+    /// at once.
+    pub(crate) fn start(instance: Dir, first: Status) -> Self {
+        let (newest, receiver) = watch::channel(first);
+        let (done, written) = oneshot::channel();
+        tokio::spawn(async move {
+            write_all(instance, receiver).await;
+            let _ = done.send(());
+        });
+        Self { newest, written }
+    }
+
+    /// Publishes a snapshot; returns at once.
+    pub(crate) fn publish(&self, status: Status) {
+        self.newest.send_replace(status);
+    }
+
+    /// Waits until the newest snapshot is on disk, and ends the task.
+    pub(crate) async fn finish(self) {
+        drop(self.newest);
+        let _ = self.written.await;
+    }
+}
+
+/// Writes until the sender is gone and its last snapshot is written.
+async fn write_all(mut instance: Dir, mut newest: watch::Receiver<Status>) {
+    let mut failed = false;
+    loop {
+        let status = newest.borrow_and_update().clone();
+        let write = tokio::task::spawn_blocking(move || {
+            let result = serde_json::to_vec_pretty(&status)
+                .map_err(std::io::Error::other)
+                .and_then(|mut json| {
+                    json.push(b'\n');
+                    Ok(instance.write_atomic(STATUS_FILE, 0o600, &json)?)
+                });
+            (instance, result)
+        });
+        let result;
+        (instance, result) = match write.await {
+            Ok(outcome) => outcome,
+            // The runtime is shutting down.
+            Err(_) => return,
+        };
+        // Said once, not twenty times a second while the disk is full.
+        match result {
+            Err(error) if !failed => {
+                failed = true;
+                tracing::error!(%error, "status.json cannot be written");
+            }
+            Err(_) => {}
+            Ok(()) => failed = false,
+        }
+        if newest.has_changed().is_ok() {
+            tokio::time::sleep(INTERVAL).await;
+        }
+        // What was sent last is still seen after the sender is gone; only then this is an error.
+        if newest.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(waiting: u32) -> Status {
+        Status {
+            name: "alice".parse().unwrap(),
+            instance: "i".to_owned(),
+            pid: 1,
+            version: "0".to_owned(),
+            engine: sandbox::EngineKind::QemuTcg,
+            mode: Mode::Running,
+            max_concurrent: 2,
+            active_runs: vec![ActiveRun {
+                run_id: RunId::random(),
+                slot: 3,
+                profile: "vm0/small".parse().unwrap(),
+                group: "vm0/demo".parse().unwrap(),
+                phase: Phase::Preparing,
+                phase_started_at: Time::now(),
+            }],
+            waiting,
+            idle_vms: Vec::new(),
+            warm: Vec::new(),
+            budget: BudgetStatus {
+                host: HostUsage::default(),
+                total: Resources::default(),
+            },
+            started_at: Time::now(),
+            updated_at: Time::now(),
+        }
+    }
+
+    #[test]
+    fn times_are_utc_with_milliseconds() {
+        let time: Time = serde_json::from_str("\"2026-11-23T22:24:28.1239Z\"").unwrap();
+        assert_eq!(time.to_string(), "2026-11-23T22:24:28.123Z");
+        let whole: Time = serde_json::from_str("\"2026-11-23T22:24:28Z\"").unwrap();
+        assert_eq!(whole.to_string(), "2026-11-23T22:24:28.000Z");
+    }
+
+    #[tokio::test]
+    async fn a_burst_ends_with_the_newest_snapshot_on_disk() {
+        let root = tempfile::tempdir().unwrap();
+        let writer = StatusWriter::start(Dir::open(root.path()).unwrap(), status(0));
+        for waiting in 1..=500 {
+            writer.publish(status(waiting));
+            tokio::task::yield_now().await;
+        }
+        writer.finish().await;
+        let text = std::fs::read(root.path().join(STATUS_FILE)).unwrap();
+        let read: Status = serde_json::from_slice(&text).unwrap();
+        assert_eq!(read.waiting, 500);
+        let names: Vec<_> = std::fs::read_dir(root.path()).unwrap().collect();
+        assert_eq!(names.len(), 1, "{names:?}");
+    }
+}
