@@ -1,5 +1,7 @@
 //! The built mock, started as the agent starts it.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
