@@ -97,7 +97,8 @@ fn start_and_capture(prompt: &[u8]) -> io::Result<Outcome> {
 fn command(prompt: &[u8]) -> io::Result<(Command, Option<OwnedFd>)> {
     let mut command = Command::new(BASH);
     if prompt.len() < MAX_ARGUMENT && !prompt.contains(&0) {
-        command.arg("-c").arg(OsStr::from_bytes(prompt));
+        // `--`, as a prompt that begins with a dash is no option of bash.
+        command.args(["-c", "--"]).arg(OsStr::from_bytes(prompt));
         return Ok((command, None));
     }
     // Without CLOEXEC: bash opens the script by this descriptor's path. Standard input stays the command's own.

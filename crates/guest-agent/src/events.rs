@@ -1,0 +1,190 @@
+//! What the agent needs to know of the CLI's `stream-json` lines.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, SeqAccess, Visitor};
+
+/// One line of the CLI, reduced to what supervision acts on.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Event<'a> {
+    /// Tools that the assistant has called (assistant line).
+    ToolCalls(Vec<ToolCall<'a>>),
+    /// Ids of calls that have returned (user line).
+    ToolResults(Vec<Cow<'a, str>>),
+    /// The run's result: what it says, and whether it is a failure.
+    Result { text: Cow<'a, str>, is_error: bool },
+    /// Some other event.
+    Other,
+}
+
+/// A tool the assistant has called.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct ToolCall<'a> {
+    pub(crate) id: Cow<'a, str>,
+    pub(crate) name: Cow<'a, str>,
+}
+
+/// Parses a line. `None` when it is no event at all but some other text.
+pub(crate) fn parse(line: &str) -> Option<Event<'_>> {
+    let raw: RawEvent<'_> = serde_json::from_str(line).ok()?;
+    let blocks = raw.message.map(|message| message.content.0);
+    let blocks = blocks.unwrap_or_default();
+    Some(match raw.kind.as_ref() {
+        "assistant" => Event::ToolCalls(blocks.into_iter().filter_map(RawBlock::call).collect()),
+        "user" => Event::ToolResults(
+            blocks
+                .into_iter()
+                .filter_map(|block| block.tool_use_id)
+                .collect(),
+        ),
+        "result" => Event::Result {
+            text: raw.result.unwrap_or_default(),
+            is_error: raw.is_error.unwrap_or(false),
+        },
+        _ => Event::Other,
+    })
+}
+
+#[derive(Deserialize)]
+struct RawEvent<'a> {
+    #[serde(rename = "type", borrow)]
+    kind: Cow<'a, str>,
+    #[serde(borrow)]
+    message: Option<RawMessage<'a>>,
+    #[serde(borrow)]
+    result: Option<Cow<'a, str>>,
+    is_error: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct RawMessage<'a> {
+    #[serde(borrow, default)]
+    content: Blocks<'a>,
+}
+
+#[derive(Deserialize)]
+struct RawBlock<'a> {
+    #[serde(borrow)]
+    id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    name: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    tool_use_id: Option<Cow<'a, str>>,
+}
+
+impl<'a> RawBlock<'a> {
+    fn call(self) -> Option<ToolCall<'a>> {
+        Some(ToolCall {
+            id: self.id?,
+            name: self.name?,
+        })
+    }
+}
+
+/// A message's content: blocks, or plain text, which has none.
+#[derive(Default)]
+struct Blocks<'a>(Vec<RawBlock<'a>>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Blocks<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct BlocksVisitor;
+
+        impl<'de> Visitor<'de> for BlocksVisitor {
+            type Value = Blocks<'de>;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a list of content blocks or a text")
+            }
+
+            fn visit_str<E>(self, _text: &str) -> Result<Self::Value, E> {
+                Ok(Blocks::default())
+            }
+
+            fn visit_unit<E>(self) -> Result<Self::Value, E> {
+                Ok(Blocks::default())
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let mut blocks = Vec::new();
+                while let Some(block) = list.next_element()? {
+                    blocks.push(block);
+                }
+                Ok(Blocks(blocks))
+            }
+        }
+
+        deserializer.deserialize_any(BlocksVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_lines_that_matter_are_understood() {
+        assert_eq!(
+            parse(r#"{"type":"system","subtype":"init","session_id":"s"}"#),
+            Some(Event::Other)
+        );
+        assert_eq!(
+            parse(
+                r#"{"message":{"content":[{"type":"text","text":"x"},{"type":"tool_use","id":"t1","name":"WebFetch","input":{"a":[1]}}]},"type":"assistant"}"#
+            ),
+            Some(Event::ToolCalls(vec![ToolCall {
+                id: "t1".into(),
+                name: "WebFetch".into()
+            }]))
+        );
+        assert_eq!(
+            parse(
+                r#"{"type":"user","message":{"content":[{"type":"tool_result","tool_use_id":"t1","content":[{"type":"text","text":"y"}]}]}}"#
+            ),
+            Some(Event::ToolResults(vec!["t1".into()]))
+        );
+        assert_eq!(
+            parse(r#"{"is_error":true,"result":"a\nb","type":"result"}"#),
+            Some(Event::Result {
+                text: "a\nb".into(),
+                is_error: true
+            })
+        );
+    }
+
+    #[test]
+    fn odd_shapes_are_still_events() {
+        assert_eq!(
+            parse(r#"{"type":"user","message":{"role":"user","content":"plain"}}"#),
+            Some(Event::ToolResults(vec![]))
+        );
+        assert_eq!(
+            parse(r#"{"type":"assistant","message":{"content":null}}"#),
+            Some(Event::ToolCalls(vec![]))
+        );
+        assert_eq!(
+            parse(r#"{"type":"result","subtype":"error_max_turns","is_error":true}"#),
+            Some(Event::Result {
+                text: "".into(),
+                is_error: true
+            })
+        );
+        assert_eq!(parse(r#"{"type":"later-invention"}"#), Some(Event::Other));
+    }
+
+    #[test]
+    fn other_text_is_no_event() {
+        for text in ["", "warning: x", "{", "[]", "{}", "12", r#"{"type":1}"#] {
+            assert_eq!(parse(text), None, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_survived(text in ".*") {
+            parse(&text);
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Starts the agent CLI.
+
+use std::env::set_current_dir;
+use std::fs::create_dir_all;
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::env::{AgentEnv, NOT_FOR_THE_CLI, Prompt};
+
+/// Switches off what the CLI would otherwise do over the network when it starts, about two seconds of it.
+const CLI_ENVIRONMENT: &[&str] = &[
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+    "CLAUDE_CODE_DISABLE_FEEDBACK_SURVEY",
+    "CLAUDE_CODE_DISABLE_TERMINAL_TITLE",
+    "DISABLE_AUTOUPDATER",
+    "DISABLE_ERROR_REPORTING",
+    "DISABLE_INSTALLATION_CHECKS",
+    "DISABLE_TELEMETRY",
+];
+
+/// Why the CLI could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LaunchError {
+    #[error("signals cannot be caught: {0}")]
+    Signals(io::Error),
+    #[error("the working directory {path:?} cannot be used: {source}")]
+    WorkingDir { path: PathBuf, source: io::Error },
+    #[error("the agent CLI {program:?} cannot be started: {source}")]
+    Start {
+        program: &'static str,
+        source: io::Error,
+    },
+}
+
+impl LaunchError {
+    /// As a shell would: 127 when the program is not there, 126 when it cannot be executed.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Start { source, .. } if source.kind() == io::ErrorKind::NotFound => 127,
+            Self::Start { .. } => 126,
+            Self::WorkingDir { .. } | Self::Signals(_) => 1,
+        }
+    }
+}
+
+/// Makes `path` the current directory, creating it when it is missing.
+pub(crate) fn enter_working_dir(path: &Path) -> Result<(), LaunchError> {
+    let entered = set_current_dir(path).or_else(|error| match error.kind() {
+        io::ErrorKind::NotFound => create_dir_all(path).and_then(|()| set_current_dir(path)),
+        _ => Err(error),
+    });
+    entered.map_err(|source| LaunchError::WorkingDir {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Starts the CLI as leader of its own process group, its standard output on a pipe. Standard error is the
+/// agent's own: it passes through untouched.
+pub(crate) fn start(env: &AgentEnv) -> Result<Child, LaunchError> {
+    let mut command = Command::new(env.cli);
+    command
+        .args(["--print", "--verbose", "--output-format", "stream-json"])
+        .arg("--dangerously-skip-permissions");
+    if let Some(session) = &env.resume_session {
+        command.arg("--resume").arg(session);
+    }
+    match &env.prompt {
+        // Nothing after `--` is a flag, whatever the prompt begins with.
+        Prompt::Argument(prompt) => command.arg("--").arg(prompt).stdin(Stdio::null()),
+        Prompt::Stdin => command.stdin(Stdio::inherit()),
+    };
+    for name in NOT_FOR_THE_CLI {
+        command.env_remove(name);
+    }
+    for name in CLI_ENVIRONMENT {
+        command.env(name, "1");
+    }
+    command
+        .stdout(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .map_err(|source| LaunchError::Start {
+            program: env.cli,
+            source,
+        })
+}

@@ -1,0 +1,344 @@
+//! Watches one CLI from its start to its end.
+//!
+//! ```text
+//!           exit                         end of file, or drain time over
+//! Running ─────────────────▶ Draining ─────────────────────────────────▶ done
+//!    │ signal · stuck tool ·    ▲
+//!    │ still here after result  │ exit
+//!    ▼ SIGTERM to the group     │
+//! Terminating ── grace over ──▶ SIGKILL to the group
+//! ```
+//!
+//! Whatever way it ends, the whole process group is killed before the CLI is reaped, so that its number cannot
+//! yet belong to somebody else. What has left the group is guest-init's to kill, with the cgroup.
+
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, ChildStdout};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use crate::env::Limits;
+use crate::events::{self, Event};
+use crate::lines::{Line, Lines, MAX_LINE};
+use crate::log::Log;
+use crate::signals;
+use crate::tools::PendingTools;
+
+/// Bytes read from the CLI at once: what a pipe holds.
+const READ_SIZE: usize = 64 * 1024;
+
+/// A CLI that keeps printing events after its result gets its grace anew with each, up to this many graces.
+const MAX_GRACES: u32 = 10;
+
+/// One running CLI and all that decides when it is over.
+pub(crate) struct Supervisor<'a> {
+    child: Child,
+    group: Option<Pid>,
+    stdout: Option<ChildStdout>,
+    limits: Limits,
+    phase: Phase,
+    /// Why we ended it, when we did.
+    reason: Option<Reason>,
+    signalled: &'a OwnedFd,
+    watch: Watch<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Phase {
+    Running,
+    Terminating { kill_at: Instant },
+    Killed,
+    Draining { until: Instant },
+}
+
+/// Why the agent ended the CLI.
+#[derive(Clone, Copy)]
+enum Reason {
+    Signal(i32),
+    StuckTool,
+    LeftAfterResult { is_error: bool },
+}
+
+impl<'a> Supervisor<'a> {
+    /// `signalled` is what [`signals::catch`] returned before the CLI was started.
+    pub(crate) fn new(
+        mut child: Child,
+        limits: Limits,
+        signalled: &'a OwnedFd,
+        log: &'a mut Log,
+    ) -> Self {
+        Self {
+            group: i32::try_from(child.id()).ok().and_then(Pid::from_raw),
+            stdout: child.stdout.take(),
+            child,
+            limits,
+            phase: Phase::Running,
+            reason: None,
+            signalled,
+            watch: Watch {
+                log,
+                tools: PendingTools::default(),
+                result: None,
+            },
+        }
+    }
+
+    /// Runs to the end and says the exit code: the CLI's, 128 + n when signal n ended it or us.
+    pub(crate) fn run(mut self) -> io::Result<u8> {
+        let watched = self.watch_to_the_end();
+        // Also when watching failed: nothing the CLI started may stay.
+        self.signal_group(Signal::KILL);
+        let status = self.child.wait()?;
+        watched?;
+        Ok(match self.reason {
+            Some(Reason::Signal(signal)) => signal_code(signal),
+            Some(Reason::StuckTool) => 1,
+            Some(Reason::LeftAfterResult { is_error }) => u8::from(is_error),
+            None => match (status.code(), status.signal()) {
+                (Some(code), _) => u8::try_from(code).unwrap_or(1),
+                (None, Some(signal)) => signal_code(signal),
+                (None, None) => 1,
+            },
+        })
+    }
+
+    fn watch_to_the_end(&mut self) -> io::Result<()> {
+        let group = self.group.ok_or(io::ErrorKind::InvalidInput)?;
+        let exited = pidfd_open(group, PidfdFlags::empty())?;
+        let mut lines = Lines::new(MAX_LINE);
+        let mut buffer = vec![0; READ_SIZE];
+        loop {
+            let now = Instant::now();
+            self.act_on_time(now);
+            match self.phase {
+                Phase::Draining { until } if self.stdout.is_none() || until <= now => break,
+                _ => {}
+            }
+            let ready = self.wait(&exited, now)?;
+            if ready.log {
+                self.watch.log.write_some();
+            }
+            if ready.output && !self.read(&mut lines, &mut buffer)? {
+                self.stdout = None;
+                lines.finish(|line| self.watch.line(line));
+            }
+            if ready.exit {
+                let until = later(Instant::now(), self.limits.drain);
+                self.phase = Phase::Draining { until };
+            }
+            if let (Phase::Running, Some(signal)) = (self.phase, signals::received()) {
+                self.watch
+                    .log
+                    .line(format_args!("✗ Ended by signal {signal}"));
+                self.terminate(Reason::Signal(signal));
+            }
+        }
+        lines.finish(|line| self.watch.line(line));
+        Ok(())
+    }
+
+    /// Reads once. `false` at end of file.
+    fn read(&mut self, lines: &mut Lines, buffer: &mut [u8]) -> io::Result<bool> {
+        let Some(stdout) = &mut self.stdout else {
+            return Ok(false);
+        };
+        let count = match stdout.read(buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
+            Err(error) => return Err(error),
+        };
+        lines.push(buffer.get(..count).unwrap_or_default(), |line| {
+            self.watch.line(line);
+        });
+        Ok(count > 0)
+    }
+
+    /// Does what is due at `now`.
+    fn act_on_time(&mut self, now: Instant) {
+        match self.phase {
+            Phase::Running => {
+                if let Some((at, tool)) = self.watch.tools.deadline(self.limits.stuck_tool)
+                    && at <= now
+                {
+                    self.watch.log.line(format_args!(
+                        "✗ Tool timeout: {tool} exceeded {}s without returning a result",
+                        self.limits.stuck_tool.as_secs_f64()
+                    ));
+                    self.terminate(Reason::StuckTool);
+                } else if let Some(result) = self.watch.result
+                    && result.deadline(self.limits.post_result) <= now
+                {
+                    self.watch.log.line(format_args!(
+                        "The agent CLI is still there {}s after its result and is ended",
+                        now.duration_since(result.first).as_secs()
+                    ));
+                    let is_error = result.is_error;
+                    self.terminate(Reason::LeftAfterResult { is_error });
+                }
+            }
+            Phase::Terminating { kill_at } if kill_at <= now => {
+                self.signal_group(Signal::KILL);
+                self.phase = Phase::Killed;
+            }
+            Phase::Terminating { .. } | Phase::Killed | Phase::Draining { .. } => {}
+        }
+    }
+
+    /// When [`Self::act_on_time`] or the end of draining is due next.
+    fn next_deadline(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Running => {
+                let tool = self.watch.tools.deadline(self.limits.stuck_tool);
+                let result = self.watch.result;
+                let result = result.map(|result| result.deadline(self.limits.post_result));
+                tool.map(|(at, _)| at).into_iter().chain(result).min()
+            }
+            Phase::Terminating { kill_at } => Some(kill_at),
+            Phase::Killed => None,
+            Phase::Draining { until } => Some(until),
+        }
+    }
+
+    fn terminate(&mut self, reason: Reason) {
+        self.reason = Some(reason);
+        let signal = match reason {
+            Reason::Signal(signal) => Signal::from_named_raw(signal).unwrap_or(Signal::TERM),
+            Reason::StuckTool | Reason::LeftAfterResult { .. } => Signal::TERM,
+        };
+        self.signal_group(signal);
+        let kill_at = later(Instant::now(), self.limits.term);
+        self.phase = Phase::Terminating { kill_at };
+    }
+
+    fn signal_group(&self, signal: Signal) {
+        if let Some(group) = self.group {
+            // It fails only when no process of the group is left, which is as good.
+            let _gone = kill_process_group(group, signal);
+        }
+    }
+
+    /// Waits for the next thing to happen, or to become due.
+    fn wait(&self, exited: &OwnedFd, now: Instant) -> io::Result<Ready> {
+        let running = !matches!(self.phase, Phase::Draining { .. });
+        let sources = [
+            // Each is polled only while its answer would be used, or it would be ready for ever.
+            (running.then(|| exited.as_fd()), PollFlags::IN),
+            (
+                matches!(self.phase, Phase::Running).then(|| self.signalled.as_fd()),
+                PollFlags::IN,
+            ),
+            (
+                self.stdout.as_ref().map(|stdout| stdout.as_fd()),
+                PollFlags::IN,
+            ),
+            (self.watch.log.wants_to_write(), PollFlags::OUT),
+        ];
+        let mut polled: Vec<PollFd<'_>> = sources
+            .iter()
+            .filter_map(|(fd, flags)| Some(PollFd::from_borrowed_fd((*fd)?, *flags)))
+            .collect();
+        let timeout = self
+            .next_deadline()
+            .map(|at| at.saturating_duration_since(now))
+            .and_then(|timeout| Timespec::try_from(timeout).ok());
+        match poll(&mut polled, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut answers = polled.iter().map(|fd| !fd.revents().is_empty());
+        let [exit, _signal, output, log] =
+            sources.map(|(fd, _)| fd.is_some() && answers.next().unwrap_or(false));
+        Ok(Ready { exit, output, log })
+    }
+}
+
+/// What `poll` found.
+struct Ready {
+    exit: bool,
+    output: bool,
+    log: bool,
+}
+
+/// What the CLI's lines have told so far.
+struct Watch<'a> {
+    log: &'a mut Log,
+    tools: PendingTools,
+    result: Option<Finished>,
+}
+
+/// A result has been printed.
+#[derive(Clone, Copy)]
+struct Finished {
+    first: Instant,
+    last_event: Instant,
+    is_error: bool,
+}
+
+impl Finished {
+    fn deadline(&self, grace: Duration) -> Instant {
+        let last = later(self.first, grace.saturating_mul(MAX_GRACES));
+        later(self.last_event, grace).min(last)
+    }
+}
+
+impl Watch<'_> {
+    fn line(&mut self, line: Line<'_>) {
+        let bytes = match line {
+            Line::Whole([]) => return,
+            Line::Whole(bytes) => bytes,
+            Line::TooLong { bytes } => {
+                self.log.line(format_args!(
+                    "[a line of {bytes} bytes from the agent CLI was too long and is left out]"
+                ));
+                return;
+            }
+        };
+        let text = String::from_utf8_lossy(bytes);
+        let Some(event) = events::parse(&text) else {
+            // Not an event: whatever the CLI wants to say, somebody may need it.
+            self.log.text(&text);
+            return;
+        };
+        let now = Instant::now();
+        if let Some(finished) = &mut self.result {
+            finished.last_event = now;
+        }
+        match event {
+            Event::ToolCalls(calls) => {
+                for call in &calls {
+                    self.tools.called(call, now);
+                }
+            }
+            Event::ToolResults(ids) => {
+                for id in &ids {
+                    self.tools.returned(id);
+                }
+            }
+            Event::Result { text, is_error } => {
+                self.log.text(&text);
+                let first = self.result.map_or(now, |finished| finished.first);
+                self.result = Some(Finished {
+                    first,
+                    last_event: now,
+                    is_error,
+                });
+            }
+            Event::Other => {}
+        }
+    }
+}
+
+/// `at` plus `time`; a time beyond what the clock can hold is a day, far beyond any job's.
+fn later(at: Instant, time: Duration) -> Instant {
+    at.checked_add(time)
+        .unwrap_or(at + Duration::from_secs(86_400))
+}
+
+fn signal_code(signal: i32) -> u8 {
+    u8::try_from(signal.saturating_add(128)).unwrap_or(u8::MAX)
+}

@@ -1,0 +1,479 @@
+//! The built agent supervising the built mock CLI, through every way in which one can go wrong.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::symlink;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+
+/// Long enough never to matter in a test that does not wait for it, far below the test runner's patience.
+const LONG: &str = "60";
+
+/// The mock, built from the same tree into the same target directory as the agent under test.
+fn mock() -> &'static Path {
+    static MOCK: OnceLock<PathBuf> = OnceLock::new();
+    MOCK.get_or_init(|| {
+        let agent = Path::new(env!("CARGO_BIN_EXE_guest-agent"));
+        let profile_dir = agent.parent().unwrap();
+        let mut build = Command::new(env!("CARGO"));
+        build
+            .args(["build", "--quiet", "--package", "guest-mock-claude"])
+            .arg("--target-dir")
+            .arg(profile_dir.parent().unwrap());
+        if profile_dir.ends_with("release") {
+            build.arg("--release");
+        }
+        assert!(build.status().unwrap().success(), "the mock does not build");
+        profile_dir.join("guest-mock-claude")
+    })
+}
+
+/// A home with the mock as `claude`, and an agent about to be started in it.
+struct Run {
+    home: tempfile::TempDir,
+    command: Command,
+}
+
+struct Ended {
+    status: ExitStatus,
+    stdout: String,
+    stderr: Vec<u8>,
+    took: Duration,
+}
+
+impl Run {
+    fn of(prompt: &str) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let bin = home.path().join("bin");
+        fs::create_dir(&bin).unwrap();
+        symlink(mock(), bin.join("claude")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_guest-agent"));
+        command
+            .env_clear()
+            .env("PATH", format!("{}:/usr/bin:/bin", bin.display()))
+            .env("HOME", home.path())
+            .env("VM0_RUN_ID", "11111111-2222-4333-8444-555555555555")
+            .env("VM0_API_TOKEN", "")
+            .env("VM0_WORKING_DIR", home.path().join("made/workspace"))
+            .env("VM0_PROMPT", prompt)
+            .env("VM0_STUCK_TOOL_TIMEOUT_SECS", LONG)
+            .env("VM0_POST_RESULT_GRACE_SECS", LONG)
+            .env("VM0_TERM_GRACE_SECS", LONG)
+            .env("VM0_DRAIN_SECS", LONG)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Self { home, command }
+    }
+
+    fn with(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    fn spawn(mut self) -> (Child, tempfile::TempDir) {
+        (self.command.spawn().unwrap(), self.home)
+    }
+
+    fn end(self) -> Ended {
+        let started = Instant::now();
+        let (child, _home) = self.spawn();
+        let output = child.wait_with_output().unwrap();
+        Ended {
+            status: output.status,
+            stdout: String::from_utf8(output.stdout).expect("the agent's log is UTF-8"),
+            stderr: output.stderr,
+            took: started.elapsed(),
+        }
+    }
+}
+
+impl Ended {
+    #[track_caller]
+    fn assert(self, code: i32, contains: &[&str]) -> Self {
+        assert_eq!(self.status.code(), Some(code), "{}", self.stdout);
+        for text in contains {
+            assert!(
+                self.stdout.contains(text),
+                "no {text:?} in:\n{}",
+                self.stdout
+            );
+        }
+        // Every deadline that is not the one under test is LONG.
+        assert!(self.took < Duration::from_secs(30), "took {:?}", self.took);
+        self
+    }
+}
+
+#[test]
+fn the_log_of_a_good_run_reads_like_this() {
+    let ended = Run::of("pwd; echo two").end();
+    let log: Vec<&str> = ended.stdout.lines().collect();
+    assert_eq!(
+        log,
+        [
+            "▶ VM0 Sandbox 11111111-2222-4333-8444-555555555555",
+            "▷ Initialization",
+            "✓ Initialization complete (0s)",
+            "▷ Execution",
+            log[4],
+            "two",
+            "✓ Execution complete",
+            "▷ Cleanup",
+            "✓ Sandbox finished successfully",
+        ]
+    );
+    assert!(log[4].ends_with("/made/workspace"));
+    assert_eq!(ended.status.code(), Some(0));
+    assert!(ended.stderr.is_empty());
+}
+
+#[test]
+fn the_exit_code_is_the_prompts() {
+    Run::of("echo no >&2; exit 9").end().assert(
+        9,
+        &[
+            "no\n",
+            "✗ Execution failed (exit code 9)",
+            "✗ Sandbox failed (exit code 9)",
+        ],
+    );
+}
+
+#[test]
+fn a_prompt_that_looks_like_a_flag_is_still_a_prompt() {
+    Run::of("--resume; echo reached")
+        .end()
+        .assert(0, &["reached"]);
+}
+
+#[test]
+fn a_long_prompt_passes_through_standard_input() {
+    let mut run = Run::of("").with("VM0_PROMPT_STDIN", "1");
+    run.command.stdin(Stdio::piped());
+    let (mut child, _home) = run.spawn();
+    let mut prompt = "echo from stdin; : ".to_owned();
+    prompt.push_str(&"x".repeat(1024 * 1024));
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(prompt.as_bytes()).unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    assert!(
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .contains("\nfrom stdin\n")
+    );
+    assert_eq!(output.status.code(), Some(0));
+}
+
+#[test]
+fn a_megabyte_of_result_is_all_there() {
+    let ended = Run::of("head -c 5000000 /dev/zero | tr '\\0' a").end();
+    let longest = ended.stdout.lines().map(str::len).max();
+    assert_eq!(longest, Some(5_000_000));
+    ended.assert(0, &[]);
+}
+
+#[test]
+fn no_cli_is_127_and_says_which() {
+    Run::of("x").with("PATH", "/nowhere").end().assert(
+        127,
+        &[
+            "\"claude\" cannot be started",
+            "✗ Sandbox failed (exit code 127)",
+        ],
+    );
+}
+
+#[test]
+fn a_working_directory_that_cannot_be_is_named() {
+    Run::of("x")
+        .with("VM0_WORKING_DIR", "/dev/null/x")
+        .end()
+        .assert(1, &["\"/dev/null/x\" cannot be used"]);
+}
+
+#[test]
+fn an_incomplete_environment_is_refused() {
+    Run::of("").end().assert(1, &["VM0_PROMPT is missing"]);
+    Run::of("x")
+        .with("VM0_API_TOKEN", "secret-token")
+        .end()
+        .assert(1, &["no webhook client"]);
+}
+
+#[test]
+fn fail_passes_standard_error_through_byte_for_byte() {
+    let run = |prompt| {
+        Run::of(prompt)
+            .end()
+            .assert(1, &["✗ Sandbox failed (exit code 1)"])
+    };
+    assert_eq!(run("@fail:no luck").stderr, b"no luck\n");
+    assert_eq!(run("@fail-no-newline:no luck").stderr, b"no luck");
+    assert_eq!(run("@fail-invalid-utf8").stderr, b"broken \xff\xfe bytes\n");
+    let long = run("@fail-invalid-utf8-long").stderr;
+    assert_eq!(long, b"\xf0\x9f\x98\x80\xff\xe2\x82".repeat(64 * 1024 / 7));
+}
+
+#[test]
+fn a_line_beyond_the_limit_costs_only_itself() {
+    Run::of("@stdout-over-limit-newline").end().assert(
+        0,
+        &[
+            "[a line of 34603008 bytes from the agent CLI was too long",
+            "\nafter the long line\n",
+        ],
+    );
+    Run::of("@stdout-over-limit-no-newline")
+        .end()
+        .assert(0, &["[a line of 34603008 bytes"]);
+}
+
+#[test]
+fn bytes_that_are_no_utf8_cost_only_themselves() {
+    Run::of("@stdout-invalid-utf8")
+        .end()
+        .assert(0, &["\nbad: \u{fffd} end\n"]);
+}
+
+#[test]
+fn records_need_not_arrive_in_one_piece() {
+    Run::of("@stdout-record-boundaries")
+        .end()
+        .assert(0, &["\nboundaries \u{1f600} kept\n"]);
+}
+
+#[test]
+fn a_stuck_tool_ends_the_run() {
+    Run::of("@stuck-tool")
+        .with("VM0_STUCK_TOOL_TIMEOUT_SECS", "0.1")
+        .end()
+        .assert(
+            1,
+            &["✗ Tool timeout: WebFetch exceeded 0.1s without returning a result"],
+        );
+}
+
+#[test]
+fn a_stuck_tool_that_ignores_sigterm_is_killed() {
+    for prompt in ["@stuck-tool-deaf", "@stuck-tool-closed-stdout-deaf"] {
+        Run::of(prompt)
+            .with("VM0_STUCK_TOOL_TIMEOUT_SECS", "0.1")
+            .with("VM0_TERM_GRACE_SECS", "0.1")
+            .end()
+            .assert(1, &["✗ Tool timeout: WebFetch"]);
+    }
+}
+
+#[test]
+fn an_orphan_that_holds_the_pipe_delays_the_end_no_longer_than_the_drain() {
+    Run::of("@orphan-pipe")
+        .with("VM0_DRAIN_SECS", "0.2")
+        .end()
+        .assert(0, &["\nan orphan holds the pipe\n", "✓ Execution complete"]);
+}
+
+#[test]
+fn a_cli_that_stays_after_its_result_is_ended_and_the_result_counts() {
+    for prompt in ["@hang-after-result", "@hang-after-result-then-event"] {
+        Run::of(prompt)
+            .with("VM0_POST_RESULT_GRACE_SECS", "0.1")
+            .end()
+            .assert(
+                0,
+                &[
+                    "\ndone, but still here\n",
+                    "is ended",
+                    "✓ Execution complete",
+                ],
+            );
+    }
+    Run::of("@hang-after-error-result")
+        .with("VM0_POST_RESULT_GRACE_SECS", "0.1")
+        .end()
+        .assert(1, &["\ndone, but still here\n"]);
+}
+
+#[test]
+fn staying_after_the_result_is_not_helped_by_being_deaf() {
+    Run::of("@hang-after-result-deaf")
+        .with("VM0_POST_RESULT_GRACE_SECS", "0.1")
+        .with("VM0_TERM_GRACE_SECS", "0.1")
+        .end()
+        .assert(0, &["✓ Execution complete"]);
+}
+
+#[test]
+fn events_after_the_result_do_not_prolong_it_for_ever() {
+    // An event every 50 ms renews the grace each time; ten graces are the end all the same.
+    Run::of("@hang-after-result-periodic-events")
+        .with("VM0_POST_RESULT_GRACE_SECS", "0.2")
+        .end()
+        .assert(0, &["is ended", "✓ Execution complete"]);
+}
+
+#[test]
+fn a_cli_that_exits_after_its_result_is_left_to_do_so() {
+    let ended = Run::of("@exit-after-result")
+        .end()
+        .assert(0, &["\nexits soon\n"]);
+    assert!(!ended.stdout.contains("is ended"), "{}", ended.stdout);
+}
+
+#[test]
+fn the_cli_gets_its_environment_and_not_the_agents_secrets() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    Run::of(&format!("@write-env-json:{}", file.path().display()))
+        .with("JOB_VARIABLE", "kept")
+        .end()
+        .assert(0, &[]);
+    let environment: serde_json::Value =
+        serde_json::from_slice(&fs::read(file.path()).unwrap()).unwrap();
+    assert_eq!(environment["JOB_VARIABLE"], "kept");
+    assert_eq!(environment["DISABLE_TELEMETRY"], "1");
+    assert_eq!(environment["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"], "1");
+    assert_eq!(
+        environment["VM0_RUN_ID"],
+        "11111111-2222-4333-8444-555555555555"
+    );
+    for hidden in ["VM0_API_TOKEN", "VM0_PROMPT", "VM0_DRAIN_SECS"] {
+        assert_eq!(environment.get(hidden), None, "{hidden}");
+    }
+}
+
+#[test]
+fn lines_that_are_no_events_are_passed_on() {
+    let result = r#"{"type":"result","is_error":false,"result":"said"}"#;
+    Run::of(&format!(
+        "@ECHO@plain words\n{{\"type\":\"new\"}}\n{result}"
+    ))
+    .end()
+    .assert(0, &["\nplain words\nsaid\n✓"]);
+}
+
+#[test]
+fn a_result_ends_an_echo_that_hangs() {
+    let result = r#"{"type":"result","is_error":true,"result":"said"}"#;
+    Run::of(&format!("@ECHO-HANG@{result}"))
+        .with("VM0_POST_RESULT_GRACE_SECS", "0.1")
+        .end()
+        .assert(1, &["\nsaid\n"]);
+}
+
+#[test]
+fn a_job_has_no_input_while_it_runs() {
+    Run::of("@active-input-smoke:2")
+        .end()
+        .assert(1, &["input ended before line 1 of 2"]);
+    Run::of("@active-input-smoke:0")
+        .end()
+        .assert(0, &["0 inputs taken"]);
+}
+
+#[test]
+fn a_cli_ended_by_a_signal_is_128_and_its_number() {
+    Run::of("kill -9 $PPID")
+        .end()
+        .assert(137, &["exit code 137"]);
+}
+
+/// The pid that the prompt's bash wrote into `file`, once it is there.
+fn pid_in(file: &Path) -> Pid {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        if let Some(pid) = text.strip_suffix('\n') {
+            return Pid::from_raw(pid.parse().unwrap()).unwrap();
+        }
+        assert!(Instant::now() < deadline, "the prompt did not start");
+        std::thread::yield_now();
+    }
+}
+
+/// Waits until nothing but a zombie is left of a process that is not ours to wait for.
+fn assert_ends(pid: Pid) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+        if test_kill_process(pid).is_err() || stat.is_ok_and(|stat| stat.contains(") Z ")) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "process {pid:?} is still there");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn whatever_the_cli_left_behind_is_killed() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    Run::of(&format!("sleep 600 & echo $! > {}", file.path().display()))
+        .end()
+        .assert(0, &[]);
+    assert_ends(pid_in(file.path()));
+}
+
+#[test]
+fn a_signal_is_forwarded_and_is_the_exit_code() {
+    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130)] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (child, _home) = Run::of(&format!(
+            "echo $$ > {}; exec sleep 600",
+            file.path().display()
+        ))
+        .spawn();
+        let prompt = pid_in(file.path());
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(code));
+        assert_eq!(output.status.signal(), None);
+        assert_ends(prompt);
+    }
+}
+
+#[test]
+fn a_reader_that_stalls_stops_nothing() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let line = r#"{"type":"result","is_error":false,"result":"RESULT"}"#;
+    let many = format!("{}\n", line.replace("RESULT", &"r".repeat(20_000))).repeat(100);
+    let prompt = format!("@ECHO@{many}");
+    // Two megabytes of results, far more than a pipe holds, and nobody reads until the CLI has exited.
+    let mut run = Run::of("")
+        .with("VM0_PROMPT_STDIN", "1")
+        .with("VM0_POST_RESULT_GRACE_SECS", LONG);
+    let wrapper = run.home.path().join("bin/claude");
+    fs::remove_file(&wrapper).unwrap();
+    fs::write(
+        &wrapper,
+        format!(
+            "#!/bin/sh\n{} \"$@\"\necho $$ > {}\n",
+            mock().display(),
+            file.path().display()
+        ),
+    )
+    .unwrap();
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(&wrapper, executable).unwrap();
+    run.command.stdin(Stdio::piped());
+    let (mut child, _home) = run.spawn();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(prompt.as_bytes())
+        .unwrap();
+    pid_in(file.path());
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let results = stdout
+        .lines()
+        .filter(|line| line.as_ref().unwrap().starts_with("rrr"));
+    assert_eq!(results.count(), 100);
+    assert!(child.wait().unwrap().success());
+}
