@@ -1,5 +1,9 @@
 //! Linux plumbing behind small traits: launcher, slots, cgroups, pidfd, locks, confined paths.
 
+pub mod cgroup;
 pub mod fs;
 pub mod launcher;
+pub mod process;
 pub mod slot;
+#[cfg(feature = "test-support")]
+pub mod test_support;

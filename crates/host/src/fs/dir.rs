@@ -301,35 +301,58 @@ impl Dir {
     }
 
     /// Replaces a file as a whole: written to a temporary in the same directory, fsynced, renamed over `rel`,
-    /// directory fsynced. Whoever reads sees the old contents or the new, never less.
+    /// directory fsynced. Whoever reads sees the old contents or the new, never less, even after a power cut.
     pub fn write_atomic(
         &self,
         rel: impl AsRef<Path>,
         mode: u32,
         contents: &[u8],
     ) -> Result<(), FsError> {
-        let rel = rel.as_ref();
-        let (parent, name) = self.parent(rel)?;
+        let (parent, name) = self.parent(rel.as_ref())?;
         let temporary = parent.write_temporary(mode, contents)?;
-        let result = parent
-            .rename(&temporary, &parent, &name)
-            .and_then(|()| parent.sync());
+        parent.take_place(&temporary, &name)?;
+        parent.sync()
+    }
+
+    /// Replaces a file as a whole like [`Dir::write_atomic`], but without fsync: for state of running processes,
+    /// which a power cut ends anyway.
+    pub fn replace(
+        &self,
+        rel: impl AsRef<Path>,
+        mode: u32,
+        contents: &[u8],
+    ) -> Result<(), FsError> {
+        let (parent, name) = self.parent(rel.as_ref())?;
+        let (temporary, _) = parent.new_temporary(mode, contents)?;
+        parent.take_place(&temporary, &name)
+    }
+
+    fn take_place(&self, temporary: &OsStr, name: &OsStr) -> Result<(), FsError> {
+        let result = self.rename(temporary, self, name);
         if result.is_err() {
-            let _ = parent.remove_file(&temporary);
+            let _ = self.remove_file(temporary);
         }
         result
     }
 
     /// Writes and fsyncs a file under a fresh name that begins with `.tmp-`; the caller links or renames it.
     pub fn write_temporary(&self, mode: u32, contents: &[u8]) -> Result<OsString, FsError> {
-        let name = temporary_name().map_err(|e| FsError::io(&self.path, "given a file", e))?;
-        let mut file = self.open_file(&name, Access::CreateNew { mode })?;
-        let result = file.write_all(contents).and_then(|()| file.sync_all());
-        if let Err(e) = result {
+        let (name, file) = self.new_temporary(mode, contents)?;
+        if let Err(e) = file.sync_all() {
             let _ = self.remove_file(&name);
             return Err(FsError::io(&self.display_path(&name), "written", e));
         }
         Ok(name)
+    }
+
+    fn new_temporary(&self, mode: u32, contents: &[u8]) -> Result<(OsString, File), FsError> {
+        let name = temporary_name().map_err(|e| FsError::io(&self.path, "given a file", e))?;
+        let mut file = self.open_file(&name, Access::CreateNew { mode })?;
+        if let Err(e) = file.write_all(contents) {
+            let _ = self.remove_file(&name);
+            return Err(FsError::io(&self.display_path(&name), "written", e));
+        }
+        Ok((name, file))
     }
 
     /// Makes what happened to names in this directory durable.

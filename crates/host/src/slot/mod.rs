@@ -1,9 +1,29 @@
 //! Slots: one number from which a VM's uid, cgroup and runtime directory follow.
 //!
 //! Slot *n* is a flock on `<run-dir>/slots/<n>`; the locked file's JSON is its [`SlotRecord`]. The host's budget is
-//! the sum over held locks, so several runners share one host honestly and dead owners vanish.
+//! the sum over held locks, so several runners share one host honestly and dead owners vanish. The locks are closed
+//! to everybody but root (whoever can open a file can lock it); what they say is published for all in
+//! `<run-dir>/slots.json`, replaced on every change: see [`held_slots`].
+
+mod admission;
+mod store;
+
+pub use admission::admit;
+pub use store::{CHANGES_FILE, HeldSlot, held_slots};
+pub(crate) use store::{Holding, SlotStore, StoreError};
 
 use serde::{Deserialize, Serialize};
+
+/// Number of slots of a host.
+pub const SLOTS: u16 = 4096;
+
+/// Slot *n* runs as uid and gid `DEFAULT_UID_BASE + n`.
+///
+/// 2147000000 to 2147004095 lie in a span that systemd's UIDS-GIDS documents as unused (1879048192 to 2147352575):
+/// above Debian's accounts and `subuid` ranges, systemd's dynamic users (61184 to 65519) and container ranges (524288
+/// to 1879048191), SSSD's default mapping of domain accounts (up to 2000200000), and below systemd's foreign range
+/// (from 2147352576) and 2^31, where signed tools break.
+pub const DEFAULT_UID_BASE: u32 = 2_147_000_000;
 
 /// A slot's number, 0 to 4095.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -1,0 +1,233 @@
+//! The private mount namespace of VM processes: a root on tmpfs that shows the system's programs and libraries
+//! read-only, an empty-handed /proc and a handful of devices. Nothing of /home, /run, /tmp, /etc or /sys.
+//!
+//! It is made once for each set of devices, by a forked helper, and joined by every process of that set.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::net::RecvFlags;
+use rustix::process::WaitOptions;
+
+use super::wire;
+
+/// Devices every process sees.
+const COMMON_DEVICES: [&str; 5] = [
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/random",
+    "/dev/urandom",
+];
+
+/// Devices a launch may ask for. Anything else of /dev would be a way around the walls: the daemon that asks is not root.
+const ALLOWED_DEVICES: [&str; 3] = ["/dev/kvm", "/dev/vhost-vsock", "/dev/net/tun"];
+
+/// Top-level directories that hold programs and libraries where /usr is not merged, and links into /usr where it is.
+const SYSTEM_DIRS: [&str; 6] = ["/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"];
+
+/// Files of /etc without which dynamically linked programs do not find their libraries.
+const ETC: [&str; 2] = ["/etc/ld.so.cache", "/etc/alternatives"];
+
+/// The namespaces made so far.
+#[derive(Debug)]
+pub(super) struct Jails {
+    /// An empty directory on which the helper, in its own namespace, builds the new root.
+    site: PathBuf,
+    made: HashMap<Vec<PathBuf>, OwnedFd>,
+}
+
+impl Jails {
+    pub(super) fn new(site: PathBuf) -> Jails {
+        Jails {
+            site,
+            made: HashMap::new(),
+        }
+    }
+
+    /// The namespace that shows exactly these devices beside the common ones.
+    pub(super) fn for_devices(&mut self, mut devices: Vec<PathBuf>) -> Result<&OwnedFd, String> {
+        devices.sort();
+        devices.dedup();
+        if let Some(device) = devices.iter().find(|device| {
+            !ALLOWED_DEVICES
+                .iter()
+                .any(|allowed| Path::new(allowed) == *device)
+        }) {
+            return Err(format!("{} may not be given to a VM", device.display()));
+        }
+        let site = &self.site;
+        match self.made.entry(devices) {
+            std::collections::hash_map::Entry::Occupied(made) => Ok(made.into_mut()),
+            std::collections::hash_map::Entry::Vacant(vacant) => {
+                let namespace = make(site, vacant.key())?;
+                Ok(vacant.insert(namespace))
+            }
+        }
+    }
+}
+
+fn make(site: &Path, devices: &[PathBuf]) -> Result<OwnedFd, String> {
+    let (ours, theirs) = super::socket_pair().map_err(|e| e.to_string())?;
+    // SAFETY: the launcher is single-threaded, so the child may do what any process may; it ends in `_exit` below.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error().to_string()),
+        0 => {
+            let result = build(site, devices).map_err(|(step, e)| format!("{step}: {e}"));
+            let (answer, namespace) = match result {
+                Ok(namespace) => (Ok(()), Some(namespace)),
+                Err(message) => (Err(message), None),
+            };
+            let fds: Vec<_> = namespace.iter().map(AsFd::as_fd).collect();
+            let sent = wire::encode::<Result<(), String>>(&answer)
+                .and_then(|bytes| wire::send(&theirs, &bytes, &fds));
+            // SAFETY: ends the process without running anything of the parent's.
+            unsafe { libc::_exit(i32::from(sent.is_err())) }
+        }
+        pid => {
+            drop(theirs);
+            let mut buffer = vec![0; 4096];
+            let answer =
+                wire::receive::<Result<(), String>>(&ours, &mut buffer, RecvFlags::empty());
+            let _ =
+                rustix::process::waitpid(rustix::process::Pid::from_raw(pid), WaitOptions::empty());
+            match answer {
+                Ok(Some((Ok(()), fds))) => fds
+                    .into_iter()
+                    .next()
+                    .ok_or_else(|| "no namespace came back".to_owned()),
+                Ok(Some((Err(message), _))) => Err(message),
+                Ok(None) => Err("its helper died".to_owned()),
+                Err(e) => Err(e.to_string()),
+            }
+        }
+    }
+}
+
+type Step<T> = Result<T, (&'static str, io::Error)>;
+
+/// Names the step that failed.
+trait At<T> {
+    fn at(self, step: &'static str) -> Step<T>;
+}
+
+impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
+    fn at(self, step: &'static str) -> Step<T> {
+        self.map_err(|e| (step, e.into()))
+    }
+}
+
+/// Moves the calling process into a new mount namespace, furnishes it, and returns it.
+fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
+    // SAFETY: takes no pointers; the process is single-threaded.
+    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+        return Err(("unshare", io::Error::last_os_error()));
+    }
+    let namespace = fs::File::open("/proc/self/ns/mnt").at("open the namespace")?;
+    // SAFETY: umask has no preconditions.
+    unsafe { libc::umask(0) };
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).at("make mounts private")?;
+
+    let quiet = MountFlags::NOSUID | MountFlags::NODEV;
+    mount_tmpfs(site, quiet, c"mode=0755,size=1m").at("mount the new root")?;
+    let place = |path: &str| site.join(path.trim_start_matches('/'));
+
+    bind_dir("/usr", &place("/usr")).at("show /usr")?;
+    for dir in SYSTEM_DIRS {
+        match fs::symlink_metadata(dir) {
+            Ok(meta) if meta.is_symlink() => fs::read_link(dir)
+                .and_then(|target| symlink(target, place(dir)))
+                .at("link a system directory")?,
+            Ok(_) => bind_dir(dir, &place(dir)).at("show a system directory")?,
+            Err(_) => {}
+        }
+    }
+    fs::create_dir(place("/etc")).at("make /etc")?;
+    for path in ETC {
+        match fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => bind_dir(path, &place(path)).at("show a part of /etc")?,
+            Ok(_) => {
+                fs::File::create(place(path)).at("make a file of /etc")?;
+                bind(path, &place(path)).at("show a file of /etc")?;
+            }
+            Err(_) => {}
+        }
+    }
+
+    fs::create_dir(place("/proc")).at("make /proc")?;
+    let no_exec = quiet | MountFlags::NOEXEC;
+    // subset=pid leaves only processes, hidepid=2 only one's own. Kernels before 5.8 know neither as mount options of
+    // their own; those before 5.8 are refused by openat2's users long before.
+    rustix::mount::mount(
+        "proc",
+        place("/proc"),
+        "proc",
+        no_exec,
+        c"hidepid=2,subset=pid",
+    )
+    .at("mount /proc")?;
+
+    fs::create_dir(place("/dev")).at("make /dev")?;
+    let dev = MountFlags::NOSUID | MountFlags::NOEXEC;
+    mount_tmpfs(&place("/dev"), dev, c"mode=0755,size=64k").at("mount /dev")?;
+    let wanted = COMMON_DEVICES.iter().map(Path::new);
+    for device in wanted.chain(devices.iter().map(PathBuf::as_path)) {
+        make_device(device, site).at("make a device")?;
+    }
+
+    for mount in ["/dev", "/"] {
+        let flags = if mount == "/" { quiet } else { dev } | MountFlags::BIND | MountFlags::RDONLY;
+        rustix::mount::mount_remount(place(mount), flags, c"").at("close the new root")?;
+    }
+    std::env::set_current_dir(site).at("enter the new root")?;
+    rustix::process::pivot_root(".", ".").at("turn to the new root")?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).at("leave the old root")?;
+    Ok(namespace.into())
+}
+
+fn mount_tmpfs(at: &Path, flags: MountFlags, options: &CStr) -> rustix::io::Result<()> {
+    rustix::mount::mount("tmpfs", at, "tmpfs", flags, options)
+}
+
+fn bind_dir(from: &str, to: &Path) -> io::Result<()> {
+    fs::create_dir(to)?;
+    bind(from, to)
+}
+
+fn bind(from: &str, to: &Path) -> io::Result<()> {
+    rustix::mount::mount_bind(from, to)?;
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+    rustix::mount::mount_remount(to, flags, c"")?;
+    Ok(())
+}
+
+/// Makes the same device node below `site`, open to all: whoever is in the namespace may use it.
+fn make_device(device: &Path, site: &Path) -> io::Result<()> {
+    let meta = fs::metadata(device)?;
+    if !meta.file_type().is_char_device() {
+        return Err(io::Error::other(format!(
+            "{} is not a character device",
+            device.display()
+        )));
+    }
+    let node = site.join(device.strip_prefix("/").unwrap_or(device));
+    if let Some(parent) = node.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    rustix::fs::mknodat(
+        CWD,
+        &node,
+        FileType::CharacterDevice,
+        Mode::from_raw_mode(0o666),
+        meta.rdev(),
+    )?;
+    fs::set_permissions(&node, fs::Permissions::from_mode(0o666))
+}

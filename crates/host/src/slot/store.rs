@@ -1,0 +1,304 @@
+//! Slot files and the host lock around them. Root only: the launcher's side.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{HostLimits, HostUsage, LeaseKind, Resources, SLOTS, SlotId, SlotRecord, admit};
+use crate::fs::{Access, Dir, FsError, Lock, LockKind};
+
+/// File in the run directory that is replaced whenever any slot of the host changes: watch the directory for it.
+pub const CHANGES_FILE: &str = "slots.json";
+
+/// Longest slot file or list of slots that is believed, bytes.
+const MAX_LIST: u64 = 4 << 20;
+
+/// A slot somebody holds, as published in [`CHANGES_FILE`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldSlot {
+    /// Which.
+    pub slot: SlotId,
+    /// The launcher that holds it.
+    pub launcher_pid: u32,
+    /// What it said.
+    pub record: SlotRecord,
+}
+
+/// The slots held on this host, for readers without privileges. Slots of dead launchers are left out; none where no
+/// runner has run yet.
+pub fn held_slots(run_dir: impl AsRef<Path>) -> Result<Vec<HeldSlot>, FsError> {
+    let dir = match Dir::open(run_dir.as_ref()) {
+        Err(e) if e.is_not_found() => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut held = published(&dir)?;
+    held.retain(|slot| Path::new(&format!("/proc/{}", slot.launcher_pid)).exists());
+    Ok(held)
+}
+
+fn published(dir: &Dir) -> Result<Vec<HeldSlot>, FsError> {
+    match dir.read_bounded(CHANGES_FILE, MAX_LIST) {
+        // A list that cannot be read is rewritten with the next change.
+        Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_default()),
+        Err(e) if e.is_not_found() => Ok(Vec::new()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Why a slot was not given.
+#[derive(Debug)]
+pub(crate) enum StoreError {
+    NoRoom(HostUsage),
+    NoSlot(u16),
+    Fs(FsError),
+}
+
+impl From<FsError> for StoreError {
+    fn from(error: FsError) -> StoreError {
+        StoreError::Fs(error)
+    }
+}
+
+/// A slot we hold.
+#[derive(Debug)]
+pub(crate) struct Holding {
+    lock: Lock,
+    pub(crate) record: SlotRecord,
+}
+
+/// The host's slots, seen from one launcher.
+#[derive(Debug)]
+pub(crate) struct SlotStore {
+    run_dir: Dir,
+    slots: Dir,
+    pid: u32,
+}
+
+impl SlotStore {
+    /// Opens the run directory, made if missing: readable by all, writable by root only.
+    pub(crate) fn open(run_dir: &Path) -> Result<SlotStore, FsError> {
+        std::fs::create_dir_all(run_dir).map_err(|e| FsError::io(run_dir, "made", e))?;
+        let run_dir = Dir::open(run_dir)?;
+        run_dir.set_mode(0o755)?;
+        run_dir.require_private(0)?;
+        let slots = run_dir.create_dir("slots", 0o755)?;
+        Ok(SlotStore {
+            run_dir,
+            slots,
+            pid: std::process::id(),
+        })
+    }
+
+    pub(crate) fn run_dir(&self) -> &Dir {
+        &self.run_dir
+    }
+
+    fn host_lock(&self) -> Result<Lock, FsError> {
+        self.run_dir.lock("lock", LockKind::Exclusive, 0o600)
+    }
+
+    /// Takes the lowest free slot if the reservation fits. `reclaim` is called, under the host lock, for every slot a
+    /// dead owner left on the way, before the slot is used; a slot it cannot clean stays out of use.
+    pub(crate) fn reserve(
+        &self,
+        record: &SlotRecord,
+        limits: &HostLimits,
+        ours: &BTreeMap<SlotId, SlotRecord>,
+        mut reclaim: impl FnMut(SlotId) -> bool,
+    ) -> Result<(SlotId, Holding), StoreError> {
+        let _host = self.host_lock()?;
+        let survey = self.survey(ours)?;
+        admit(survey.held.values(), record, limits).map_err(StoreError::NoRoom)?;
+        for number in 0..SLOTS {
+            let slot = SlotId(number);
+            if survey.held.contains_key(&slot) {
+                continue;
+            }
+            if survey.left.contains(&slot) && !reclaim(slot) {
+                continue;
+            }
+            let Some(lock) = self
+                .slots
+                .try_lock(number.to_string(), LockKind::Exclusive, 0o600)?
+            else {
+                continue;
+            };
+            let mut holding = Holding {
+                lock,
+                record: record.clone(),
+            };
+            holding.write()?;
+            self.publish(survey.held, Some((slot, record)), ours)?;
+            return Ok((slot, holding));
+        }
+        Err(StoreError::NoSlot(SLOTS))
+    }
+
+    /// Rewrites the record of a slot we hold; one that becomes firm is admitted as a new one is.
+    pub(crate) fn update(
+        &self,
+        slot: SlotId,
+        holding: &mut Holding,
+        record: SlotRecord,
+        limits: &HostLimits,
+        ours: &BTreeMap<SlotId, SlotRecord>,
+    ) -> Result<(), StoreError> {
+        let _host = self.host_lock()?;
+        let mut survey = self.survey(ours)?;
+        survey.held.remove(&slot);
+        if holding.record.kind != record.kind || holding.record.resources != record.resources {
+            admit(survey.held.values(), &record, limits).map_err(StoreError::NoRoom)?;
+        }
+        holding.record = record;
+        holding.write()?;
+        self.publish(survey.held, Some((slot, &holding.record)), ours)?;
+        Ok(())
+    }
+
+    /// Gives a slot back; its name goes before its lock.
+    pub(crate) fn release(
+        &self,
+        slot: SlotId,
+        holding: Holding,
+        ours: &BTreeMap<SlotId, SlotRecord>,
+    ) -> Result<(), FsError> {
+        let _host = self.host_lock()?;
+        self.slots.remove_file(slot.0.to_string())?;
+        drop(holding.lock);
+        let mut held = self.survey(ours)?.held;
+        held.remove(&slot);
+        self.publish(held, None, ours)
+    }
+
+    /// What all held slots take.
+    pub(crate) fn usage(&self, ours: &BTreeMap<SlotId, SlotRecord>) -> Result<HostUsage, FsError> {
+        let _host = self.host_lock()?;
+        Ok(HostUsage::of(self.survey(ours)?.held.values()))
+    }
+
+    /// Calls `reclaim` for every slot a dead owner left, and forgets those it cleaned; returns their number.
+    pub(crate) fn reclaim_orphans(
+        &self,
+        ours: &BTreeMap<SlotId, SlotRecord>,
+        mut reclaim: impl FnMut(SlotId) -> bool,
+    ) -> Result<u32, FsError> {
+        let _host = self.host_lock()?;
+        let survey = self.survey(ours)?;
+        let mut count = 0_u32;
+        for slot in survey.left {
+            if reclaim(slot) {
+                self.slots.remove_file(slot.0.to_string())?;
+                count = count.saturating_add(1);
+            }
+        }
+        self.publish(survey.held, None, ours)?;
+        Ok(count)
+    }
+
+    /// Looks at every slot file. Under the host lock, so that two launchers never mistake each other's look for a
+    /// holder.
+    fn survey(&self, ours: &BTreeMap<SlotId, SlotRecord>) -> Result<Survey, FsError> {
+        let mut survey = Survey::default();
+        for entry in self.slots.list()? {
+            let Some(slot) = slot_number(&entry.name) else {
+                continue;
+            };
+            if let Some(record) = ours.get(&slot) {
+                survey.held.insert(slot, record.clone());
+                continue;
+            }
+            let file = match self.slots.open_file(&entry.name, Access::Read) {
+                Err(e) if e.is_not_found() => continue,
+                other => other?,
+            };
+            let path = self.slots.display_path(&entry.name);
+            match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => survey.left.push(slot),
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    survey.held.insert(slot, read_record(&file));
+                }
+                Err(e) => return Err(FsError::io(&path, "locked", e)),
+            }
+        }
+        Ok(survey)
+    }
+
+    /// Replaces the published list. Entries of other launchers keep the pid they were published with.
+    fn publish(
+        &self,
+        held: BTreeMap<SlotId, SlotRecord>,
+        changed: Option<(SlotId, &SlotRecord)>,
+        ours: &BTreeMap<SlotId, SlotRecord>,
+    ) -> Result<(), FsError> {
+        let before: BTreeMap<SlotId, u32> = published(&self.run_dir)?
+            .into_iter()
+            .map(|entry| (entry.slot, entry.launcher_pid))
+            .collect();
+        let mut list: Vec<HeldSlot> = held
+            .into_iter()
+            .filter(|(slot, _)| changed.is_none_or(|(new, _)| new != *slot))
+            .map(|(slot, record)| HeldSlot {
+                slot,
+                launcher_pid: match ours.contains_key(&slot) {
+                    true => self.pid,
+                    false => before.get(&slot).copied().unwrap_or(0),
+                },
+                record,
+            })
+            .collect();
+        if let Some((slot, record)) = changed {
+            list.push(HeldSlot {
+                slot,
+                launcher_pid: self.pid,
+                record: record.clone(),
+            });
+        }
+        let text = serde_json::to_vec(&list)
+            .map_err(|e| FsError::io(self.run_dir.path(), "described", e))?;
+        // State of running processes: it need not survive a power cut, so it is replaced without fsync.
+        self.run_dir.replace(CHANGES_FILE, 0o644, &text)
+    }
+}
+
+/// What the slot files say.
+#[derive(Debug, Default)]
+struct Survey {
+    held: BTreeMap<SlotId, SlotRecord>,
+    /// A file that nobody holds: its owner died.
+    left: Vec<SlotId>,
+}
+
+impl Holding {
+    fn write(&mut self) -> Result<(), FsError> {
+        let place = Path::new("slot record");
+        let text =
+            serde_json::to_vec(&self.record).map_err(|e| FsError::io(place, "described", e))?;
+        let mut file = self.lock.file();
+        file.set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| file.write_all(&text))
+            .map_err(|e| FsError::io(place, "written", e))
+    }
+}
+
+fn slot_number(name: &std::ffi::OsStr) -> Option<SlotId> {
+    let number = name.to_str()?.parse::<u16>().ok()?;
+    (number < SLOTS).then_some(SlotId(number))
+}
+
+/// A held slot's record. Its holder wrote it under the host lock, which we hold. Where it cannot be understood (its
+/// holder met a full disk) it still counts as a firm slot, of unknown size.
+fn read_record(file: &File) -> SlotRecord {
+    let mut text = vec![0; 64 * 1024];
+    let length = file.read_at(&mut text, 0).unwrap_or(0);
+    serde_json::from_slice(text.get(..length).unwrap_or_default()).unwrap_or_else(|_| SlotRecord {
+        instance: "unreadable".to_owned(),
+        kind: LeaseKind::Firm,
+        resources: Resources::default(),
+        run_id: None,
+    })
+}
