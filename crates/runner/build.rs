@@ -21,7 +21,10 @@ fn main() -> io::Result<()> {
     }
     code += &flavours(Path::new("image"))?;
     fs::write(out.join("embedded.rs"), code)?;
-    println!("cargo::rustc-env=RUNNER_COMMIT={}", commit());
+    let commit = commit();
+    let version = env::var("CARGO_PKG_VERSION").unwrap_or_default();
+    println!("cargo::rustc-env=VM0_RUNNER_COMMIT={commit}");
+    println!("cargo::rustc-env=VM0_RUNNER_VERSION={version} (commit {commit})");
     Ok(())
 }
 
@@ -70,10 +73,10 @@ fn collect(directory: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-/// `RUNNER_COMMIT`, else what git says of the working tree, else `unknown` (a source archive).
+/// `VM0_RUNNER_COMMIT`, else what git says of the working tree, else `unknown` (a source archive).
 fn commit() -> String {
-    println!("cargo::rerun-if-env-changed=RUNNER_COMMIT");
-    if let Ok(given) = env::var("RUNNER_COMMIT") {
+    println!("cargo::rerun-if-env-changed=VM0_RUNNER_COMMIT");
+    if let Ok(given) = env::var("VM0_RUNNER_COMMIT") {
         return given;
     }
     // The log of HEAD changes with every commit and checkout, also in a linked worktree.

@@ -1,29 +1,16 @@
 //! What an image can be made of: the flavours under `crates/runner/image/`, embedded by `build.rs`.
 
-use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::str::FromStr;
-
-use serde::{Deserialize, Serialize};
 
 use super::embedded::FLAVOUR_FILES;
-
-/// Which set of packages and customizations an image has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Flavour {
-    /// Shell, git, curl, Python: tests and quick starts.
-    Small,
-    /// The agent CLI and its tools, with a browser.
-    Full,
-}
+use crate::profile::Flavour;
 
 impl Flavour {
     /// Its directory under `crates/runner/image/`, and its name in runner.yaml.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Flavour::Small => "small",
             Flavour::Full => "full",
@@ -31,7 +18,7 @@ impl Flavour {
     }
 
     /// Disk space a build needs in the images directory at its peak (tree plus erofs), MiB; measured, with room.
-    pub fn build_space_mb(self) -> u64 {
+    pub(crate) fn build_space_mb(self) -> u64 {
         match self {
             Flavour::Small => 1024,
             Flavour::Full => 6 * 1024,
@@ -39,7 +26,7 @@ impl Flavour {
     }
 
     /// Files of `common/` and of this flavour, in a fixed order.
-    pub fn files(self) -> impl Iterator<Item = &'static FlavourFile> {
+    pub(crate) fn files(self) -> impl Iterator<Item = &'static FlavourFile> {
         FLAVOUR_FILES
             .iter()
             .filter(move |file| matches!(file.directory(), Some(d) if d == "common" || d == self.name()))
@@ -53,22 +40,22 @@ impl Flavour {
     }
 
     /// Distribution packages. Empty when this runner was built without the flavour.
-    pub fn packages(self) -> Vec<&'static str> {
+    pub(crate) fn packages(self) -> Vec<&'static str> {
         lines(self.text("packages.txt").unwrap_or_default())
     }
 
     /// Command lines that fill the page cache before a snapshot.
-    pub fn warm_up(self) -> Vec<&'static str> {
+    pub(crate) fn warm_up(self) -> Vec<&'static str> {
         lines(self.text("warm-up.txt").unwrap_or_default())
     }
 
     /// Whether it brings its own `customize.sh`.
-    pub fn customizes(self) -> bool {
+    pub(crate) fn customizes(self) -> bool {
         self.text("customize.sh").is_some()
     }
 
     /// Writes `common/` and the flavour's directory below `target`, scripts executable.
-    pub fn materialize(self, target: &Path) -> io::Result<()> {
+    pub(crate) fn materialize(self, target: &Path) -> io::Result<()> {
         for file in self.files() {
             let path = target.join(file.path);
             if let Some(parent) = path.parent() {
@@ -82,29 +69,13 @@ impl Flavour {
     }
 }
 
-impl fmt::Display for Flavour {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Flavour {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        [Flavour::Small, Flavour::Full]
-            .into_iter()
-            .find(|flavour| flavour.name() == text)
-            .ok_or_else(|| format!("image flavour \"{}\" is not known: it is `small` or `full`", text.escape_debug()))
-    }
-}
-
 /// One embedded file.
 #[derive(Debug)]
-pub struct FlavourFile {
+pub(crate) struct FlavourFile {
     /// `<directory>/<path>`.
-    pub path: &'static str,
+    pub(crate) path: &'static str,
     /// Its content.
-    pub bytes: &'static [u8],
+    pub(crate) bytes: &'static [u8],
 }
 
 impl FlavourFile {
