@@ -9,7 +9,9 @@ use std::process::Command;
 use std::{env, fs, io};
 
 fn main() -> io::Result<()> {
-    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or_else(|| io::Error::other("OUT_DIR is not set"))?);
+    let out = PathBuf::from(
+        env::var_os("OUT_DIR").ok_or_else(|| io::Error::other("OUT_DIR is not set"))?,
+    );
     let mut code = String::new();
     for (variable, constant) in [
         ("GUEST_INIT_PATH", "GUEST_INIT"),
@@ -30,12 +32,16 @@ fn main() -> io::Result<()> {
 
 fn guest_binary(variable: &str, constant: &str) -> io::Result<String> {
     let Some(path) = env::var_os(variable).filter(|value| !value.is_empty()) else {
-        return Ok(format!("pub(crate) const {constant}: Option<&[u8]> = None;\n"));
+        return Ok(format!(
+            "pub(crate) const {constant}: Option<&[u8]> = None;\n"
+        ));
     };
     let path = fs::canonicalize(&path)
         .map_err(|error| io::Error::other(format!("{variable}={}: {error}", path.display())))?;
     println!("cargo::rerun-if-changed={}", path.display());
-    Ok(format!("pub(crate) const {constant}: Option<&[u8]> = Some(include_bytes!({path:?}));\n"))
+    Ok(format!(
+        "pub(crate) const {constant}: Option<&[u8]> = Some(include_bytes!({path:?}));\n"
+    ))
 }
 
 /// Every file below `image/<directory>/`, sorted, as one table.
@@ -53,8 +59,11 @@ fn flavours(root: &Path) -> io::Result<String> {
     for file in files {
         let absolute = fs::canonicalize(&file)?;
         let relative = file.strip_prefix(root).map_err(io::Error::other)?;
-        writeln!(code, "    FlavourFile {{ path: {relative:?}, bytes: include_bytes!({absolute:?}) }},")
-            .map_err(io::Error::other)?;
+        writeln!(
+            code,
+            "    FlavourFile {{ path: {relative:?}, bytes: include_bytes!({absolute:?}) }},"
+        )
+        .map_err(io::Error::other)?;
     }
     code += "];\n";
     Ok(code)

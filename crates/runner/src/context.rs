@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::home::{self, Home, HomeError};
+use crate::image::ImageError;
 
 /// Handed to every command.
 #[derive(Debug)]
@@ -158,9 +159,11 @@ impl<E: std::error::Error + 'static> From<E> for CliError {
             }
             source = cause.source();
         }
-        let hint = (&error as &dyn std::error::Error)
+        let any = &error as &dyn std::error::Error;
+        let hint = any
             .downcast_ref::<HomeError>()
-            .and_then(HomeError::hint);
+            .and_then(HomeError::hint)
+            .or_else(|| any.downcast_ref::<ImageError>().and_then(ImageError::hint));
         Self {
             kind: Kind::Failed,
             message,

@@ -9,6 +9,7 @@ mod config;
 mod context;
 mod control;
 mod home;
+mod image;
 mod names;
 mod profile;
 mod queue;

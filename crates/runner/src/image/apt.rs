@@ -16,6 +16,7 @@ use super::tools::Tool;
 const FRESH: Duration = Duration::from_secs(3600);
 
 /// An apt state directory.
+#[derive(Debug)]
 pub(super) struct Apt {
     directory: PathBuf,
     arch: &'static str,
@@ -46,7 +47,11 @@ impl Package {
 
 impl Apt {
     /// Prepares the directory; touches the network only in [`Apt::refresh`].
-    pub(super) fn new(directory: PathBuf, sources: &Sources, arch: &'static str) -> Result<Self, ImageError> {
+    pub(super) fn new(
+        directory: PathBuf,
+        sources: &Sources,
+        arch: &'static str,
+    ) -> Result<Self, ImageError> {
         for part in ["state/lists/partial", "cache/archives/partial"] {
             let path = directory.join(part);
             fs::create_dir_all(&path).map_err(ImageError::io("create", &path))?;
@@ -76,7 +81,10 @@ impl Apt {
 
     /// Whether the lists are fresh enough for a build.
     pub(super) fn is_fresh(&self) -> bool {
-        let age = fs::metadata(self.stamp()).and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
+        let age = fs::metadata(self.stamp())
+            .and_then(|meta| meta.modified())
+            .ok()
+            .and_then(|at| at.elapsed().ok());
         age.is_some_and(|age| age < FRESH)
     }
 
@@ -92,7 +100,9 @@ impl Apt {
 
     /// The candidate version of a package.
     pub(super) async fn candidate(&self, name: &str, steps: &Steps) -> Result<Package, ImageError> {
-        let missing = || ImageError::NoPackage { package: name.to_owned() };
+        let missing = || ImageError::NoPackage {
+            package: name.to_owned(),
+        };
         let text = self
             .tool("apt-cache")
             .args(["show", "--no-all-versions", name])
@@ -103,20 +113,32 @@ impl Apt {
                 other => other,
             })?;
         let field = |key: &str| {
-            let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
+            let value = text
+                .lines()
+                .find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
             value.map(str::to_owned)
         };
         match (field("Version"), field("SHA256")) {
             (Some(version), Some(sha256)) => {
                 let depends = field("Depends").unwrap_or_default();
-                Ok(Package { name: name.to_owned(), version, sha256, depends })
+                Ok(Package {
+                    name: name.to_owned(),
+                    version,
+                    sha256,
+                    depends,
+                })
             }
             _ => Err(missing()),
         }
     }
 
     /// Downloads a package into `directory`, verified by apt against the signed index; gives the .deb.
-    pub(super) async fn download(&self, package: &Package, directory: &Path, steps: &Steps) -> Result<PathBuf, ImageError> {
+    pub(super) async fn download(
+        &self,
+        package: &Package,
+        directory: &Path,
+        steps: &Steps,
+    ) -> Result<PathBuf, ImageError> {
         fs::create_dir_all(directory).map_err(ImageError::io("create", directory))?;
         self.tool("apt-get")
             .arg("download")
@@ -130,7 +152,9 @@ impl Apt {
             .filter_map(Result::ok)
             .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
             .map(|entry| entry.path())
-            .ok_or_else(|| ImageError::NoPackage { package: package.name.clone() })
+            .ok_or_else(|| ImageError::NoPackage {
+                package: package.name.clone(),
+            })
     }
 
     fn tool(&self, program: &'static str) -> Tool {
@@ -152,7 +176,9 @@ impl Apt {
             // apt's own user cannot enter a private home.
             options.push("APT::Sandbox::User=root".to_owned());
         }
-        let options = options.into_iter().flat_map(|option| ["-o".to_owned(), option]);
+        let options = options
+            .into_iter()
+            .flat_map(|option| ["-o".to_owned(), option]);
         Tool::new(program).arg("-q").args(options)
     }
 }

@@ -38,9 +38,25 @@ impl<W: Write> Archive<W> {
 
     fn entry(&mut self, path: &str, mode: u32, links: u32, content: &[u8]) -> io::Result<()> {
         let size = u32::try_from(content.len()).map_err(io::Error::other)?;
-        let name_size = u32::try_from(path.len()).map_err(io::Error::other)?.saturating_add(1);
+        let name_size = u32::try_from(path.len())
+            .map_err(io::Error::other)?
+            .saturating_add(1);
         // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
-        let fields = [self.next_inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0];
+        let fields = [
+            self.next_inode,
+            mode,
+            0,
+            0,
+            links,
+            0,
+            size,
+            0,
+            0,
+            0,
+            0,
+            name_size,
+            0,
+        ];
         let mut header = String::from("070701");
         for field in fields {
             header += &format!("{field:08x}");
@@ -58,7 +74,8 @@ impl<W: Write> Archive<W> {
     /// Header plus name, and content, each end on a multiple of four.
     fn pad(&mut self, written: usize) -> io::Result<()> {
         let zeros = written.next_multiple_of(4).saturating_sub(written);
-        self.out.write_all([0u8; 3].get(..zeros).unwrap_or_default())
+        self.out
+            .write_all([0u8; 3].get(..zeros).unwrap_or_default())
     }
 }
 
@@ -93,7 +110,9 @@ mod tests {
         let mut archive = Archive::new(Vec::new());
         archive.directory("modules", 0o755).unwrap();
         for length in 0..9 {
-            archive.file(&"n".repeat(length + 1), 0o644, &vec![7; length]).unwrap();
+            archive
+                .file(&"n".repeat(length + 1), 0o644, &vec![7; length])
+                .unwrap();
         }
         let entries = read(&archive.finish().unwrap());
         assert_eq!(entries.len(), 10);

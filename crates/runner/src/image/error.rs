@@ -11,7 +11,9 @@ pub(crate) enum ImageError {
     #[error("interrupted; what was half built has been removed")]
     Interrupted,
     /// Somebody else than root.
-    #[error("building an image needs root (package installation in a root tree, a VM for its snapshot)")]
+    #[error(
+        "building an image needs root (package installation in a root tree, a VM for its snapshot)"
+    )]
     NotRoot,
     /// A program that does the work is not installed.
     #[error("{program} is not installed")]
@@ -118,9 +120,16 @@ pub(crate) enum ImageError {
 
 impl ImageError {
     /// For `map_err`: an I/O error with its path.
-    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { action, path, source }
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
     }
 
     /// What somebody can do about it.

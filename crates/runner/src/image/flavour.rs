@@ -27,9 +27,9 @@ impl Flavour {
 
     /// Files of `common/` and of this flavour, in a fixed order.
     pub(crate) fn files(self) -> impl Iterator<Item = &'static FlavourFile> {
-        FLAVOUR_FILES
-            .iter()
-            .filter(move |file| matches!(file.directory(), Some(d) if d == "common" || d == self.name()))
+        FLAVOUR_FILES.iter().filter(
+            move |file| matches!(file.directory(), Some(d) if d == "common" || d == self.name()),
+        )
     }
 
     /// One file of the flavour, as text.
@@ -62,7 +62,11 @@ impl Flavour {
                 fs::create_dir_all(parent)?;
             }
             fs::write(&path, file.bytes)?;
-            let mode = if file.bytes.starts_with(b"#!") { 0o755 } else { 0o644 };
+            let mode = if file.bytes.starts_with(b"#!") {
+                0o755
+            } else {
+                0o644
+            };
             fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
         }
         Ok(())
@@ -110,7 +114,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         Flavour::Small.materialize(directory.path()).unwrap();
         let script = directory.path().join("common/customize.sh");
-        assert_eq!(fs::metadata(script).unwrap().permissions().mode() & 0o777, 0o755);
+        assert_eq!(
+            fs::metadata(script).unwrap().permissions().mode() & 0o777,
+            0o755
+        );
         assert!(directory.path().join("small/packages.txt").exists());
         assert!(!directory.path().join("full").exists());
     }

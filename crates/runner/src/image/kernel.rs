@@ -14,11 +14,20 @@ use super::sources::Distribution;
 use super::tools::Tool;
 
 /// The kernel package that the meta package stands for now.
-pub(super) async fn resolve(apt: &Apt, distribution: Distribution, arch: &str, steps: &Steps) -> Result<Package, ImageError> {
-    let meta = apt.candidate(&distribution.kernel_package(arch), steps).await?;
+pub(super) async fn resolve(
+    apt: &Apt,
+    distribution: Distribution,
+    arch: &str,
+    steps: &Steps,
+) -> Result<Package, ImageError> {
+    let meta = apt
+        .candidate(&distribution.kernel_package(arch), steps)
+        .await?;
     let versioned = meta
         .dependency(|name| is_versioned_image(name))
-        .ok_or_else(|| ImageError::NoPackage { package: meta.name.clone() })?;
+        .ok_or_else(|| ImageError::NoPackage {
+            package: meta.name.clone(),
+        })?;
     // Ubuntu's meta package of VMs leads over another meta package.
     apt.candidate(versioned, steps).await
 }
@@ -44,35 +53,73 @@ pub(super) async fn build(
     unpack(apt, package, work, &tree, steps).await?;
     // Ubuntu keeps modules in packages of their own.
     let release = release(package);
-    for extra in [format!("linux-modules-{release}"), format!("linux-modules-extra-{release}")] {
+    for extra in [
+        format!("linux-modules-{release}"),
+        format!("linux-modules-extra-{release}"),
+    ] {
         if let Ok(found) = apt.candidate(&extra, steps).await {
             unpack(apt, &found, work, &tree, steps).await?;
             packages.push(found);
         }
     }
     let modules = Modules::index(&tree, work, package)?;
-    let form = unpack_kernel(&tree, package, &release, work, &target.join("vmlinux"), steps).await?;
+    let form = unpack_kernel(
+        &tree,
+        package,
+        &release,
+        work,
+        &target.join("vmlinux"),
+        steps,
+    )
+    .await?;
     let loaded = modules.load(steps).await?;
     let initrd = target.join("initrd.cpio");
     write_initrd(&initrd, guest_init, &loaded).map_err(ImageError::io("write", &initrd))?;
     let modules = loaded.into_iter().map(|(name, _)| name).collect();
-    Ok(KernelFacts { release, packages, form: form.to_owned(), modules })
+    Ok(KernelFacts {
+        release,
+        packages,
+        form: form.to_owned(),
+        modules,
+    })
 }
 
 fn release(package: &Package) -> String {
-    let name = package.name.strip_prefix("linux-image-").unwrap_or(&package.name);
+    let name = package
+        .name
+        .strip_prefix("linux-image-")
+        .unwrap_or(&package.name);
     name.strip_prefix("unsigned-").unwrap_or(name).to_owned()
 }
 
-async fn unpack(apt: &Apt, package: &Package, work: &Path, tree: &Path, steps: &Steps) -> Result<(), ImageError> {
+async fn unpack(
+    apt: &Apt,
+    package: &Package,
+    work: &Path,
+    tree: &Path,
+    steps: &Steps,
+) -> Result<(), ImageError> {
     let deb = apt.download(package, &work.join("debs"), steps).await?;
     // apt has compared it with the signed index; the manifest's pin must be of this very file.
     let file = fs::File::open(&deb).map_err(ImageError::io("open", &deb))?;
-    let found = super::manifest::measure(&file).map_err(ImageError::io("read", &deb))?.sha256;
+    let found = super::manifest::measure(&file)
+        .map_err(ImageError::io("read", &deb))?
+        .sha256;
     if found != package.sha256 {
-        return Err(ImageError::Damaged { path: deb, reason: format!("its SHA-256 is {found}, the signed index says {}", package.sha256) });
+        return Err(ImageError::Damaged {
+            path: deb,
+            reason: format!(
+                "its SHA-256 is {found}, the signed index says {}",
+                package.sha256
+            ),
+        });
     }
-    Tool::new("dpkg-deb").arg("-x").arg(&deb).arg(tree).run("unpacking the kernel package", steps).await?;
+    Tool::new("dpkg-deb")
+        .arg("-x")
+        .arg(&deb)
+        .arg(tree)
+        .run("unpacking the kernel package", steps)
+        .await?;
     Ok(())
 }
 
@@ -158,7 +205,10 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
     };
     let offset = usize::try_from(modules::u32_at(image, 0x248)?).ok()?;
     let length = usize::try_from(modules::u32_at(image, 0x24c)?).ok()?;
-    let start = setup_sectors.checked_add(1)?.checked_mul(512)?.checked_add(offset)?;
+    let start = setup_sectors
+        .checked_add(1)?
+        .checked_mul(512)?
+        .checked_add(offset)?;
     let payload = image.get(start..start.checked_add(length)?)?;
     // All formats but gzip, which has it itself, are followed by four bytes of uncompressed size.
     match Packing::of(payload)? {
@@ -176,7 +226,10 @@ struct Modules {
 
 impl Modules {
     fn index(tree: &Path, work: &Path, package: &Package) -> Result<Self, ImageError> {
-        let unusable = |reason: String| ImageError::Kernel { package: package.name.clone(), reason };
+        let unusable = |reason: String| ImageError::Kernel {
+            package: package.name.clone(),
+            reason,
+        };
         // usr/lib where the distribution has merged the two.
         let base = ["lib/modules", "usr/lib/modules"]
             .iter()
@@ -184,10 +237,15 @@ impl Modules {
             .find(|directory| directory.is_dir())
             .ok_or_else(|| unusable("it has no modules".to_owned()))?;
         let builtin = base.join("modules.builtin");
-        let builtin = fs::read_to_string(&builtin).map_err(|error| unusable(format!("{}: {error}", builtin.display())))?;
+        let builtin = fs::read_to_string(&builtin)
+            .map_err(|error| unusable(format!("{}: {error}", builtin.display())))?;
         let mut index = ModuleIndex::new();
         collect(&base, &mut index)?;
-        Ok(Self { builtin: modules::builtin_names(&builtin), index, work: work.to_owned() })
+        Ok(Self {
+            builtin: modules::builtin_names(&builtin),
+            index,
+            work: work.to_owned(),
+        })
     }
 
     /// Unpacks what may be needed, then orders it.
@@ -220,7 +278,9 @@ impl ModuleTree for Modules {
     }
 
     fn read(&mut self, name: &str) -> Result<Option<Vec<u8>>, ImageError> {
-        let Some(path) = self.index.get(name) else { return Ok(None) };
+        let Some(path) = self.index.get(name) else {
+            return Ok(None);
+        };
         let bytes = fs::read(path).map_err(ImageError::io("read", path))?;
         Ok(Packing::of(&bytes).is_none().then_some(bytes))
     }
@@ -230,7 +290,9 @@ fn collect(directory: &Path, index: &mut ModuleIndex) -> Result<(), ImageError> 
     for entry in fs::read_dir(directory).map_err(ImageError::io("list", directory))? {
         let entry = entry.map_err(ImageError::io("list", directory))?;
         let path = entry.path();
-        let kind = entry.file_type().map_err(ImageError::io("examine", &path))?;
+        let kind = entry
+            .file_type()
+            .map_err(ImageError::io("examine", &path))?;
         if kind.is_dir() {
             collect(&path, index)?;
         } else if kind.is_file()
@@ -243,7 +305,11 @@ fn collect(directory: &Path, index: &mut ModuleIndex) -> Result<(), ImageError> 
 }
 
 /// `/init`, `/modules/*.ko` and `/modules/order`, one module a line in load order.
-fn write_initrd(path: &Path, guest_init: &[u8], modules: &[(String, Vec<u8>)]) -> std::io::Result<()> {
+fn write_initrd(
+    path: &Path,
+    guest_init: &[u8],
+    modules: &[(String, Vec<u8>)],
+) -> std::io::Result<()> {
     let mut archive = Archive::new(std::io::BufWriter::new(fs::File::create_new(path)?));
     for directory in ["dev", "proc", "sys", "modules"] {
         archive.directory(directory, 0o755)?;
@@ -276,8 +342,14 @@ mod tests {
 
     #[test]
     fn the_payload_is_found_and_the_size_behind_it_cut_off() {
-        assert_eq!(payload(&bz_image(b"\x02\x21\x4c\x18data\x10\0\0\0")), Some(&b"\x02\x21\x4c\x18data"[..]));
-        assert_eq!(payload(&bz_image(b"\x1f\x8bdata\x10\0\0\0")), Some(&b"\x1f\x8bdata\x10\0\0\0"[..]));
+        assert_eq!(
+            payload(&bz_image(b"\x02\x21\x4c\x18data\x10\0\0\0")),
+            Some(&b"\x02\x21\x4c\x18data"[..])
+        );
+        assert_eq!(
+            payload(&bz_image(b"\x1f\x8bdata\x10\0\0\0")),
+            Some(&b"\x1f\x8bdata\x10\0\0\0"[..])
+        );
         assert_eq!(payload(&bz_image(b"unknown")), None);
         assert_eq!(payload(b"no kernel"), None);
     }

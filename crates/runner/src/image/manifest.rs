@@ -93,11 +93,16 @@ pub(crate) fn measure(mut file: &File) -> io::Result<FileEntry> {
     let mut size: u64 = 0;
     loop {
         let read = file.read(&mut buffer)?;
-        let Some(chunk) = buffer.get(..read).filter(|chunk| !chunk.is_empty()) else { break };
+        let Some(chunk) = buffer.get(..read).filter(|chunk| !chunk.is_empty()) else {
+            break;
+        };
         hasher.update(chunk);
         size = size.saturating_add(u64::try_from(read).unwrap_or(u64::MAX));
     }
-    Ok(FileEntry { size, sha256: hex::encode(hasher.finalize()) })
+    Ok(FileEntry {
+        size,
+        sha256: hex::encode(hasher.finalize()),
+    })
 }
 
 /// SHA-256 of bytes, hex.
@@ -125,10 +130,17 @@ mod tests {
     #[test]
     fn addresses_tell_neighbouring_inputs_apart() {
         let list = |items: &[(&str, &str)]| -> Vec<(String, String)> {
-            items.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect()
+            items
+                .iter()
+                .map(|(a, b)| ((*a).to_owned(), (*b).to_owned()))
+                .collect()
         };
         let base = address(&list(&[("a", "bc"), ("d", "e")]));
-        for other in [[("ab", "c"), ("d", "e")], [("a", "bcd"), ("", "e")], [("d", "e"), ("a", "bc")]] {
+        for other in [
+            [("ab", "c"), ("d", "e")],
+            [("a", "bcd"), ("", "e")],
+            [("d", "e"), ("a", "bc")],
+        ] {
             assert_ne!(base, address(&list(&other)));
         }
         assert_eq!(base.len(), 64);
@@ -141,7 +153,10 @@ mod tests {
         file.rewind().unwrap();
         let entry = measure(&file).unwrap();
         assert_eq!(entry.size, 3);
-        assert_eq!(entry.sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(
+            entry.sha256,
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
         assert_eq!(entry.sha256, sha256(b"abc"));
     }
 }

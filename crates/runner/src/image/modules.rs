@@ -142,7 +142,10 @@ mod tests {
             name == "virtio"
         }
         fn read(&mut self, name: &str) -> Result<Option<Vec<u8>>, crate::image::ImageError> {
-            Ok(self.0.get(name).map(|depends| elf(&format!("license=GPL\0depends={depends}\0"))))
+            Ok(self
+                .0
+                .get(name)
+                .map(|depends| elf(&format!("license=GPL\0depends={depends}\0"))))
         }
     }
 
@@ -156,7 +159,11 @@ mod tests {
         let names_at = bytes.len();
         bytes.extend_from_slice(names);
         let table = bytes.len();
-        for (name, at, size) in [(0, 0, 0), (1, info_at, modinfo.len()), (10, names_at, names.len())] {
+        for (name, at, size) in [
+            (0, 0, 0),
+            (1, info_at, modinfo.len()),
+            (10, names_at, names.len()),
+        ] {
             let mut header = [0u8; 64];
             header[0..4].copy_from_slice(&(name as u32).to_le_bytes());
             header[0x18..0x20].copy_from_slice(&(at as u64).to_le_bytes());
@@ -191,8 +198,14 @@ mod tests {
 
     #[test]
     fn module_names_are_found_in_paths() {
-        assert_eq!(module_name("kernel/drivers/char/hw_random/virtio-rng.ko.xz").as_deref(), Some("virtio_rng"));
-        assert_eq!(module_name("kernel/fs/ext4/ext4.ko").as_deref(), Some("ext4"));
+        assert_eq!(
+            module_name("kernel/drivers/char/hw_random/virtio-rng.ko.xz").as_deref(),
+            Some("virtio_rng")
+        );
+        assert_eq!(
+            module_name("kernel/fs/ext4/ext4.ko").as_deref(),
+            Some("ext4")
+        );
         assert_eq!(module_name("kernel/modules.order"), None);
     }
 

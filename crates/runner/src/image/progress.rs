@@ -74,14 +74,22 @@ impl Steps {
             say(&format!("{what} …"));
         }
         if let Ok(mut state) = self.state.lock() {
-            state.current = Some(Current { what: what.to_owned(), began: Instant::now(), bar });
+            state.current = Some(Current {
+                what: what.to_owned(),
+                began: Instant::now(),
+                bar,
+            });
         }
     }
 
     /// A detail of the current step: shown on a terminal only.
     pub(crate) fn detail(&self, text: &str) {
         if let Ok(state) = self.state.lock()
-            && let Some(Current { what, bar: Some(bar), .. }) = &state.current
+            && let Some(Current {
+                what,
+                bar: Some(bar),
+                ..
+            }) = &state.current
         {
             bar.set_message(format!("{what}: {text}"));
         }
@@ -100,7 +108,9 @@ impl Steps {
 
     /// Ends the current step, which succeeded.
     pub(crate) fn end(&self) {
-        let Ok(mut state) = self.state.lock() else { return };
+        let Ok(mut state) = self.state.lock() else {
+            return;
+        };
         if let Some(Current { what, began, bar }) = state.current.take() {
             let took = began.elapsed();
             let line = format!("{what}: {:.1} s", took.as_secs_f64());
@@ -117,7 +127,10 @@ impl Steps {
 
     /// How long each finished step took, in order.
     pub(crate) fn times(&self) -> Vec<(String, Duration)> {
-        self.state.lock().map(|state| state.times.clone()).unwrap_or_default()
+        self.state
+            .lock()
+            .map(|state| state.times.clone())
+            .unwrap_or_default()
     }
 }
 

@@ -70,7 +70,10 @@ impl Release {
         };
         // Derivatives of testing may have none; then --suite names it.
         let codename = value("VERSION_CODENAME").unwrap_or_else(|| "sid".to_owned());
-        Ok(Self { distribution, codename })
+        Ok(Self {
+            distribution,
+            codename,
+        })
     }
 }
 
@@ -95,7 +98,11 @@ pub(super) struct Sources {
 
 impl Sources {
     /// Decides: each `--mirror` is used alone; otherwise the host's sources of the suite.
-    pub(super) fn choose(release: &Release, mirrors: &[String], suite: Option<&str>) -> Result<Self, ImageError> {
+    pub(super) fn choose(
+        release: &Release,
+        mirrors: &[String],
+        suite: Option<&str>,
+    ) -> Result<Self, ImageError> {
         let suite = suite.unwrap_or(&release.codename).to_owned();
         let components = release.distribution.components();
         let list = if mirrors.is_empty() {
@@ -124,7 +131,13 @@ impl Sources {
     pub(super) fn to_deb822(&self) -> String {
         let mut text = String::new();
         for source in &self.list {
-            let Source { uri, suite, components, signed_by, trusted } = source;
+            let Source {
+                uri,
+                suite,
+                components,
+                signed_by,
+                trusted,
+            } = source;
             let _ = write!(text, "Types: deb\nURIs: {uri}\nSuites: {suite}\n");
             // An exact path (`./`) as a suite takes no components.
             if !components.is_empty() {
@@ -143,12 +156,26 @@ impl Sources {
 
 /// Keeps the suite with its updates and security, and of each only the given components.
 fn select(sources: Vec<Source>, suite: &str, components: &[&str]) -> Vec<Source> {
-    let suites = [suite.to_owned(), format!("{suite}-updates"), format!("{suite}-security"), format!("{suite}/updates")];
+    let suites = [
+        suite.to_owned(),
+        format!("{suite}-updates"),
+        format!("{suite}-security"),
+        format!("{suite}/updates"),
+    ];
     let mut kept: Vec<Source> = Vec::new();
     for mut source in sources {
-        source.components.retain(|component| components.contains(&component.as_str()));
-        let known = |other: &Source| other.uri == source.uri && other.suite == source.suite && other.components == source.components;
-        if suites.contains(&source.suite) && !source.components.is_empty() && !kept.iter().any(known) {
+        source
+            .components
+            .retain(|component| components.contains(&component.as_str()));
+        let known = |other: &Source| {
+            other.uri == source.uri
+                && other.suite == source.suite
+                && other.components == source.components
+        };
+        if suites.contains(&source.suite)
+            && !source.components.is_empty()
+            && !kept.iter().any(known)
+        {
             kept.push(source);
         }
     }
@@ -160,7 +187,10 @@ fn host_sources(etc: &Path) -> Result<Vec<Source>, ImageError> {
     let mut files = vec![etc.join("sources.list")];
     let parts = etc.join("sources.list.d");
     if let Ok(entries) = fs::read_dir(&parts) {
-        let mut more: Vec<_> = entries.filter_map(Result::ok).map(|entry| entry.path()).collect();
+        let mut more: Vec<_> = entries
+            .filter_map(Result::ok)
+            .map(|entry| entry.path())
+            .collect();
         more.sort();
         files.extend(more);
     }
@@ -188,11 +218,17 @@ fn host_sources(etc: &Path) -> Result<Vec<Source>, ImageError> {
 /// `deb [options] uri suite components…`; `None` for comments, `deb-src` and what is no source line.
 fn parse_line(line: &str) -> Option<Vec<Source>> {
     let line = line.split('#').next()?.trim();
-    let mut rest = line.strip_prefix("deb")?.strip_prefix([' ', '\t'])?.trim_start();
+    let mut rest = line
+        .strip_prefix("deb")?
+        .strip_prefix([' ', '\t'])?
+        .trim_start();
     let mut source = Source::default();
     if let Some(after) = rest.strip_prefix('[') {
         let (options, remainder) = after.split_once(']')?;
-        for (key, value) in options.split_whitespace().filter_map(|option| option.split_once('=')) {
+        for (key, value) in options
+            .split_whitespace()
+            .filter_map(|option| option.split_once('='))
+        {
             match key {
                 "signed-by" => source.signed_by = Some(value.replace(',', " ")),
                 "trusted" => source.trusted = Some(value.to_owned()),
@@ -221,7 +257,9 @@ fn parse_deb822(text: &str) -> Vec<Source> {
 fn parse_stanza(lines: &[&str]) -> Option<Vec<Source>> {
     let field = |wanted: &str| -> Option<String> {
         let mut lines = lines.iter().skip_while(|line| {
-            !line.split_once(':').is_some_and(|(key, _)| key.trim().eq_ignore_ascii_case(wanted))
+            !line
+                .split_once(':')
+                .is_some_and(|(key, _)| key.trim().eq_ignore_ascii_case(wanted))
         });
         let mut value = lines.next()?.split_once(':')?.1.trim().to_owned();
         for more in lines.take_while(|line| line.starts_with([' ', '\t'])) {
@@ -231,9 +269,14 @@ fn parse_stanza(lines: &[&str]) -> Option<Vec<Source>> {
         Some(value)
     };
     let words = |key: &str| -> Vec<String> {
-        field(key).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+        field(key)
+            .unwrap_or_default()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect()
     };
-    let enabled = field("Enabled").is_none_or(|value| !matches!(value.to_ascii_lowercase().as_str(), "no" | "false" | "0"));
+    let enabled = field("Enabled")
+        .is_none_or(|value| !matches!(value.to_ascii_lowercase().as_str(), "no" | "false" | "0"));
     if !enabled || !words("Types").iter().any(|kind| kind == "deb") {
         return None;
     }
@@ -293,7 +336,10 @@ Signed-By:
     #[test]
     fn the_distributions_own_suites_are_kept_and_nothing_else() {
         let kept = select(parse_deb822(DEB822), "bookworm", &["main"]);
-        let pairs: Vec<_> = kept.iter().map(|s| (s.uri.as_str(), s.suite.as_str())).collect();
+        let pairs: Vec<_> = kept
+            .iter()
+            .map(|s| (s.uri.as_str(), s.suite.as_str()))
+            .collect();
         assert_eq!(
             pairs,
             [
@@ -308,9 +354,16 @@ Signed-By:
     #[test]
     fn what_is_written_reads_back_with_its_keys() {
         let list = select(parse_deb822(DEB822), "bookworm", &["main"]);
-        let sources = Sources { suite: "bookworm".into(), list };
+        let sources = Sources {
+            suite: "bookworm".into(),
+            list,
+        };
         assert_eq!(parse_deb822(&sources.to_deb822()), sources.list);
-        assert!(sources.to_deb822().contains("Signed-By: \n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n abc\n"));
+        assert!(
+            sources
+                .to_deb822()
+                .contains("Signed-By: \n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n abc\n")
+        );
     }
 
     #[test]
@@ -320,25 +373,42 @@ Signed-By:
         assert_eq!(parsed[0].suite, "noble");
         assert_eq!(parsed[0].components, ["main", "universe"]);
         assert_eq!(parsed[0].signed_by.as_deref(), Some("/k/a.gpg"));
-        for nothing in ["# deb http://a b c", "deb-src http://a b c", "", "debian", "deb [x", "http://a.test/debian"] {
+        for nothing in [
+            "# deb http://a b c",
+            "deb-src http://a b c",
+            "",
+            "debian",
+            "deb [x",
+            "http://a.test/debian",
+        ] {
             assert_eq!(parse_line(nothing), None, "{nothing}");
         }
     }
 
     #[test]
     fn a_mirror_is_used_alone_with_the_suite_asked_for() {
-        let release = Release { distribution: Distribution::Ubuntu, codename: "noble".into() };
-        let mirrors = ["http://m.test/ubuntu".to_owned(), "deb [trusted=yes] http://n.test/ x-security main".to_owned()];
+        let release = Release {
+            distribution: Distribution::Ubuntu,
+            codename: "noble".into(),
+        };
+        let mirrors = [
+            "http://m.test/ubuntu".to_owned(),
+            "deb [trusted=yes] http://n.test/ x-security main".to_owned(),
+        ];
         let sources = Sources::choose(&release, &mirrors, Some("jammy")).unwrap();
         assert_eq!(sources.list.len(), 2);
-        assert_eq!((sources.list[0].suite.as_str(), sources.suite.as_str()), ("jammy", "jammy"));
+        assert_eq!(
+            (sources.list[0].suite.as_str(), sources.suite.as_str()),
+            ("jammy", "jammy")
+        );
         assert_eq!(sources.list[0].components, ["main", "universe"]);
         assert_eq!(sources.list[1].trusted.as_deref(), Some("yes"));
     }
 
     #[test]
     fn releases_are_read_and_other_systems_are_refused() {
-        let debian = Release::parse("PRETTY_NAME=\"Debian\"\nID=debian\nVERSION_CODENAME=trixie\n").unwrap();
+        let debian =
+            Release::parse("PRETTY_NAME=\"Debian\"\nID=debian\nVERSION_CODENAME=trixie\n").unwrap();
         assert_eq!(debian.codename, "trixie");
         let error = Release::parse("ID=fedora\nPRETTY_NAME=\"Fedora 40\"\n").unwrap_err();
         assert!(error.to_string().contains("Fedora 40"));

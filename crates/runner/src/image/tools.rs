@@ -57,7 +57,8 @@ impl Tool {
 
     /// More arguments.
     pub(crate) fn args(mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
-        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self.args
+            .extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
     }
 
@@ -102,24 +103,32 @@ impl Tool {
         if status.success() {
             return Ok(stdout);
         }
-        Err(ImageError::Tool { what: what.to_owned(), status: status.to_string(), last })
+        Err(ImageError::Tool {
+            what: what.to_owned(),
+            status: status.to_string(),
+            last,
+        })
     }
 
     fn command(&self) -> Result<Command, ImageError> {
-        let missing = |program: &str| ImageError::NoTool { program: program.to_owned() };
+        let missing = |program: &str| ImageError::NoTool {
+            program: program.to_owned(),
+        };
         let program = find(self.program).ok_or_else(|| missing(self.program))?;
         let mut command = Command::new(find("setpriv").ok_or_else(|| missing("setpriv"))?);
         command.args(["--pdeathsig", "KILL", "--"]);
         if self.cage == Cage::Private {
-            command.arg(find("unshare").ok_or_else(|| missing("unshare"))?).args([
-                "--mount",
-                "--propagation=private",
-                "--pid",
-                "--fork",
-                "--kill-child=KILL",
-                "--mount-proc",
-                "--",
-            ]);
+            command
+                .arg(find("unshare").ok_or_else(|| missing("unshare"))?)
+                .args([
+                    "--mount",
+                    "--propagation=private",
+                    "--pid",
+                    "--fork",
+                    "--kill-child=KILL",
+                    "--mount-proc",
+                    "--",
+                ]);
         }
         command
             .arg(program)
@@ -140,13 +149,19 @@ impl Tool {
             command.stdin(std::fs::File::open(input).map_err(ImageError::io("open", input))?);
         }
         if let Some(output) = &self.output {
-            command.stdout(std::fs::File::create_new(output).map_err(ImageError::io("create", output))?);
+            command.stdout(
+                std::fs::File::create_new(output).map_err(ImageError::io("create", output))?,
+            );
         }
         Ok(command)
     }
 
     async fn wait(&self, steps: &Steps) -> Result<(ExitStatus, String, Vec<String>), ImageError> {
-        let failed = |source| ImageError::Io { action: "run", path: self.program.into(), source };
+        let failed = |source| ImageError::Io {
+            action: "run",
+            path: self.program.into(),
+            source,
+        };
         let mut child = self.command()?.spawn().map_err(failed)?;
         let stdout = child.stdout.take();
         let stderr = child.stderr.take();
@@ -184,7 +199,10 @@ const MAX_OUTPUT: u64 = 16 << 20;
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 fn find(program: &str) -> Option<PathBuf> {
-    SEARCH_PATH.split(':').map(|directory| Path::new(directory).join(program)).find(|path| path.is_file())
+    SEARCH_PATH
+        .split(':')
+        .map(|directory| Path::new(directory).join(program))
+        .find(|path| path.is_file())
 }
 
 async fn read_all(stream: Option<impl AsyncRead + Unpin>) -> String {
@@ -199,7 +217,9 @@ async fn read_all(stream: Option<impl AsyncRead + Unpin>) -> String {
 /// Shows each line as detail and keeps the last ones.
 async fn follow(stream: Option<impl AsyncRead + Unpin>, steps: &Steps) -> Vec<String> {
     let mut last = std::collections::VecDeque::new();
-    let Some(stream) = stream else { return Vec::new() };
+    let Some(stream) = stream else {
+        return Vec::new();
+    };
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
     while matches!(reader.read_until(b'\n', &mut line).await, Ok(1..)) {
@@ -216,7 +236,15 @@ async fn follow(stream: Option<impl AsyncRead + Unpin>, steps: &Steps) -> Vec<St
 
 /// Terminal control characters of a program's output, made visible.
 fn escape(line: &str) -> String {
-    line.chars().flat_map(|c| if c.is_control() && c != '\t' { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+    line.chars()
+        .flat_map(|c| {
+            if c.is_control() && c != '\t' {
+                c.escape_default().collect::<Vec<_>>()
+            } else {
+                vec![c]
+            }
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -224,14 +252,23 @@ mod tests {
     use super::*;
 
     fn block_on<T>(work: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+            .block_on(work)
     }
 
     #[test]
     fn a_failing_program_tells_its_last_lines_escaped() {
         let tool = Tool::new("sh").args(["-c", "printf 'no\\033[31m luck\\n' >&2; exit 3"]);
-        let error = block_on(tool.run("the step", &Steps::new())).unwrap_err().to_string();
-        assert!(error.contains("the step failed (exit status: 3)"), "{error}");
+        let error = block_on(tool.run("the step", &Steps::new()))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("the step failed (exit status: 3)"),
+            "{error}"
+        );
         assert!(error.contains("no\\u{1b}[31m luck"), "{error}");
     }
 

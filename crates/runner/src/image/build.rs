@@ -1,0 +1,120 @@
+//! Builds an image: everything in a staging directory, under a lock, named when complete.
+
+use super::ImageError;
+use super::manifest::{FORMAT, ImageManifest};
+use super::plan::Plan;
+use super::progress::Steps;
+use super::store::{INITRD, KERNEL, ROOTFS, Store, StoredImage};
+use super::{kernel, rootfs};
+
+/// Programs an image build runs, and the package of each.
+pub(crate) const TOOLS: &[(&str, &str)] = &[
+    ("mmdebstrap", "mmdebstrap"),
+    ("mkfs.erofs", "erofs-utils"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("dpkg-deb", "dpkg"),
+    ("unshare", "util-linux"),
+    ("setpriv", "util-linux"),
+    ("lz4", "lz4"),
+    ("xz", "xz-utils"),
+    ("zstd", "zstd"),
+    ("gzip", "gzip"),
+];
+
+/// Gives the image of a plan, building it if it is not there or damaged.
+pub(crate) async fn image(
+    store: &Store,
+    plan: &Plan,
+    steps: &Steps,
+) -> Result<StoredImage, ImageError> {
+    if let Some(image) = existing(store, plan, steps)? {
+        return Ok(image);
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Err(ImageError::NotRoot);
+    }
+    if let Some((program, _)) = TOOLS
+        .iter()
+        .find(|(program, _)| !super::tools::Tool::exists(program))
+    {
+        return Err(ImageError::NoTool {
+            program: (*program).to_owned(),
+        });
+    }
+    let _lock = store.lock("image", plan.rootfs_hash(), steps).await?;
+    // Whoever held the lock may just have built it.
+    if let Some(image) = existing(store, plan, steps)? {
+        return Ok(image);
+    }
+    let result = build(store, plan, steps).await;
+    result.map_err(|error| store.explain(error, plan.request.profile.flavour.build_space_mb()))?;
+    store.image(plan.rootfs_hash())
+}
+
+/// A damaged image is told and built anew, never used.
+fn existing(store: &Store, plan: &Plan, steps: &Steps) -> Result<Option<StoredImage>, ImageError> {
+    match store.image(plan.rootfs_hash()) {
+        Ok(image) => Ok(Some(image)),
+        Err(ImageError::Missing { .. }) => Ok(None),
+        Err(error @ (ImageError::Damaged { .. } | ImageError::Json { .. })) => {
+            steps.note(&format!("{error}; building it anew"));
+            Ok(None)
+        }
+        Err(other) => Err(other),
+    }
+}
+
+async fn build(store: &Store, plan: &Plan, steps: &Steps) -> Result<(), ImageError> {
+    let rel = std::path::Path::new(plan.rootfs_hash().as_str());
+    let flavour = plan.request.profile.flavour;
+    store.require_space(flavour.build_space_mb())?;
+    let staging = store.stage(rel, "image")?;
+    let work = staging.path().join("work");
+    std::fs::create_dir(&work).map_err(ImageError::io("create", &work))?;
+
+    steps.begin("fetching the kernel");
+    let kernel = kernel::build(
+        &plan.apt,
+        &plan.kernel,
+        &plan.guest.init,
+        &work,
+        staging.path(),
+        steps,
+    )
+    .await?;
+    let target = staging.path().join(ROOTFS);
+    let tree = rootfs::Tree {
+        flavour,
+        suite: &plan.suite,
+        arch: plan.arch,
+        guest: &plan.guest,
+        work: &work,
+    };
+    let rootfs = tree.build(&plan.apt, &target, steps).await?;
+
+    steps.begin("sealing the image");
+    staging.remove("work")?;
+    let files = staging.seal()?;
+    debug_assert!(
+        [KERNEL, INITRD, ROOTFS]
+            .iter()
+            .all(|name| files.contains_key(*name))
+    );
+    steps.end();
+    staging.publish(&ImageManifest {
+        format: FORMAT,
+        rootfs_hash: plan.rootfs_hash().to_string(),
+        inputs: plan.inputs.clone(),
+        files,
+        kernel,
+        packages: rootfs.packages,
+        tree_bytes: rootfs.tree_bytes,
+        built_at: jiff::Timestamp::now().to_string(),
+        runner: crate::cli::VERSION.to_owned(),
+        steps: steps
+            .times()
+            .into_iter()
+            .map(|(what, took)| (what, took.as_secs_f64()))
+            .collect(),
+    })
+}

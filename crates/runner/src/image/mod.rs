@@ -1,0 +1,28 @@
+//! Images: what a VM boots (kernel, initramfs, root file system) and the snapshots it is restored from.
+//!
+//! `plan` decides what an image is and gives it its address; `build` makes it (`sources`, `apt`: where packages come from;
+//! `rootfs`, `kernel` with `modules` and `cpio`: its parts; `tools`: the programs that do the work); `store` keeps it,
+//! described by its `manifest`, and verifies it before anybody uses it.
+
+mod apt;
+pub(crate) mod build;
+mod cpio;
+mod embedded;
+mod error;
+mod flavour;
+mod guest;
+mod kernel;
+mod manifest;
+mod modules;
+mod plan;
+mod progress;
+mod rootfs;
+mod sources;
+mod store;
+mod tools;
+
+pub(crate) use error::ImageError;
+pub(crate) use guest::{GuestBinaries, GuestPaths};
+pub(crate) use plan::{Plan, Request};
+pub(crate) use progress::Steps;
+pub(crate) use store::{Store, StoredImage, StoredSnapshot};

@@ -1,0 +1,135 @@
+//! What a build would make, decided before anything is made: every input of the image's address.
+
+use super::ImageError;
+use super::apt::{Apt, Package};
+use super::guest::{GuestBinaries, GuestPaths};
+use super::manifest::{self, FORMAT};
+use super::progress::Steps;
+use super::sources::{Distribution, Release, Sources};
+use super::store::Store;
+use super::{kernel, modules, rootfs};
+use crate::names::ImageHash;
+use crate::profile::Profile;
+
+/// What the person asked for.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    /// Size and flavour.
+    pub(crate) profile: Profile,
+    /// Archives to use instead of the host's: URLs or one-line entries.
+    pub(crate) mirrors: Vec<String>,
+    /// Release to use instead of the host's.
+    pub(crate) suite: Option<String>,
+    /// Guest binaries to use instead of the embedded ones.
+    pub(crate) guest: GuestPaths,
+}
+
+/// Everything that decides what the image will be.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(super) request: Request,
+    pub(super) distribution: Distribution,
+    pub(super) suite: String,
+    pub(super) arch: &'static str,
+    pub(super) guest: GuestBinaries,
+    pub(super) apt: Apt,
+    pub(super) kernel: Package,
+    pub(super) inputs: Vec<(String, String)>,
+    hash: ImageHash,
+}
+
+impl Plan {
+    /// Reads what is needed; the network is used only if no package list was ever fetched, or `refresh` says so.
+    pub(crate) async fn make(
+        store: &Store,
+        request: Request,
+        refresh: bool,
+        steps: &Steps,
+    ) -> Result<Self, ImageError> {
+        let flavour = request.profile.flavour;
+        if flavour.packages().is_empty() {
+            return Err(ImageError::NoFlavour(flavour.name()));
+        }
+        let guest = GuestBinaries::load(&request.guest)?;
+        let release = Release::of_host()?;
+        let arch = debian_architecture();
+        let sources = Sources::choose(&release, &request.mirrors, request.suite.as_deref())?;
+        let text = sources.to_deb822();
+        let key = manifest::sha256(text.as_bytes());
+        let apt = Apt::new(store.apt_directory(&key), &sources, arch)?;
+        if refresh || !apt.has_lists() {
+            steps.begin("fetching the package lists");
+            apt.refresh(steps).await?;
+            steps.end();
+        }
+        let kernel = kernel::resolve(&apt, release.distribution, arch, steps).await?;
+
+        let mut inputs = vec![
+            ("format".to_owned(), FORMAT.to_string()),
+            (
+                "distribution".to_owned(),
+                release.distribution.name().to_owned(),
+            ),
+            ("suite".to_owned(), sources.suite.clone()),
+            ("architecture".to_owned(), arch.to_owned()),
+            ("sources".to_owned(), key),
+            ("flavour".to_owned(), flavour.name().to_owned()),
+            (
+                "kernel".to_owned(),
+                format!("{}={}", kernel.name, kernel.version),
+            ),
+            ("modules".to_owned(), modules::WANTED.join(" ")),
+            ("erofs".to_owned(), rootfs::EROFS_OPTIONS.join(" ")),
+        ];
+        let data = flavour
+            .files()
+            .map(|file| (format!("file {}", file.path), manifest::sha256(file.bytes)));
+        inputs.extend(data);
+        let binaries = guest
+            .all()
+            .into_iter()
+            .map(|(name, bytes)| (format!("binary {name}"), manifest::sha256(bytes)));
+        inputs.extend(binaries);
+        let hash = content_address(&inputs)?;
+        Ok(Self {
+            request,
+            distribution: release.distribution,
+            suite: sources.suite,
+            arch,
+            guest,
+            apt,
+            kernel,
+            inputs,
+            hash,
+        })
+    }
+
+    /// The image's address.
+    pub(crate) fn rootfs_hash(&self) -> &ImageHash {
+        &self.hash
+    }
+
+    /// Whether its package lists are fresh enough to build from.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.apt.is_fresh()
+    }
+}
+
+/// The address of inputs, as a name.
+pub(super) fn content_address(inputs: &[(String, String)]) -> Result<ImageHash, ImageError> {
+    let text = manifest::address(inputs);
+    // It is 64 hex digits by construction; a wrong one would be a fault of ours.
+    text.parse().map_err(|_| ImageError::Missing {
+        what: "image",
+        hash: text,
+    })
+}
+
+/// dpkg's name of this machine's architecture.
+fn debian_architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
