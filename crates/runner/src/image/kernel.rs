@@ -24,7 +24,7 @@ pub(super) async fn resolve(
         .candidate(&distribution.kernel_package(arch), steps)
         .await?;
     let versioned = meta
-        .dependency(|name| is_versioned_image(name))
+        .dependency(is_versioned_image)
         .ok_or_else(|| ImageError::NoPackage {
             package: meta.name.clone(),
         })?;

@@ -5,7 +5,7 @@ use super::apt::{Apt, Package};
 use super::guest::{GuestBinaries, GuestPaths};
 use super::manifest::{self, FORMAT};
 use super::progress::Steps;
-use super::sources::{Distribution, Release, Sources};
+use super::sources::{Release, Sources};
 use super::store::Store;
 use super::{kernel, modules, rootfs};
 use crate::names::ImageHash;
@@ -28,7 +28,6 @@ pub(crate) struct Request {
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(super) request: Request,
-    pub(super) distribution: Distribution,
     pub(super) suite: String,
     pub(super) arch: &'static str,
     pub(super) guest: GuestBinaries,
@@ -93,7 +92,6 @@ impl Plan {
         let hash = content_address(&inputs)?;
         Ok(Self {
             request,
-            distribution: release.distribution,
             suite: sources.suite,
             arch,
             guest,
