@@ -30,6 +30,11 @@ impl Context {
         Ok(Home::open_or_create(&self.home_path()?)?)
     }
 
+    /// Opens the home to use a group in it, which another user may share with us.
+    pub(crate) fn home_as_guest(&self) -> Result<Home, CliError> {
+        Ok(Home::open_as_guest(&self.home_path()?)?)
+    }
+
     /// Sends `tracing` events to stderr. `default` applies where `VM0_RUNNER_LOG` is not set
     /// (a filter such as `info` or `runner=debug`).
     pub(crate) fn log_to_stderr(&self, default: &str) {

@@ -107,13 +107,36 @@ impl Home {
         }
     }
 
-    fn from_dir(dir: Dir, path: &Path) -> Result<Self, HomeError> {
+    /// Opens the home as somebody who uses a group in it: it may be another user's, who shares the group's
+    /// directory through a Unix group.
+    pub(crate) fn open_as_guest(path: &Path) -> Result<Self, HomeError> {
+        match Dir::open(path) {
+            Ok(dir) => {
+                let home = Self::examine(dir, path)?;
+                home.dir.require_private(home.owner.uid)?;
+                Ok(home)
+            }
+            Err(error) if error.is_not_found() => Self::open_or_create(path),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn examine(dir: Dir, path: &Path) -> Result<Self, HomeError> {
         use std::os::unix::fs::MetadataExt;
         let metadata = dir.own_metadata()?;
-        let owner = Account {
-            uid: metadata.uid(),
-            gid: metadata.gid(),
-        };
+        Ok(Self {
+            dir,
+            path: path.to_owned(),
+            owner: Account {
+                uid: metadata.uid(),
+                gid: metadata.gid(),
+            },
+        })
+    }
+
+    fn from_dir(dir: Dir, path: &Path) -> Result<Self, HomeError> {
+        let home = Self::examine(dir, path)?;
+        let owner = home.owner;
         // Root itself may use anybody's home (a service does, and the daemon then becomes its owner); somebody who
         // called sudo only his own or root's.
         let caller = Account::invoking().uid;
@@ -124,12 +147,8 @@ impl Home {
                 caller,
             });
         }
-        dir.require_private(owner.uid)?;
-        Ok(Self {
-            dir,
-            path: path.to_owned(),
-            owner,
-        })
+        home.dir.require_private(owner.uid)?;
+        Ok(home)
     }
 
     /// Its absolute path.
