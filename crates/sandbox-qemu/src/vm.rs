@@ -1,0 +1,443 @@
+//! One QEMU process.
+
+use std::fs::File;
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use guest_control::{Client, MountSource};
+use host::launcher::{CgroupLimits, LaunchSpec, Launcher};
+use host::slot::SlotId;
+use sandbox::{Death, ImageFiles, MemoryStats, SandboxError, StepTimes, Vm};
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+
+use crate::console::Console;
+use crate::death::Evidence;
+use crate::disk::Disk;
+use crate::machine::{Accel, Machine, Start, TB_SIZE_MB, fd};
+use crate::qmp::{Command, Qmp, QmpError};
+
+/// How long a process that has closed its sockets may take to be reaped, and a reaped one's last words to be read.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// Host memory of a QEMU process beside its guest's and its code cache, MiB: measured at 40–55 resident after a
+/// restore, of which program text is shared; the rest is room for disk requests in flight and page tables.
+const PROCESS_MB: u64 = 96;
+
+/// Host memory a VM may take beyond its guest's.
+pub(crate) fn overhead_mb(accel: Accel) -> u64 {
+    match accel {
+        Accel::Tcg => PROCESS_MB + u64::from(TB_SIZE_MB),
+        Accel::Kvm => PROCESS_MB,
+    }
+}
+
+/// The files of an image, opened once and lent to every process.
+#[derive(Debug)]
+pub(crate) struct OpenImage {
+    kernel: File,
+    initrd: File,
+    rootfs: File,
+    /// Where private disks go: the file system that holds the image has the room the budget counted.
+    pub(crate) disk_dir: PathBuf,
+}
+
+impl OpenImage {
+    /// Opens them, and checks what would otherwise fail in a process that cannot say why.
+    pub(crate) fn open(image: &ImageFiles) -> Result<OpenImage, SandboxError> {
+        let open = |path: &PathBuf| {
+            let file = File::open(path).map_err(|source| SandboxError::Io {
+                action: format!("open {}", path.display()),
+                source,
+            })?;
+            let mode = file
+                .metadata()
+                .map(|metadata| std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()));
+            // QEMU opens kernel and initramfs anew through its descriptor, as the slot's own user.
+            if mode.is_ok_and(|mode| mode & 0o004 == 0) {
+                return Err(SandboxError::BadImage {
+                    path: path.clone(),
+                    reason: "VM processes may not read it (mode without o+r)".to_owned(),
+                });
+            }
+            Ok(file)
+        };
+        Ok(OpenImage {
+            kernel: open(&image.kernel)?,
+            initrd: open(&image.initrd)?,
+            rootfs: open(&image.rootfs)?,
+            disk_dir: image
+                .rootfs
+                .parent()
+                .map_or_else(|| PathBuf::from("."), PathBuf::from),
+        })
+    }
+}
+
+/// What one process is started with.
+pub(crate) struct Plan<'a> {
+    pub(crate) launcher: &'a Launcher,
+    pub(crate) program: PathBuf,
+    pub(crate) slot: SlotId,
+    pub(crate) machine: Machine,
+    pub(crate) start: Start,
+    pub(crate) image: &'a OpenImage,
+    pub(crate) ram: &'a File,
+    pub(crate) disk: Disk,
+    pub(crate) state: File,
+}
+
+/// A started process on its way up: no QMP handshake, no guest handshake yet.
+pub(crate) struct Starting {
+    vm: Parts,
+    qmp: Option<UnixStream>,
+    agent: Option<UnixStream>,
+    /// What it is doing, for the error of a limit that passed.
+    step: &'static str,
+    since: Instant,
+}
+
+/// What stays of it for the VM's life.
+struct Parts {
+    launcher: Launcher,
+    slot: SlotId,
+    pid: u32,
+    pidfd: AsyncFd<OwnedFd>,
+    console: Console,
+    qmp: Option<Qmp>,
+    steps: StepTimes,
+    death: Option<Death>,
+}
+
+/// A running VM.
+pub(crate) struct QemuVm {
+    parts: Parts,
+    client: Client,
+}
+
+fn io_error(action: &str) -> impl Fn(std::io::Error) -> SandboxError + '_ {
+    move |source| SandboxError::Io {
+        action: action.to_owned(),
+        source,
+    }
+}
+
+fn qmp_error(step: &'static str) -> impl Fn(QmpError) -> SandboxError {
+    move |error| SandboxError::Engine {
+        step,
+        message: error.to_string(),
+    }
+}
+
+impl Starting {
+    /// Starts the process.
+    pub(crate) async fn launch(plan: Plan<'_>, since: Instant) -> Result<Starting, SandboxError> {
+        let wiring = io_error("wire up the VM's descriptors");
+        let pair = || -> Result<(UnixStream, OwnedFd), std::io::Error> {
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+            ours.set_nonblocking(true)?;
+            Ok((UnixStream::from_std(ours)?, theirs.into()))
+        };
+        let (qmp, their_qmp) = pair().map_err(&wiring)?;
+        let (agent, their_agent) = pair().map_err(&wiring)?;
+        let (console, their_console) = pair().map_err(&wiring)?;
+        let lend = |file: &File| file.try_clone().map(OwnedFd::from).map_err(&wiring);
+        let fds = vec![
+            (their_qmp, fd::QMP),
+            (their_agent, fd::AGENT),
+            (their_console, fd::CONSOLE),
+            (lend(plan.ram)?, fd::RAM),
+            (lend(&plan.image.kernel)?, fd::KERNEL),
+            (lend(&plan.image.initrd)?, fd::INITRD),
+            (lend(&plan.image.rootfs)?, fd::ROOTFS),
+            (plan.disk.read_write.into(), fd::DISK_RW),
+            (plan.disk.read_only.into(), fd::DISK_RO),
+            (plan.state.into(), fd::STATE),
+        ];
+        let shape = plan.machine.shape;
+        let memory_mb = shape.memory_mb + overhead_mb(plan.machine.accel);
+        let process = plan
+            .launcher
+            .launch(LaunchSpec {
+                slot: plan.slot,
+                program: plan.program,
+                args: plan.machine.args(plan.start),
+                fds,
+                devices: match plan.machine.accel {
+                    Accel::Kvm => vec![PathBuf::from("/dev/kvm")],
+                    Accel::Tcg => Vec::new(),
+                },
+                limits: CgroupLimits {
+                    memory_max: memory_mb.saturating_mul(1024 * 1024),
+                    // Main loop, RCU, one thread a CPU, and QEMU's I/O pool of at most 64.
+                    pids_max: 80 + shape.vcpu,
+                    cpu_weight: 100,
+                },
+            })
+            .await?;
+        let mut starting = Starting {
+            vm: Parts {
+                launcher: plan.launcher.clone(),
+                slot: plan.slot,
+                pid: process.pid,
+                pidfd: AsyncFd::register(process.pidfd).map_err(io_error("watch the VM's process"))?,
+                console: Console::start(console),
+                qmp: None,
+                steps: StepTimes::default(),
+                death: None,
+            },
+            qmp: Some(qmp),
+            agent: Some(agent),
+            step: "process",
+            since,
+        };
+        starting.done("process");
+        Ok(starting)
+    }
+
+    fn done(&mut self, step: &'static str) {
+        let now = Instant::now();
+        self.vm.steps.0.push((step, now - self.since));
+        self.since = now;
+    }
+
+    /// Brings the guest up to a mounted root within `limit`; kills the process if that fails, and says why.
+    pub(crate) async fn bring_up(
+        mut self,
+        start: Start,
+        mount: MountSource,
+        limit: Duration,
+    ) -> Result<QemuVm, SandboxError> {
+        let result = tokio::time::timeout(limit, self.climb(start, mount)).await;
+        let error = match result {
+            Ok(Ok(client)) => {
+                return Ok(QemuVm {
+                    parts: self.vm,
+                    client,
+                });
+            }
+            Ok(Err(error)) => error,
+            Err(_) => SandboxError::Timeout {
+                step: self.step,
+                limit,
+                detail: self.vm.console_detail(),
+            },
+        };
+        Err(self.vm.explain(error).await)
+    }
+
+    async fn climb(&mut self, start: Start, mount: MountSource) -> Result<Client, SandboxError> {
+        self.step = "qmp";
+        let stream = self.qmp.take().ok_or_else(used_twice)?;
+        let mut qmp = Qmp::connect(stream).await.map_err(qmp_error("qmp"))?;
+        self.done("qmp");
+        if start == Start::Clone {
+            self.step = "load";
+            qmp.prepare_migration().await.map_err(qmp_error("load"))?;
+            qmp.load(fd::STATE).await.map_err(qmp_error("load"))?;
+            self.done("load");
+            self.step = "resume";
+            qmp.run(Command::Cont).await.map_err(qmp_error("resume"))?;
+            self.done("resume");
+        }
+        self.vm.qmp = Some(qmp);
+        self.step = "handshake";
+        let stream = self.agent.take().ok_or_else(used_twice)?;
+        // The limit around all of this is the one that counts.
+        let client = Client::connect(stream, Duration::MAX).await?;
+        self.done("handshake");
+        self.step = "mount";
+        client.mount(mount).await?;
+        self.done("mount");
+        Ok(client)
+    }
+}
+
+fn used_twice() -> SandboxError {
+    SandboxError::Engine {
+        step: "start",
+        message: "a VM was brought up twice".to_owned(),
+    }
+}
+
+impl Parts {
+    fn console_detail(&self) -> String {
+        let tail = self.console.tail();
+        if tail.trim().is_empty() {
+            "; its console is empty".to_owned()
+        } else {
+            format!("; the end of its console:\n{}", tail.trim_end())
+        }
+    }
+
+    /// The error for a VM that did not come up: its process's own end, if it ended, is the better reason.
+    async fn explain(mut self, error: SandboxError) -> SandboxError {
+        let ended = !matches!(error, SandboxError::Timeout { .. });
+        let death = if ended {
+            tokio::time::timeout(GRACE, self.died()).await.ok()
+        } else {
+            None
+        };
+        if let Err(error) = self.launcher.kill(self.slot).await {
+            tracing::warn!(slot = self.slot.0, %error, "a VM that did not come up may still run");
+        }
+        match death {
+            Some(death) => SandboxError::Died(death.reason),
+            None => error,
+        }
+    }
+
+    /// Cancel-safe: waits on the pidfd, then asks the launcher, which keeps its answer.
+    async fn died(&mut self) -> Death {
+        if let Some(death) = &self.death {
+            return death.clone();
+        }
+        // An error would be the runtime's own end.
+        let _ = self.pidfd.readable().await;
+        let reaped = match self.launcher.wait(self.slot).await {
+            Ok(reaped) => reaped,
+            Err(error) => {
+                return Death {
+                    reason: error.to_string(),
+                    oom: false,
+                };
+            }
+        };
+        let shutdown = match &mut self.qmp {
+            Some(qmp) => qmp.last_words(GRACE).await,
+            None => None,
+        };
+        let _ = tokio::time::timeout(GRACE, self.console.finish()).await;
+        let death = Evidence {
+            reaped,
+            shutdown,
+            console: &self.console.tail(),
+        }
+        .death();
+        self.death.insert(death).clone()
+    }
+}
+
+impl QemuVm {
+    /// Saves the machine: the guest quiesced, its CPUs stopped, device state written to the inherited descriptor.
+    /// Consumes the VM; what is left of it is its memory.
+    pub(crate) async fn save(mut self, limit: Duration) -> Result<(), SandboxError> {
+        let Parts { qmp, .. } = &mut self.parts;
+        let saved = tokio::time::timeout(limit, async {
+            self.client.quiesce().await?;
+            let qmp = qmp.as_mut().ok_or_else(used_twice)?;
+            qmp.run(Command::Stop).await.map_err(qmp_error("stop"))?;
+            qmp.prepare_migration().await.map_err(qmp_error("save"))?;
+            qmp.save(fd::STATE).await.map_err(qmp_error("save"))
+        })
+        .await
+        .unwrap_or_else(|_| {
+            Err(SandboxError::Timeout {
+                step: "save",
+                limit,
+                detail: String::new(),
+            })
+        });
+        match saved {
+            Ok(()) => {
+                self.parts.launcher.kill(self.parts.slot).await?;
+                Ok(())
+            }
+            Err(error) => Err(self.parts.explain(error).await),
+        }
+    }
+
+    /// For an error of a step that was not ours: kills the VM and adds what is known of its end.
+    pub(crate) async fn give_up(self, error: SandboxError) -> SandboxError {
+        self.parts.explain(error).await
+    }
+
+    async fn command(&mut self, step: &'static str, command: Command) -> Result<(), SandboxError> {
+        let qmp = self.parts.qmp.as_mut().ok_or_else(used_twice)?;
+        qmp.run(command).await.map_err(qmp_error(step))
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn control(&self) -> Client {
+        self.client.clone()
+    }
+
+    fn pid(&self) -> u32 {
+        self.parts.pid
+    }
+
+    async fn pause(&mut self) -> Result<(), SandboxError> {
+        self.command("pause", Command::Stop).await
+    }
+
+    async fn resume(&mut self) -> Result<(), SandboxError> {
+        self.command("resume", Command::Cont).await
+    }
+
+    async fn destroy(self: Box<Self>) -> Result<(), SandboxError> {
+        self.parts.launcher.kill(self.parts.slot).await?;
+        Ok(())
+    }
+
+    async fn died(&mut self) -> Death {
+        self.parts.died().await
+    }
+
+    /// From `/proc/<pid>/status`, which anybody may read, as the process belongs to another user than the runner:
+    /// pages that a clone copied for itself count as anonymous, untouched ones as the template's shared memory.
+    fn memory(&self) -> Result<MemoryStats, SandboxError> {
+        let path = format!("/proc/{}/status", self.parts.pid);
+        let status = std::fs::read_to_string(&path).map_err(io_error(&format!("read {path}")))?;
+        Ok(memory_of(&status))
+    }
+
+    async fn reclaim_memory(&mut self) -> Result<(), SandboxError> {
+        Err(SandboxError::Unavailable {
+            engine: "QEMU",
+            reason: "a clone has no balloon: QEMU's would discard memory of the template"
+                .to_owned(),
+        })
+    }
+
+    fn steps(&self) -> StepTimes {
+        self.parts.steps.clone()
+    }
+}
+
+fn memory_of(status: &str) -> MemoryStats {
+    let kilobytes = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    MemoryStats {
+        private_dirty: kilobytes("RssAnon") * 1024,
+        resident: kilobytes("VmRSS") * 1024,
+    }
+}
+
+/// A future's result, and how long it took.
+pub(crate) async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {
+    let start = Instant::now();
+    let result = future.await;
+    (result, start.elapsed())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_comes_from_the_status_file() {
+        let stats = memory_of("Name:\tqemu\nVmRSS:\t   60000 kB\nRssAnon:\t   20000 kB\n");
+        assert_eq!(stats.private_dirty, 20000 * 1024);
+        assert_eq!(stats.resident, 60000 * 1024);
+    }
+}
