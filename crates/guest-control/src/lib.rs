@@ -16,3 +16,4 @@ pub use types::{
     CloseReason, ControlError, ExecSpec, ExitReport, ExitStatus, FileSpec, GuestStats, MountSource,
     PtySize, Stream, UserSpec, Wake,
 };
+pub use wire::VERSION as PROTOCOL_VERSION;

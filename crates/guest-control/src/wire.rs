@@ -29,7 +29,7 @@ pub(crate) const MAX_REQUEST: usize = 4 * 1024 * 1024;
 pub(crate) const MAGIC: [u8; 4] = *b"vm0c";
 /// Version of everything in this module. Both ends come from one build, so there is no negotiation: a mismatch means
 /// an image built by another version.
-pub(crate) const VERSION: u16 = 1;
+pub const VERSION: u16 = 1;
 
 /// Names an operation. Chosen by the host, never reused within a connection.
 pub(crate) type OpId = u32;

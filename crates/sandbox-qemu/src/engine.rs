@@ -184,7 +184,7 @@ impl Engine for QemuEngine {
             ("engine", format!("{:?}", self.kind())),
             ("qemu_version", self.qemu.version.clone()),
             ("arguments", arguments),
-            ("protocol", "0".to_owned()),
+            ("protocol", guest_control::PROTOCOL_VERSION.to_string()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .to_vec()

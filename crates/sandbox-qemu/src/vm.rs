@@ -11,6 +11,7 @@ use guest_control::{Client, MountSource};
 use host::launcher::{CgroupLimits, LaunchSpec, Launcher};
 use host::slot::SlotId;
 use sandbox::{Death, ImageFiles, MemoryStats, SandboxError, StepTimes, Vm};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
@@ -183,7 +184,7 @@ impl Starting {
                 launcher: plan.launcher.clone(),
                 slot: plan.slot,
                 pid: process.pid,
-                pidfd: AsyncFd::register(process.pidfd).map_err(io_error("watch the VM's process"))?,
+                pidfd: watch(process.pidfd).map_err(io_error("watch the VM's process"))?,
                 console: Console::start(console),
                 qmp: None,
                 steps: StepTimes::default(),
@@ -326,6 +327,8 @@ impl QemuVm {
     /// Consumes the VM; what is left of it is its memory.
     pub(crate) async fn save(mut self, limit: Duration) -> Result<(), SandboxError> {
         let Parts { qmp, .. } = &mut self.parts;
+        // Held until the CPUs stand still: the guest must not see its port closed in between.
+        let _open = self.client.clone();
         let saved = tokio::time::timeout(limit, async {
             self.client.quiesce().await?;
             let qmp = qmp.as_mut().ok_or_else(used_twice)?;
@@ -421,6 +424,11 @@ fn memory_of(status: &str) -> MemoryStats {
         private_dirty: kilobytes("RssAnon") * 1024,
         resident: kilobytes("VmRSS") * 1024,
     }
+}
+
+fn watch(pidfd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names the same open file until it is dropped, and the `AsyncFd` owns it until then.
+    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
 }
 
 /// A future's result, and how long it took.

@@ -3,6 +3,8 @@
 
 mod engine;
 mod error;
+#[cfg(feature = "fake")]
+pub mod fake;
 mod owner;
 mod sandbox;
 mod types;
