@@ -12,6 +12,7 @@ mod home;
 mod image;
 mod names;
 mod profile;
+mod provider;
 mod queue;
 mod resource_budget;
 mod run_log;

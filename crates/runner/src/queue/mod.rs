@@ -25,3 +25,8 @@ pub(crate) use registry::{LiveRunner, Registration};
 pub(crate) use result::JobResult;
 pub(crate) use runner::{Claim, ClaimedJob, JobHead, Look, RunnerQueue, Scan};
 pub(crate) use watch::{Change, Watch};
+
+#[cfg(test)]
+pub(crate) mod test_support {
+    pub(crate) use super::job::tests::fields;
+}

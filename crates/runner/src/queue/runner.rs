@@ -245,9 +245,19 @@ impl RunnerQueue {
         Ok(())
     }
 
+    /// A second descriptor on the directory of answers, for [`RunnerQueue::collect_dir`].
+    pub(crate) fn results(&self) -> Result<Dir, QueueError> {
+        Ok(self.results.try_clone()?)
+    }
+
     /// Makes the directory that receives files copied out for this run.
-    pub(crate) fn collect_dir(&self, id: RunId) -> Result<Dir, QueueError> {
-        Ok(self.results.create_dir(collected_name(id), 0o755)?)
+    pub(crate) fn collect_dir(results: &Dir, id: RunId) -> Result<Dir, QueueError> {
+        Ok(results.create_dir(collected_name(id), 0o755)?)
+    }
+
+    /// Whether some runner has claimed the job.
+    pub(crate) fn is_taken(&self, id: RunId) -> bool {
+        !matches!(self.claims.metadata(claim_name(id)), Ok(None))
     }
 
     /// Whether a live runner of the group, ourselves included, serves this profile.
