@@ -8,6 +8,8 @@
 //! A [`Lease`] is the only way to hold a slot: it cannot leak, because dropping it releases the slot, and it cannot
 //! be released twice, because releasing it consumes it.
 
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -26,6 +28,66 @@ pub(crate) struct HostSize {
     pub(crate) memory_mb: u64,
     /// Free disk below the home, MiB.
     pub(crate) disk_mb: u64,
+}
+
+impl HostSize {
+    /// Looks at this machine; `disks` is where VM disks are kept.
+    pub(crate) fn detect(disks: &Path) -> io::Result<Self> {
+        let meminfo = std::fs::read_to_string("/proc/meminfo")?;
+        let installed = mem_total_mb(&meminfo)
+            .ok_or_else(|| io::Error::other("/proc/meminfo does not tell MemTotal"))?;
+        let stat = rustix::fs::statvfs(disks)?;
+        let vcpu = std::thread::available_parallelism()?.get();
+        Ok(Self {
+            vcpu: u32::try_from(vcpu).unwrap_or(u32::MAX),
+            memory_mb: installed.min(cgroup_limit_mb().unwrap_or(u64::MAX)),
+            disk_mb: stat.f_bavail.saturating_mul(stat.f_frsize) >> 20,
+        })
+    }
+}
+
+fn mem_total_mb(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find(|line| line.starts_with("MemTotal:"))?;
+    let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kilobytes / 1024)
+}
+
+/// The tightest memory limit of the cgroups we are in, v1 or v2.
+fn cgroup_limit_mb() -> Option<u64> {
+    let membership = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let mut tightest: Option<u64> = None;
+    for line in membership.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        let (root, file) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            list if list.split(',').any(|c| c == "memory") => {
+                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            }
+            _ => continue,
+        };
+        // A limit of a parent binds too.
+        for ancestor in Path::new(path).ancestors() {
+            let relative = ancestor.strip_prefix("/").unwrap_or(ancestor);
+            let limit = std::fs::read_to_string(Path::new(root).join(relative).join(file))
+                .ok()
+                .and_then(|text| text.trim().parse::<u64>().ok());
+            if let Some(bytes) = limit {
+                tightest = Some(tightest.map_or(bytes, |t| t.min(bytes)));
+            }
+        }
+    }
+    tightest.map(|bytes| bytes >> 20)
+}
+
+/// What a warm or idle VM takes: it is paused, so no CPU.
+fn paused(resources: Resources) -> Resources {
+    Resources {
+        vcpu: 0,
+        ..resources
+    }
 }
 
 /// Floor of `value * factor`, saturating. The factor is finite and above 0 (`runner.yaml` is checked for it).
@@ -100,7 +162,8 @@ pub(crate) fn to_revoke(
     limits: HostLimits,
     lru: &[(SlotId, Resources)],
 ) -> Vec<SlotId> {
-    let mut held = usage.firm + usage.revocable;
+    // Firm leases alone may exceed the CPUs (the first job's); paused VMs take none and giving them up gains none.
+    let mut held = paused(usage.firm + usage.revocable);
     let mut revoked = Vec::new();
     for (slot, resources) in lru {
         if within(held, limits.total) {
@@ -216,10 +279,8 @@ impl Budget {
             },
             LeaseKind::Revocable => {
                 let usage = self.usage().await?;
-                if !within(
-                    usage.firm + usage.revocable + resources,
-                    self.limits().total,
-                ) {
+                let wanted = usage.firm + usage.revocable + paused(resources);
+                if !within(paused(wanted), self.limits().total) {
                     return Ok(None);
                 }
                 None
@@ -244,7 +305,10 @@ impl Shared {
         SlotRecord {
             instance: self.instance.clone(),
             kind,
-            resources,
+            resources: match kind {
+                LeaseKind::Firm => resources,
+                LeaseKind::Revocable => paused(resources),
+            },
             run_id: run.map(|run| run.to_string()),
         }
     }
@@ -336,6 +400,13 @@ impl Drop for Lease {
 mod tests {
     use super::*;
 
+    #[test]
+    fn this_machine_can_be_measured() {
+        let size = HostSize::detect(Path::new("/")).unwrap();
+        assert!(size.vcpu >= 1 && size.memory_mb > 100);
+        assert_eq!(mem_total_mb("MemFree: 1 kB\nMemTotal:  2048 kB\n"), Some(2));
+    }
+
     const HOST: HostSize = HostSize {
         vcpu: 16,
         memory_mb: 32 * 1024,
@@ -403,13 +474,13 @@ mod tests {
             },
             firm_count: firm,
             revocable: Resources {
-                vcpu: 4,
+                vcpu: 0,
                 memory_mb: 1024,
                 disk_mb: 0,
             },
             revocable_count: 4,
         };
-        let host = limits(6, 1 << 20, 1 << 20);
+        let host = limits(2, 6 * 256, 1 << 20);
         for (firm, expected) in [(0, 0), (2, 0), (3, 1), (5, 3), (6, 4), (9, 4)] {
             let revoked = to_revoke(usage(firm), host, &lru);
             let slots: Vec<u16> = revoked.iter().map(|slot| slot.0).collect();

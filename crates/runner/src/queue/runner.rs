@@ -43,10 +43,26 @@ pub(crate) struct JobHead {
     pub(crate) profile: ProfileName,
     /// Whose VM it may meet again.
     pub(crate) session_id: Option<SessionId>,
+    /// Names of the variables it brings, in order. Secrets travel in them, so they decide which VM it may meet.
+    pub(crate) variables: Vec<String>,
     /// Who submitted it: the owner of the file.
     pub(crate) submitter: u32,
     /// When (modification time of the file).
     pub(crate) submitted: SystemTime,
+}
+
+impl JobHead {
+    /// Of a job that was read.
+    pub(crate) fn of(job: &Job, submitter: u32, submitted: SystemTime) -> Self {
+        Self {
+            run_id: job.run_id,
+            profile: job.profile.clone(),
+            session_id: job.session_id.clone(),
+            variables: job.environment.keys().cloned().collect(),
+            submitter,
+            submitted,
+        }
+    }
 }
 
 /// What stands under a job's name.
@@ -69,6 +85,8 @@ pub(crate) struct ClaimedJob {
     pub(crate) job: Job,
     /// Who submitted it.
     pub(crate) submitter: u32,
+    /// When (modification time of the file).
+    pub(crate) submitted: SystemTime,
 }
 
 /// What came of an attempt to claim.
@@ -156,13 +174,9 @@ impl RunnerQueue {
         }
         match self.read_job(id) {
             ReadJob::Gone => Look::NotOurs,
-            ReadJob::Good(read) => Look::Fresh(JobHead {
-                run_id: id,
-                profile: read.job.profile.clone(),
-                session_id: read.job.session_id.clone(),
-                submitter: read.submitter,
-                submitted: read.submitted,
-            }),
+            ReadJob::Good(read) => {
+                Look::Fresh(JobHead::of(&read.job, read.submitter, read.submitted))
+            }
             ReadJob::Bad { modified, .. } if !finished && is_young(modified) => Look::Unfinished,
             ReadJob::Bad { reason, .. } => Look::Bad(reason),
         }
@@ -193,6 +207,7 @@ impl RunnerQueue {
             ReadJob::Good(read) => Claim::Won(Box::new(ClaimedJob {
                 job: read.job,
                 submitter: read.submitter,
+                submitted: read.submitted,
             })),
             ReadJob::Bad { reason, .. } => Claim::Bad(reason),
         };
