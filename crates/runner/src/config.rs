@@ -3,6 +3,8 @@
 //! Everything is validated here, before anything is opened or started, so the rest of the runner never meets a
 //! value that makes no sense. An unknown key is refused, with its path: a misspelt limit must not be ignored.
 
+mod render;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -12,8 +14,10 @@ use serde::{Deserialize, Serialize};
 use crate::names::{GroupName, ImageHash, ProfileName, RunnerName};
 use crate::profile::{Flavour, Profile};
 
+pub(crate) use render::Rendered;
+
 /// The whole file.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Config {
     /// The runner's own name: its directory `runners/<name>` and its log.
@@ -40,7 +44,7 @@ pub(crate) struct Config {
 }
 
 /// One profile in `runner.yaml`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ProfileConfig {
     /// The image, as `runner build` printed it.
@@ -105,7 +109,7 @@ impl Default for SandboxConfig {
 }
 
 /// Which engine runs the VMs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum EngineChoice {
     /// The fastest that was proved to work on this host.
@@ -117,16 +121,34 @@ pub(crate) enum EngineChoice {
     Firecracker,
 }
 
+impl EngineChoice {
+    /// Its name in `runner.yaml`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Qemu => "qemu",
+            Self::Firecracker => "firecracker",
+        }
+    }
+}
+
+/// Default of `stop_timeout_secs`.
+pub(crate) const STOP_TIMEOUT_SECS: u64 = 120;
+/// Default of `job_timeout_secs`: two hours.
+pub(crate) const JOB_TIMEOUT_SECS: u64 = 7200;
+/// Default of `log_max_mb`.
+pub(crate) const LOG_MAX_MB: u64 = 256;
+
 fn default_stop_timeout() -> u64 {
-    120
+    STOP_TIMEOUT_SECS
 }
 
 fn default_job_timeout() -> u64 {
-    7200
+    JOB_TIMEOUT_SECS
 }
 
 fn default_log_max() -> u64 {
-    256
+    LOG_MAX_MB
 }
 
 /// Why a configuration was refused.
@@ -152,11 +174,6 @@ impl Config {
             serde_saphyr::from_str(text).map_err(|error| ConfigError::Syntax(error.to_string()))?;
         config.check()?;
         Ok(config)
-    }
-
-    /// The text of the file.
-    pub(crate) fn to_yaml(&self) -> Result<String, ConfigError> {
-        serde_saphyr::to_string(self).map_err(|error| ConfigError::Syntax(error.to_string()))
     }
 
     /// Limit on stopping.
@@ -308,7 +325,10 @@ profiles:
         assert_eq!(config.job_timeout_secs, 7200);
         assert_eq!(config.log_max_mb, 256);
         assert_eq!(config.engine, EngineChoice::Auto);
-        assert_eq!(Config::parse(&config.to_yaml().unwrap()).unwrap(), config);
+        assert_eq!(
+            Config::parse(&Rendered(&config).to_string()).unwrap(),
+            config
+        );
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Profiles: the size of a VM and the image it boots. Some are built in; `runner.yaml` may define more.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::names::ProfileName;
@@ -67,6 +69,10 @@ impl Profile {
         }
     }
 
+    fn with_flavour(self, flavour: Flavour) -> Self {
+        Self { flavour, ..self }
+    }
+
     /// Checks the bounds; the error names the key and the range.
     pub(crate) fn check(&self) -> Result<(), String> {
         let Self {
@@ -89,6 +95,73 @@ impl Profile {
             ));
         }
         Ok(())
+    }
+}
+
+/// A profile on a command line: `vm0/small`, or `org/name:vcpu=4,memory_mb=8192,disk_mb=4096,flavour=full`. Keys left
+/// out are those of the built-in profile of that name, or of the flavour's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ProfileSpec {
+    /// Its name.
+    pub(crate) name: ProfileName,
+    /// Its size and image, within the bounds.
+    pub(crate) profile: Profile,
+}
+
+impl FromStr for ProfileSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, keys) = match text.split_once(':') {
+            Some((name, keys)) => (name, Some(keys)),
+            None => (text, None),
+        };
+        let name: ProfileName = name.parse().map_err(|error| format!("{error}"))?;
+        let mut base = Profile::built_in(&name);
+        let pairs: Vec<(&str, &str)> = keys
+            .into_iter()
+            .flat_map(|keys| keys.split(','))
+            .map(|pair| {
+                pair.split_once('=')
+                    .ok_or_else(|| format!("\"{}\" is not KEY=VALUE", pair.escape_debug()))
+            })
+            .collect::<Result<_, _>>()?;
+        // The flavour first: it decides what the other keys' defaults are.
+        for (_, value) in pairs.iter().filter(|(key, _)| *key == "flavour") {
+            base = Some(match *value {
+                "full" => base.unwrap_or(DEFAULT).with_flavour(Flavour::Full),
+                "small" => base.unwrap_or(SMALL).with_flavour(Flavour::Small),
+                _ => return Err("flavour is full or small".to_owned()),
+            });
+        }
+        let Some(mut profile) = base else {
+            return Err(format!(
+                "{name} is not built in ({}); give its size as \
+                 {name}:vcpu=2,memory_mb=2048,disk_mb=8192,flavour=full",
+                BUILT_IN.join(", ")
+            ));
+        };
+        for (key, value) in pairs {
+            let number = || {
+                value
+                    .parse::<u64>()
+                    .map_err(|_| format!("{key} is not a number: \"{}\"", value.escape_debug()))
+            };
+            match key {
+                "vcpu" => profile.vcpu = u32::try_from(number()?).unwrap_or(u32::MAX),
+                "memory_mb" => profile.memory_mb = number()?,
+                "disk_mb" => profile.disk_mb = number()?,
+                "flavour" => {}
+                _ => {
+                    return Err(format!(
+                        "there is no key \"{}\": they are vcpu, memory_mb, disk_mb and flavour",
+                        key.escape_debug()
+                    ));
+                }
+            }
+        }
+        profile.check()?;
+        Ok(Self { name, profile })
     }
 }
 
@@ -128,6 +201,37 @@ mod tests {
             ),
         ] {
             assert!(profile.check().unwrap_err().starts_with(key));
+        }
+    }
+
+    #[test]
+    fn profiles_of_the_command_line_start_from_the_built_in_ones() {
+        let profile = |text: &str| text.parse::<ProfileSpec>().map(|spec| spec.profile);
+        assert_eq!(profile("vm0/small"), Ok(SMALL));
+        assert_eq!(
+            profile("vm0/small:vcpu=2"),
+            Ok(Profile { vcpu: 2, ..SMALL })
+        );
+        assert_eq!(
+            profile("acme/big:vcpu=8,flavour=full,memory_mb=16384"),
+            Ok(Profile {
+                vcpu: 8,
+                memory_mb: 16384,
+                ..DEFAULT
+            })
+        );
+        for bad in [
+            "acme/big",
+            "acme/big:vcpu=8",
+            "vm0/small:",
+            "vm0/small:cpus=2",
+            "vm0/small:vcpu=x",
+            "vm0/small:vcpu=99999999999999999999",
+            "vm0/small:vcpu=4294967297",
+            "vm0/small:flavour=medium",
+            "../x:vcpu=1",
+        ] {
+            profile(bad).unwrap_err();
         }
     }
 }

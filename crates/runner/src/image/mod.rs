@@ -14,6 +14,7 @@ mod guest;
 mod kernel;
 mod manifest;
 mod modules;
+mod newest;
 mod plan;
 mod progress;
 mod rootfs;
@@ -23,6 +24,7 @@ mod tools;
 
 pub(crate) use error::ImageError;
 pub(crate) use guest::{GuestBinaries, GuestPaths};
+pub(crate) use newest::newest_build;
 pub(crate) use plan::{Plan, Request};
 pub(crate) use progress::Steps;
 pub(crate) use store::{Store, StoredImage, StoredSnapshot};

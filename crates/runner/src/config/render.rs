@@ -1,0 +1,91 @@
+//! `runner.yaml` as `runner config` writes it: every key, with what it means.
+
+use std::fmt::{self, Display};
+
+use super::{Config, ProfileConfig};
+
+/// The text of a configuration. Parsing it gives the same configuration again.
+pub(crate) struct Rendered<'a>(pub(crate) &'a Config);
+
+impl Display for Rendered<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let config = self.0;
+        writeln!(
+            f,
+            "# Configuration of one runner. Every key is checked when the runner starts; an unknown one is refused.\n\
+             # Check a change with: runner config --check FILE\n\n\
+             # The runner's name: its directory below runners/ and its log.\n\
+             name: {}\n\n\
+             # The group of jobs it takes: groups/<group>/ in the home.\n\
+             group: {}\n\n\
+             # What it serves. Several profiles may stand here.\n\
+             profiles:",
+            config.name, config.group
+        )?;
+        for (index, (name, profile)) in config.profiles.iter().enumerate() {
+            profile_lines(f, name.as_str(), profile, index == 0)?;
+        }
+        let sandbox = &config.sandbox;
+        writeln!(
+            f,
+            "\n# How VMs share the host.\n\
+             sandbox:\n\
+             \x20 # Most jobs at once; 0: as many as CPUs, memory and disk carry.\n\
+             \x20 max_concurrent: {}\n\
+             \x20 # The host's CPUs, memory and disk times this are given to VMs; above 1 overcommits.\n\
+             \x20 concurrency_factor: {:?}\n\
+             \x20 # Memory kept from VMs, MiB.\n\
+             \x20 memory_reserve_mb: {}\n\
+             \x20 # How long the VM of a finished job waits for its session's next job, seconds; 0: not at all.\n\
+             \x20 idle_timeout_secs: {}\n\
+             \x20 # Most VMs that wait so.\n\
+             \x20 idle_max: {}\n\n\
+             # auto (the fastest that is proved to work on this host), qemu or firecracker.\n\
+             engine: {}\n\n\
+             # How long a stopping runner lets jobs finish before it cancels them, seconds.\n\
+             stop_timeout_secs: {}\n\n\
+             # Longest time a job may run, seconds. A job may ask for less.\n\
+             job_timeout_secs: {}\n\n\
+             # Most a job's log may hold, MiB; a cut is marked in the log.\n\
+             log_max_mb: {}",
+            sandbox.max_concurrent,
+            sandbox.concurrency_factor,
+            sandbox.memory_reserve_mb,
+            sandbox.idle_timeout_secs,
+            sandbox.idle_max,
+            config.engine.name(),
+            config.stop_timeout_secs,
+            config.job_timeout_secs,
+            config.log_max_mb,
+        )
+    }
+}
+
+fn profile_lines(
+    f: &mut fmt::Formatter<'_>,
+    name: &str,
+    profile: &ProfileConfig,
+    explain: bool,
+) -> fmt::Result {
+    let why = |text: &'static str| if explain { text } else { "" };
+    writeln!(
+        f,
+        "  {name}:\n\
+         {}    rootfs_hash: \"{}\"\n    snapshot_hash: \"{}\"\n\
+         {}    vcpu: {}\n    memory_mb: {}\n    disk_mb: {}\n\
+         {}    flavour: {}\n\
+         {}    warm: {{low: {}, high: {}}}",
+        why("    # The build, as `runner build` printed it.\n"),
+        profile.rootfs_hash,
+        profile.snapshot_hash,
+        why("    # Size of its VMs; memory and writable disk in MiB.\n"),
+        profile.vcpu,
+        profile.memory_mb,
+        profile.disk_mb,
+        why("    # full or small: what the image holds.\n"),
+        profile.flavour.name(),
+        why("    # VMs kept ready: below `low` new ones are made, up to `high`.\n"),
+        profile.warm.low,
+        profile.warm.high,
+    )
+}

@@ -1,0 +1,78 @@
+//! Which build of a profile is the newest, for a configuration that does not name one.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use host::fs::{Dir, FsError};
+use serde::de::DeserializeOwned;
+
+use super::manifest::{FORMAT, ImageManifest, SnapshotManifest};
+use crate::home::{Home, HomeError, rel};
+use crate::names::ImageHash;
+use crate::profile::Profile;
+
+/// Largest manifest, bytes.
+const MAX_MANIFEST: u64 = 16 << 20;
+
+/// The newest complete image and snapshot that were built for a profile of this size and flavour. Nothing but the
+/// manifests is looked at; who uses a build verifies it.
+pub(crate) fn newest_build(
+    home: &Home,
+    profile: &Profile,
+) -> Result<Option<(ImageHash, ImageHash)>, HomeError> {
+    let images = match home.dir().open_dir(rel::IMAGES) {
+        Err(error) if error.is_not_found() => return Ok(None),
+        other => other?,
+    };
+    let mut newest: Option<(SystemTime, ImageHash, ImageHash)> = None;
+    for rootfs in hashes(&images)? {
+        let image = images.open_dir(rootfs.as_str())?;
+        let fits = read::<ImageManifest>(&image).is_some_and(|(manifest, _)| {
+            manifest.format == FORMAT
+                && manifest
+                    .inputs
+                    .iter()
+                    .any(|(name, value)| name == "flavour" && value == profile.flavour.name())
+        });
+        if !fits {
+            continue;
+        }
+        let snapshots = match image.open_dir("snapshots") {
+            Err(error) if error.is_not_found() => continue,
+            other => other?,
+        };
+        for snapshot in hashes(&snapshots)? {
+            let Some((manifest, built)) =
+                read::<SnapshotManifest>(&snapshots.open_dir(snapshot.as_str())?)
+            else {
+                continue;
+            };
+            let shape = manifest.shape;
+            let fits = manifest.format == FORMAT
+                && shape.vcpu == profile.vcpu
+                && shape.memory_mb == profile.memory_mb
+                && shape.disk_mb == profile.disk_mb;
+            if fits && newest.as_ref().is_none_or(|(at, ..)| built > *at) {
+                newest = Some((built, rootfs.clone(), snapshot));
+            }
+        }
+    }
+    Ok(newest.map(|(_, rootfs, snapshot)| (rootfs, snapshot)))
+}
+
+/// The directories that are named like a content address; a build in the making is not.
+fn hashes(dir: &Dir) -> Result<Vec<ImageHash>, FsError> {
+    Ok(dir
+        .list()?
+        .into_iter()
+        .filter_map(|entry| entry.name.to_str()?.parse().ok())
+        .collect())
+}
+
+/// A manifest and when it was written; nothing if it is not there or not readable as one.
+fn read<T: DeserializeOwned>(dir: &Dir) -> Option<(T, SystemTime)> {
+    let name = Path::new("manifest.json");
+    let bytes = dir.read_bounded(name, MAX_MANIFEST).ok()?;
+    let written = dir.metadata(name).ok()??.modified().ok()?;
+    Some((serde_json::from_slice(&bytes).ok()?, written))
+}
