@@ -1,1 +1,33 @@
-//! Builders that the black-box tests share.
+//! Builders that the black-box tests share: a host of their own for each test, with the built runner on it.
+//!
+//! ```no_run
+//! let Some(host) = e2e::Host::new().start() else { return };
+//! let outcome = host.submit("echo hello").run();
+//! outcome.expect_exit(0);
+//! host.finish();
+//! ```
+//!
+//! Every [`Host`] has its own home, its own run directory and its own range of uids, so tests run beside one another
+//! and beside other copies of themselves. [`Host::finish`] stops the runner and checks that nothing of it is left: no
+//! process, cgroup, mount, socket, claimed job. A test that is killed leaves a runner whose parent-death signal ends
+//! it, and a uid range that whoever takes it next sweeps first.
+//!
+//! Nothing here sleeps for a fixed time: waits end with the event, and deadlines are for hangs only.
+
+mod audit;
+mod host;
+mod process;
+mod queue;
+mod range;
+mod skip;
+mod submit;
+mod text;
+mod wait;
+
+pub use host::{Host, HostBuilder};
+pub use process::{Proc, processes_of_uids};
+pub use queue::Job;
+pub use skip::skip;
+pub use submit::{Outcome, Pending, Submit};
+pub use text::Text;
+pub use wait::{LONG, eventually, eventually_some};

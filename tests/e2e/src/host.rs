@@ -1,0 +1,569 @@
+//! A host of a test's own, with the built runner on it.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::audit;
+use crate::process::{Proc, processes_of_uids};
+use crate::range::RunRange;
+use crate::skip::{skip, test_name};
+use crate::submit::Submit;
+use crate::wait::{LONG, eventually, eventually_some};
+
+/// Time within which everything of a runner must be gone once it is dead.
+const GONE: Duration = Duration::from_secs(20);
+
+/// The checkout.
+fn top() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| top().join("target"), PathBuf::from)
+}
+
+/// The binary under test.
+fn binary() -> PathBuf {
+    std::env::var_os("VM0_RUNNER_BIN")
+        .map_or_else(|| target().join("release/runner"), PathBuf::from)
+}
+
+/// The home that holds the images.
+fn images() -> PathBuf {
+    std::env::var_os("VM0_TEST_IMAGES").map_or_else(|| target().join("test-home"), PathBuf::from)
+}
+
+/// Hashes of a profile's image, as `runner build --dry-run` prints them; `None` when it is not built.
+fn hashes(profile: &str) -> Option<(String, String)> {
+    let output = Command::new(binary())
+        .args(["build", "--dry-run", "--profile", profile])
+        .env("VM0_RUNNER_HOME", images())
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let value = |key: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+            .map(str::to_owned)
+    };
+    let (rootfs, snapshot) = (value("rootfs_hash")?, value("snapshot_hash")?);
+    images()
+        .join(format!(
+            "images/{rootfs}/snapshots/{snapshot}/manifest.json"
+        ))
+        .exists()
+        .then_some((rootfs, snapshot))
+}
+
+/// Hard links of a whole tree; copies where the target is on another file system.
+fn link_tree(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a directory can be made");
+    let mode = fs::metadata(from).expect("it was listed").permissions();
+    for entry in fs::read_dir(from).expect("images can be read").flatten() {
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().expect("a file type").is_dir() {
+            link_tree(&source, &target);
+        } else if fs::hard_link(&source, &target).is_err() {
+            fs::copy(&source, &target).expect("images can be copied");
+        }
+    }
+    fs::set_permissions(to, mode).expect("our directory");
+}
+
+/// A host being put together.
+pub struct HostBuilder {
+    name: String,
+    group: String,
+    profile: String,
+    shape: Option<(u32, u32, u32)>,
+    warm: (u32, u32),
+    sandbox: Vec<(&'static str, String)>,
+    options: Vec<(&'static str, String)>,
+    environment: Vec<(String, String)>,
+    owner: Option<u32>,
+    range: Option<Arc<RunRange>>,
+}
+
+impl Default for HostBuilder {
+    fn default() -> Self {
+        Self {
+            name: "e2e".to_owned(),
+            group: "vm0/e2e".to_owned(),
+            profile: "vm0/small".to_owned(),
+            shape: None,
+            warm: (0, 0),
+            sandbox: Vec::new(),
+            options: Vec::new(),
+            environment: vec![("USE_MOCK_CLAUDE".to_owned(), "true".to_owned())],
+            owner: None,
+            range: None,
+        }
+    }
+}
+
+impl HostBuilder {
+    /// The profile jobs run with unless they say otherwise; `vm0/small` if not called. Its image must be built.
+    pub fn profile(mut self, profile: &str) -> Self {
+        self.profile = profile.to_owned();
+        self
+    }
+
+    /// The runner's name, for hosts with several.
+    pub fn name(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
+    /// The group of jobs it takes; `vm0/e2e` if not called.
+    pub fn group(mut self, group: &str) -> Self {
+        self.group = group.to_owned();
+        self
+    }
+
+    /// Other sizes than the profile's own: CPUs, memory MB, disk MB.
+    pub fn shape(mut self, vcpu: u32, memory_mb: u32, disk_mb: u32) -> Self {
+        self.shape = Some((vcpu, memory_mb, disk_mb));
+        self
+    }
+
+    /// Marks of the warm pool; none is kept warm if not called.
+    pub fn warm(mut self, low: u32, high: u32) -> Self {
+        self.warm = (low, high);
+        self
+    }
+
+    /// A key of `sandbox:` in runner.yaml.
+    pub fn sandbox(mut self, key: &'static str, value: impl ToString) -> Self {
+        self.sandbox.push((key, value.to_string()));
+        self
+    }
+
+    /// A top-level key of runner.yaml.
+    pub fn option(mut self, key: &'static str, value: impl ToString) -> Self {
+        self.options.push((key, value.to_string()));
+        self
+    }
+
+    /// A variable of the daemon's environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The real agent CLI instead of the mock.
+    pub fn real_agent(mut self) -> Self {
+        self.environment
+            .retain(|(name, _)| name != "USE_MOCK_CLAUDE");
+        self
+    }
+
+    /// Gives the home to a user who is not root.
+    pub fn owned_by(mut self, uid: u32) -> Self {
+        self.owner = Some(uid);
+        self
+    }
+
+    /// The same machine as `other`: its run directory, so its slots and its budget.
+    pub fn beside(mut self, other: &Host) -> Self {
+        self.range = Some(other.range.clone());
+        self
+    }
+
+    /// Makes the home and starts the runner. `None`, with the reason reported, where that is impossible.
+    pub fn start(self) -> Option<Host> {
+        let host = self.prepare()?;
+        host.start_runner();
+        Some(host)
+    }
+
+    /// Makes the home without starting a runner.
+    pub fn prepare(self) -> Option<Host> {
+        if !rustix::process::geteuid().is_root() {
+            skip("it starts a runner, which needs root");
+            return None;
+        }
+        if !binary().exists() {
+            skip(&format!(
+                "{} is not built (scripts/build.sh)",
+                binary().display()
+            ));
+            return None;
+        }
+        if self.profile != "vm0/small" && std::env::var_os("VM0_TEST_SLOW").is_none() {
+            skip(&format!(
+                "it needs the image of {}, which only the slow tier builds",
+                self.profile
+            ));
+            return None;
+        }
+        static SMALL: OnceLock<Option<(String, String)>> = OnceLock::new();
+        let found = if self.profile == "vm0/small" {
+            SMALL.get_or_init(|| hashes("vm0/small")).clone()
+        } else {
+            hashes(&self.profile)
+        };
+        let Some((rootfs, snapshot)) = found else {
+            let images = images();
+            skip(&format!(
+                "the image of {} is not built in {}",
+                self.profile,
+                images.display()
+            ));
+            return None;
+        };
+        let homes = target().join("test-homes");
+        fs::create_dir_all(&homes).expect("the target directory can be written");
+        let home = tempfile::Builder::new()
+            .prefix("home-")
+            .permissions(fs::Permissions::from_mode(0o700))
+            .tempdir_in(&homes)
+            .expect("a home can be made");
+        link_tree(&images().join("images"), &home.path().join("images"));
+        let queue = home.path().join("groups").join(&self.group);
+        let runner = home.path().join("runners").join(&self.name);
+        for directory in [&queue, &runner] {
+            fs::create_dir_all(directory).expect("a home can be filled");
+            fs::set_permissions(directory, fs::Permissions::from_mode(0o700))
+                .expect("our directory");
+        }
+        let config = runner.join("runner.yaml");
+        fs::write(&config, self.yaml(&rootfs, &snapshot)).expect("a home can be filled");
+        if let Some(uid) = self.owner {
+            give(home.path(), uid);
+        }
+        Some(Host {
+            range: self.range.unwrap_or_else(|| Arc::new(RunRange::take())),
+            home,
+            group: self.group,
+            profile: self.profile,
+            config,
+            environment: self.environment,
+            daemon: Mutex::new(None),
+            finished: false,
+        })
+    }
+
+    fn yaml(&self, rootfs: &str, snapshot: &str) -> String {
+        let small = self.profile == "vm0/small";
+        let (vcpu, memory, disk) = self.shape.unwrap_or(if small {
+            (1, 256, 1024)
+        } else {
+            (2, 2048, 8192)
+        });
+        let mut yaml = format!("name: {}\ngroup: {}\n", self.name, self.group);
+        for (key, value) in &self.options {
+            yaml += &format!("{key}: {value}\n");
+        }
+        if !self.sandbox.is_empty() {
+            yaml += "sandbox:\n";
+        }
+        for (key, value) in &self.sandbox {
+            yaml += &format!("  {key}: {value}\n");
+        }
+        yaml + &format!(
+            "profiles:\n  {}:\n    rootfs_hash: {rootfs}\n    snapshot_hash: {snapshot}\n    vcpu: {vcpu}\n    \
+             memory_mb: {memory}\n    disk_mb: {disk}\n    flavour: {}\n    warm: {{low: {}, high: {}}}\n",
+            self.profile,
+            if small { "small" } else { "full" },
+            self.warm.0,
+            self.warm.1,
+        )
+    }
+}
+
+/// Hands directories to a user, and the files in them but for the shared images.
+fn give(path: &Path, uid: u32) {
+    chown(path, Some(uid), Some(uid)).expect("root may chown");
+    if path.is_dir() && !path.ends_with("images") {
+        for entry in fs::read_dir(path).expect("our home").flatten() {
+            give(&entry.path(), uid);
+        }
+    }
+}
+
+struct Daemon {
+    child: Child,
+    process: Proc,
+}
+
+/// A home, a run directory and a runner; see the crate's documentation.
+pub struct Host {
+    pub(crate) range: Arc<RunRange>,
+    home: TempDir,
+    group: String,
+    profile: String,
+    config: PathBuf,
+    environment: Vec<(String, String)>,
+    daemon: Mutex<Option<Daemon>>,
+    finished: bool,
+}
+
+impl Host {
+    /// A host of the built-in small profile, with nothing kept warm.
+    #[expect(
+        clippy::new_ret_no_self,
+        reason = "the builder is what tests start from"
+    )]
+    pub fn new() -> HostBuilder {
+        HostBuilder::default()
+    }
+
+    /// The runner's home.
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// Its group of jobs.
+    pub fn group(&self) -> &str {
+        &self.group
+    }
+
+    /// Its first profile.
+    pub fn profile(&self) -> &str {
+        &self.profile
+    }
+
+    /// The path of its runner.yaml.
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// The command `runner ARGS` on this host.
+    pub fn runner(&self, args: &[&str]) -> Command {
+        self.in_environment(Command::new(binary()), args)
+    }
+
+    fn in_environment(&self, mut command: Command, args: &[&str]) -> Command {
+        command
+            .args(args)
+            .env("VM0_RUNNER_HOME", self.home())
+            .env("VM0_RUNNER_RUN_DIR", &self.range.run_dir)
+            .env("VM0_RUNNER_UID_BASE", self.range.uids.start.to_string())
+            .env_remove("SUDO_UID")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// The command that starts this host's runner, for tests of starts that fail.
+    pub fn start_command(&self) -> Command {
+        // A killed test takes its runner along.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(binary());
+        let config = self.config.to_str().expect("test paths are text");
+        let mut command = self.in_environment(command, &["start", "--config", config, "--local"]);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    fn daemon_log(&self) -> PathBuf {
+        self.home().with_extension("log")
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Daemon>> {
+        // A test that panicked meanwhile still wants its runner ended.
+        self.daemon
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Starts the runner and waits until it takes jobs.
+    pub fn start_runner(&self) {
+        self.start_runner_with(self.start_command());
+    }
+
+    /// Like [`Host::start_runner`], with a command made from [`Host::start_command`].
+    pub fn start_runner_with(&self, command: Command) {
+        if let Err(status) = self.try_start_runner_with(command) {
+            panic!("the runner ended at once, {status}: {}", self.log_tail());
+        }
+    }
+
+    /// Starts the runner; false if it refused to run.
+    pub fn try_start_runner(&self) -> bool {
+        self.try_start_runner_with(self.start_command()).is_ok()
+    }
+
+    fn try_start_runner_with(&self, mut command: Command) -> Result<(), ExitStatus> {
+        assert!(self.held().is_none(), "the runner runs already");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.daemon_log())
+            .expect("the target directory can be written");
+        let child = command
+            .stdout(log.try_clone().expect("a descriptor"))
+            .stderr(log)
+            .spawn()
+            .expect("setpriv is installed");
+        let process = Proc::open(child.id()).expect("our child");
+        *self.held() = Some(Daemon { child, process });
+        eventually_some("the runner is ready or has ended", LONG, || {
+            let ended = self
+                .held()
+                .as_mut()
+                .and_then(|daemon| daemon.child.try_wait().expect("our child"));
+            if let Some(status) = ended {
+                *self.held() = None;
+                return Some(Err(status));
+            }
+            self.status()
+                .filter(|status| status["mode"] == "running")
+                .map(|_| Ok(()))
+        })
+    }
+
+    /// `status.json`, once it is there and names this host's live runner.
+    pub fn status(&self) -> Option<Value> {
+        let path = self.config.with_file_name("status.json");
+        let value: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        let pid = self.held().as_ref()?.process.pid;
+        (value["pid"] == pid).then_some(value)
+    }
+
+    /// Waits until `status.json` satisfies a condition.
+    pub fn until_status(&self, what: &str, mut condition: impl FnMut(&Value) -> bool) -> Value {
+        eventually_some(what, LONG, || {
+            self.status().filter(|status| condition(status))
+        })
+    }
+
+    /// A job to submit.
+    pub fn submit(&self, prompt: &str) -> Submit<'_> {
+        Submit::new(self, prompt)
+    }
+
+    /// Where a run's output is kept.
+    pub fn log_path(&self, run: &str) -> PathBuf {
+        self.home().join(format!("logs/system-{run}.log"))
+    }
+
+    /// A run's output.
+    pub fn log(&self, run: &str) -> String {
+        let path = self.log_path(run);
+        let bytes = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The daemon's process.
+    pub fn daemon(&self) -> Proc {
+        let pid = self.held().as_ref().expect("the runner runs").process.pid;
+        Proc::open(pid).expect("not yet reaped")
+    }
+
+    /// The launcher's process: the daemon's one child.
+    pub fn launcher(&self) -> Proc {
+        let mut children = self.daemon().children();
+        assert_eq!(children.len(), 1, "the daemon's children: {children:?}");
+        children.remove(0)
+    }
+
+    /// The processes of VMs.
+    pub fn vms(&self) -> Vec<Proc> {
+        processes_of_uids(&self.range.uids)
+    }
+
+    /// Kills the daemon and checks that its VMs are gone within a second.
+    pub fn kill_daemon(&self) {
+        let mut daemon = self.held().take().expect("the runner runs");
+        daemon.process.kill();
+        daemon.child.wait().expect("our child");
+        eventually("every VM is gone", Duration::from_secs(1), || {
+            self.vms().is_empty()
+        });
+    }
+
+    /// Waits until the daemon has ended by itself.
+    pub fn daemon_ends(&self) -> ExitStatus {
+        let mut daemon = self.held().take().expect("the runner runs");
+        if !daemon.process.ends_within(LONG) {
+            daemon.process.kill();
+            panic!("the runner does not end: {}", self.log_tail());
+        }
+        daemon.child.wait().expect("our child")
+    }
+
+    /// Stops the runner as an operator does.
+    pub fn stop(&self) -> ExitStatus {
+        self.daemon().signal(Signal::TERM);
+        self.daemon_ends()
+    }
+
+    /// Stops the runner, if one runs, and checks that nothing is left of it.
+    pub fn finish(mut self) {
+        if self.held().is_some() {
+            let status = self.stop();
+            assert!(
+                status.success(),
+                "the runner ended with {status}: {}",
+                self.log_tail()
+            );
+        }
+        let mut left = Vec::new();
+        let shared = Arc::strong_count(&self.range) > 1;
+        let clean = |left: &mut Vec<String>| {
+            // The other runner of a shared machine is not ours to judge.
+            *left = if shared {
+                Vec::new()
+            } else {
+                audit::leftovers(&self.range, self.home(), &self.group)
+            };
+            left.is_empty()
+        };
+        let begin = std::time::Instant::now();
+        while !clean(&mut left) && begin.elapsed() < GONE {
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+        assert!(
+            left.is_empty(),
+            "left behind: {left:#?}\n{}",
+            self.log_tail()
+        );
+        self.finished = true;
+    }
+
+    fn log_tail(&self) -> String {
+        let log = fs::read(self.daemon_log()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = lines.len().saturating_sub(60);
+        format!("the runner's log:\n{}", lines[tail..].join("\n"))
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if !self.finished {
+            if std::thread::panicking() {
+                eprintln!("{}: {}", test_name(), self.log_tail());
+            }
+            if let Some(mut daemon) = self.held().take() {
+                daemon.process.kill();
+                // Reaped or not, the test has failed already.
+                let _ = daemon.child.wait();
+            }
+            if Arc::strong_count(&self.range) == 1 {
+                self.range.clear();
+            }
+        }
+        if std::env::var_os("VM0_TEST_KEEP").is_some() {
+            self.home.disable_cleanup(true);
+            eprintln!("{}: kept {}", test_name(), self.home().display());
+        } else {
+            // It may not exist yet.
+            let _ = fs::remove_file(self.daemon_log());
+        }
+        if self.finished && Arc::strong_count(&self.range) == 1 {
+            // Slot files stay by design; the directory is this test's own.
+            let _ = fs::remove_dir_all(&self.range.run_dir);
+        }
+    }
+}

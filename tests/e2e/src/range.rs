@@ -1,0 +1,101 @@
+//! A run directory and a range of uids that nobody else uses.
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::path::PathBuf;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::process::{processes_of_uids, processes_with_environment};
+
+/// Where every copy of the tests on this machine finds the locks.
+const ROOT: &str = "/run/vm0-e2e";
+/// Well below the runner's own range, in the same unassigned span.
+const FIRST_UID: u32 = 2_100_000_000;
+/// Slots of one host.
+const UIDS: u32 = 4096;
+const RANGES: u32 = 256;
+
+/// Held as long as the test runs.
+pub(crate) struct RunRange {
+    pub(crate) run_dir: PathBuf,
+    pub(crate) uids: Range<u32>,
+    _lock: File,
+}
+
+impl RunRange {
+    /// Takes a free range, and clears what a killed holder left in it.
+    pub(crate) fn take() -> Self {
+        fs::create_dir_all(ROOT).expect("root may write to /run");
+        for number in 0..RANGES {
+            let path = format!("{ROOT}/{number}.lock");
+            let lock = File::create(&path).expect("a lock can be made");
+            if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+                continue;
+            }
+            let first = FIRST_UID + number * UIDS;
+            let range = Self {
+                run_dir: format!("{ROOT}/{number}").into(),
+                uids: first..first + UIDS,
+                _lock: lock,
+            };
+            range.clear();
+            return range;
+        }
+        panic!("all {RANGES} ranges of {ROOT} are taken");
+    }
+
+    /// The variable that every process of this host carries.
+    pub(crate) fn environment_entry(&self) -> String {
+        format!("VM0_RUNNER_RUN_DIR={}", self.run_dir.display())
+    }
+
+    /// The range's cgroups, as `vm0/<uid>` in every hierarchy.
+    pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
+        let mut hierarchies = vec![PathBuf::from("/sys/fs/cgroup")];
+        hierarchies.extend(
+            fs::read_dir("/sys/fs/cgroup")
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.path()),
+        );
+        hierarchies
+            .iter()
+            .filter_map(|hierarchy| fs::read_dir(hierarchy.join("vm0")).ok())
+            .flatten()
+            .flatten()
+            .filter(|entry| {
+                let uid = entry
+                    .file_name()
+                    .to_str()
+                    .and_then(|name| name.parse().ok());
+                uid.is_some_and(|uid| self.uids.contains(&uid))
+            })
+            .map(|entry| entry.path())
+            .collect()
+    }
+
+    /// Ends every process of the range and removes its files: only for what a killed or failed test left.
+    pub(crate) fn clear(&self) {
+        let ours = std::process::id();
+        let mut left = processes_with_environment(&self.environment_entry());
+        left.retain(|process| process.pid != ours);
+        left.extend(processes_of_uids(&self.uids));
+        for process in &left {
+            process.kill();
+        }
+        for process in &left {
+            process.ends_within(crate::LONG);
+        }
+        for cgroup in self.cgroups() {
+            // Gone in the meantime, or still counting a zombie: the runner clears a slot before it uses it.
+            let _ = fs::remove_dir(cgroup);
+        }
+        match fs::remove_dir_all(&self.run_dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => panic!("{} cannot be removed: {error}", self.run_dir.display()),
+        }
+    }
+}

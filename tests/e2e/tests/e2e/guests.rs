@@ -1,0 +1,116 @@
+//! What a hostile guest can do: end its own job.
+
+use e2e::Host;
+
+/// The next job runs, and everything ends clean.
+fn still_works(host: Host) {
+    host.submit("true").run().expect_exit(0);
+    host.finish();
+}
+
+#[test]
+fn a_flood_of_output_is_cut_and_the_cut_is_marked() {
+    let Some(host) = Host::new().option("log_max_mb", 1).start() else {
+        return;
+    };
+    let outcome = host.submit("head -c 3000000 /dev/zero | tr '\\0' x").run();
+    let log = std::fs::metadata(host.log_path(&outcome.run_id()))
+        .unwrap()
+        .len();
+    assert!(log < 1_200_000, "the log has {log} bytes");
+    let text = host.log(&outcome.run_id());
+    let end = &text[text.len().saturating_sub(300)..];
+    assert!(end.contains("cut") || end.contains("truncated"), "{end}");
+    still_works(host);
+}
+
+#[test]
+fn a_job_that_ends_with_children_holding_its_output_is_answered() {
+    let Some(host) = Host::new().start() else {
+        return;
+    };
+    host.submit("sleep 1000 & echo started")
+        .run()
+        .expect_exit(0);
+    host.submit("setsid sleep 1000 & echo started")
+        .run()
+        .expect_exit(0);
+    still_works(host);
+}
+
+#[test]
+fn a_fork_bomb_ends_with_its_job_and_leaves_the_operator_in_control() {
+    let Some(host) = Host::new().start() else {
+        return;
+    };
+    let job = host
+        .submit("bomb() { bomb | bomb & }; bomb; sleep 1000")
+        .timeout_secs(30)
+        .spawn();
+    let run = job.reaches("bomb");
+    let exec = host
+        .runner(&["exec", &run, "--", "echo in control"])
+        .output()
+        .unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&exec.stdout),
+        "in control\n",
+        "{exec:?}"
+    );
+    let outcome = job.wait();
+    assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
+    still_works(host);
+}
+
+#[test]
+fn a_guest_that_fills_its_disk_fails_alone() {
+    let Some(host) = Host::new().shape(1, 256, 128).start() else {
+        return;
+    };
+    let outcome = host
+        .submit("dd if=/dev/zero of=$HOME/big bs=1M count=1000")
+        .run();
+    assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
+    let log = host.log(&outcome.run_id());
+    assert!(log.contains("No space left"), "{log}");
+    still_works(host);
+}
+
+#[test]
+fn a_guest_that_eats_its_memory_is_told_so() {
+    let Some(host) = Host::new().start() else {
+        return;
+    };
+    host.submit("python3 -c 'x = bytearray(600 << 20); print(len(x))'")
+        .run()
+        .expect_error(&["memory"]);
+    still_works(host);
+}
+
+#[test]
+fn a_guest_that_panics_or_powers_off_is_answered() {
+    let Some(host) = Host::new().start() else {
+        return;
+    };
+    for prompt in [
+        "sudo sh -c 'echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger'; sleep 1000",
+        "sudo sh -c 'echo o > /proc/sysrq-trigger'; sleep 1000",
+        "sudo kill -9 1; sudo reboot -f; sleep 1000",
+    ] {
+        let outcome = host.submit(prompt).timeout_secs(20).run();
+        assert_ne!(outcome.result()["exit_code"], 0, "{prompt}: {outcome:?}");
+    }
+    still_works(host);
+}
+
+#[test]
+fn garbage_on_the_control_channel_harms_only_the_guest_that_sent_it() {
+    let Some(host) = Host::new().start() else {
+        return;
+    };
+    let prompt = "for port in /dev/vport* /dev/virtio-ports/*; do \
+                  sudo timeout 5 sh -c \"head -c 1000000 /dev/urandom > $port\"; done; exit 5";
+    let outcome = host.submit(prompt).timeout_secs(60).run();
+    assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
+    still_works(host);
+}

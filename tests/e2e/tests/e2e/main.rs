@@ -1,0 +1,8 @@
+//! The promises of the runner, kept by real microVMs. One binary: it links once.
+
+mod bad_jobs;
+mod budget;
+mod crashes;
+mod guests;
+mod jobs;
+mod operators;
