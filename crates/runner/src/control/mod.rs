@@ -8,3 +8,8 @@ pub(crate) mod protocol;
 pub(crate) mod server;
 mod sessions;
 mod source;
+
+#[cfg(test)]
+mod test_guest;
+#[cfg(test)]
+mod tests;
