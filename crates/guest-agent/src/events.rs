@@ -155,6 +155,39 @@ mod tests {
     }
 
     #[test]
+    fn the_real_clis_streams_are_understood() {
+        let tool_run = include_str!("../../guest-mock-claude/tests/fixtures/real-tool-run.jsonl");
+        let events: Vec<_> = tool_run.lines().map(|line| parse(line).unwrap()).collect();
+        let call = ToolCall {
+            id: "toolu_1".into(),
+            name: "Bash".into(),
+        };
+        assert_eq!(
+            events,
+            [
+                Event::Other,
+                Event::ToolCalls(vec![]),
+                Event::ToolCalls(vec![call]),
+                Event::ToolResults(vec!["toolu_1".into()]),
+                Event::ToolCalls(vec![]),
+                Event::Result {
+                    text: "Done.".into(),
+                    is_error: false
+                },
+            ]
+        );
+        let not_logged_in =
+            include_str!("../../guest-mock-claude/tests/fixtures/real-not-logged-in.jsonl");
+        assert_eq!(
+            parse(not_logged_in.lines().last().unwrap()),
+            Some(Event::Result {
+                text: "Not logged in \u{b7} Please run /login".into(),
+                is_error: true
+            })
+        );
+    }
+
+    #[test]
     fn odd_shapes_are_still_events() {
         assert_eq!(
             parse(r#"{"type":"user","message":{"role":"user","content":"plain"}}"#),
