@@ -111,10 +111,6 @@ async fn build(store: &Store, plan: &Plan, steps: &Steps) -> Result<(), ImageErr
         tree_bytes: rootfs.tree_bytes,
         built_at: jiff::Timestamp::now().to_string(),
         runner: crate::cli::VERSION.to_owned(),
-        steps: steps
-            .times()
-            .into_iter()
-            .map(|(what, took)| (what, took.as_secs_f64()))
-            .collect(),
+        steps: steps.seconds(),
     })
 }

@@ -18,13 +18,16 @@ mod newest;
 mod plan;
 mod progress;
 mod rootfs;
+pub(crate) mod snapshot;
 mod sources;
 mod store;
 mod tools;
+pub(crate) mod warm_up;
 
 pub(crate) use error::ImageError;
 pub(crate) use guest::{GuestBinaries, GuestPaths};
 pub(crate) use newest::newest_build;
 pub(crate) use plan::{Plan, Request};
 pub(crate) use progress::Steps;
+pub(crate) use snapshot::SnapshotPlan;
 pub(crate) use store::{Store, StoredImage, StoredSnapshot};

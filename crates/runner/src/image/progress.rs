@@ -125,12 +125,17 @@ impl Steps {
         }
     }
 
-    /// How long each finished step took, in order.
-    pub(crate) fn times(&self) -> Vec<(String, Duration)> {
-        self.state
+    /// Seconds each finished step took, in order.
+    pub(crate) fn seconds(&self) -> Vec<(String, f64)> {
+        let state = self
+            .state
             .lock()
             .map(|state| state.times.clone())
-            .unwrap_or_default()
+            .unwrap_or_default();
+        state
+            .into_iter()
+            .map(|(what, took)| (what, took.as_secs_f64()))
+            .collect()
     }
 }
 

@@ -34,8 +34,6 @@ pub(super) const KERNEL: &str = "vmlinux";
 pub(super) const INITRD: &str = "initrd.cpio";
 /// The root file system.
 pub(super) const ROOTFS: &str = "rootfs.erofs";
-/// The blank disk of a snapshot's VMs.
-pub(super) const BLANK: &str = "blank.ext4";
 
 /// The images of one home.
 #[derive(Debug)]
@@ -139,8 +137,7 @@ impl Store {
         {
             return Err(wrong("it describes another snapshot"));
         }
-        let mut needed: Vec<&str> = manifest.outcome.files.iter().map(String::as_str).collect();
-        needed.push(BLANK);
+        let needed: Vec<&str> = manifest.outcome.files.iter().map(String::as_str).collect();
         verify(&directory, &manifest.files, &needed)?;
         Ok(StoredSnapshot {
             image: image.files,
