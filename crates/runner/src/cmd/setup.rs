@@ -1,17 +1,192 @@
-//! Installs what the runner needs.
+//! Installs what the runner needs on this host.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use crate::context::{CliError, Context};
+use serde::Serialize;
+
+use crate::context::{CliError, Context, block_on};
+use crate::image::{Steps, Tool};
 
 /// Command line.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  runner setup")]
-pub(crate) struct Args {}
+#[command(after_help = "Examples:\n  sudo runner setup\n  runner setup --check\n  sudo runner setup --from /media/debs\n\n\
+    --check exits with 1 if something is missing. --from needs the listed packages and what they depend on as .deb files, \
+    for example from `apt-get download`.")]
+pub(crate) struct Args {
+    /// Only list what is missing
+    #[arg(long)]
+    check: bool,
+    /// Install from the .deb files of this directory, without a network
+    #[arg(long, value_name = "DIR", conflicts_with = "check")]
+    from: Option<PathBuf>,
+    /// Accepted for scripts; setup never asks
+    #[arg(long, short)]
+    yes: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// A distribution package, and a program by which its presence is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub(crate) struct Requirement {
+    /// Package to install.
+    pub(crate) package: &'static str,
+    /// Program that must be there.
+    pub(crate) program: &'static str,
+}
+
+/// Everything a runner's host needs. Names are the same on Debian and Ubuntu.
+pub(crate) fn requirements() -> Vec<Requirement> {
+    let qemu = match std::env::consts::ARCH {
+        "aarch64" => Requirement { package: "qemu-system-arm", program: "qemu-system-aarch64" },
+        _ => Requirement { package: "qemu-system-x86", program: "qemu-system-x86_64" },
+    };
+    let tools = crate::image::build::TOOLS.iter().map(|(program, package)| Requirement { package, program });
+    std::iter::once(qemu).chain(tools).collect()
+}
+
+/// Those that are not there.
+pub(crate) fn missing() -> Vec<Requirement> {
+    requirements().into_iter().filter(|needed| !Tool::exists(needed.program)).collect()
+}
+
+/// The package names of requirements, each once.
+pub(crate) fn packages(missing: &[Requirement]) -> Vec<&'static str> {
+    let mut names: Vec<_> = missing.iter().map(|needed| needed.package).collect();
+    names.sort_unstable();
+    names.dedup();
+    names
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    missing: &'a [Requirement],
+    installed: &'a [&'static str],
+}
 
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
-    let Args {} = args;
-    let _ = context;
-    Err(CliError::failed("`runner setup` is not there yet"))
+    // Nothing is ever asked; the option exists so that scripts can say what they mean.
+    let _ = args.yes;
+    let absent = missing();
+    let wanted = packages(&absent);
+    if args.check {
+        if args.json {
+            context.print_json(&Report { missing: &absent, installed: &[] })?;
+        } else {
+            for needed in &absent {
+                context.print_line(format_args!("missing: {} ({})", needed.package, needed.program))?;
+            }
+        }
+        return Ok(if absent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Err(CliError::failed("installing packages and preparing the host needs root")
+            .with_hint("run it as `sudo runner setup`; `runner setup --check` lists what is missing without it"));
+    }
+    if !wanted.is_empty() {
+        block_on(install(&wanted, args.from.as_deref()))?;
+        let left = packages(&missing());
+        if !left.is_empty() {
+            return Err(CliError::failed(format_args!("still missing after the installation: {}", left.join(", "))));
+        }
+    }
+    prepare_run_dir()?;
+    // The home is made now, so that it belongs to the person behind sudo.
+    context.home()?;
+    if args.json {
+        context.print_json(&Report { missing: &[], installed: &wanted })?;
+    } else if wanted.is_empty() {
+        context.print_line("everything the runner needs is installed")?;
+    } else {
+        context.print_line(format_args!("installed {}", wanted.join(", ")))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn install(packages: &[&str], from: Option<&Path>) -> Result<(), CliError> {
+    let steps = Steps::new();
+    steps.catch_signals()?;
+    let apt = |program_args: &[&str]| {
+        Tool::new("apt-get")
+            .arg("-q")
+            // Somebody else's apt may be running; five minutes are enough for any upgrade to end.
+            .args(["-o", "DPkg::Lock::Timeout=300"])
+            .args(program_args)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+    };
+    let install = ["install", "--yes", "--no-install-recommends"];
+    if let Some(directory) = from {
+        let files = debs(directory)?;
+        steps.begin("installing packages from files");
+        apt(&install).arg("--no-download").args(files).run("installing packages from files", &steps).await?;
+    } else {
+        steps.begin("fetching the package lists");
+        apt(&["update"]).run("fetching the package lists", &steps).await?;
+        steps.begin(&format!("installing {}", packages.join(", ")));
+        apt(&install).args(packages).run("installing packages", &steps).await?;
+    }
+    steps.end();
+    Ok(())
+}
+
+/// The .deb files of a directory, as absolute paths (apt takes a bare name for a package's).
+fn debs(directory: &Path) -> Result<Vec<PathBuf>, CliError> {
+    let directory = std::fs::canonicalize(directory)
+        .map_err(|error| CliError::failed(format_args!("cannot open {}: {error}", directory.display())))?;
+    let mut files: Vec<_> = std::fs::read_dir(&directory)?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .collect();
+    files.sort();
+    if files.is_empty() {
+        return Err(CliError::failed(format_args!("there is no .deb file in {}", directory.display())));
+    }
+    Ok(files)
+}
+
+/// Where slots are locked; root's, closed to everybody for writing.
+fn prepare_run_dir() -> Result<(), CliError> {
+    use std::os::unix::fs::DirBuilderExt;
+    let path = run_dir();
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(&path)
+        .map_err(|error| CliError::failed(format_args!("cannot create {}: {error}", path.display())))
+}
+
+/// The launcher's run directory.
+pub(crate) fn run_dir() -> PathBuf {
+    std::env::var_os("VM0_RUNNER_RUN_DIR")
+        .map_or_else(|| PathBuf::from(host::launcher::LauncherConfig::DEFAULT_RUN_DIR), PathBuf::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packages_are_named_once_each() {
+        let all = requirements();
+        let names = packages(&all);
+        assert!(names.contains(&"mmdebstrap") && names.contains(&"erofs-utils"));
+        assert_eq!(names.iter().filter(|name| **name == "util-linux").count(), 1);
+        assert!(names.iter().any(|name| name.starts_with("qemu-system-")));
+    }
+
+    #[test]
+    fn only_deb_files_are_offered_to_apt_and_an_empty_directory_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(debs(directory.path()).is_err());
+        for name in ["b.deb", "a.deb", "notes.txt"] {
+            std::fs::write(directory.path().join(name), "").unwrap();
+        }
+        let files = debs(directory.path()).unwrap();
+        assert_eq!(files.len(), 2);
+        assert!(files[0].ends_with("a.deb") && files[0].is_absolute());
+    }
 }

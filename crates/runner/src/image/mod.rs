@@ -31,3 +31,4 @@ pub(crate) use plan::{Plan, Request};
 pub(crate) use progress::Steps;
 pub(crate) use snapshot::SnapshotPlan;
 pub(crate) use store::{Store, StoredImage, StoredSnapshot};
+pub(crate) use tools::Tool;
