@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use crate::context::{CliError, Context, block_on};
 use crate::image::{self, GuestPaths, Plan, Request, Steps, Store};
-use crate::names::ProfileName;
-use crate::profile::{BUILT_IN, Profile};
+use crate::profile::ProfileSpec;
 
 /// Command line.
 #[derive(Debug, clap::Args)]
@@ -15,9 +14,9 @@ use crate::profile::{BUILT_IN, Profile};
     runner build --profile vm0/default --dry-run\n\n\
     Prints `rootfs_hash=` and `snapshot_hash=` on stdout, for `runner config`; what is already built is only verified.")]
 pub(crate) struct Args {
-    /// Profile, such as vm0/default or vm0/small
-    #[arg(long, value_name = "ORG/NAME")]
-    profile: ProfileName,
+    /// Profile: vm0/default, vm0/small, or one of your own with its size
+    #[arg(long, value_name = "ORG/NAME[:KEY=VALUE,…]")]
+    profile: ProfileSpec,
     /// Print the hashes and build nothing
     #[arg(long)]
     dry_run: bool,
@@ -43,14 +42,8 @@ pub(crate) struct Args {
 
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
-    let Some(profile) = Profile::built_in(&args.profile) else {
-        return Err(
-            CliError::failed(format_args!("there is no profile {}", args.profile))
-                .with_hint(format_args!("built in are {}", BUILT_IN.join(" and "))),
-        );
-    };
     let request = Request {
-        profile,
+        profile: args.profile.profile,
         mirrors: args.mirror,
         suite: args.suite,
         guest: GuestPaths {

@@ -1,17 +1,225 @@
-//! Checks this host.
+//! Checks every prerequisite of this host, and says which command fixes what is missing.
 
+mod checks;
+
+use std::fmt;
+use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use serde::Serialize;
+
 use crate::context::{CliError, Context};
+use crate::profile::ProfileSpec;
 
 /// Command line.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  runner doctor")]
-pub(crate) struct Args {}
+#[command(
+    after_help = "Examples:\n  runner doctor\n  sudo runner doctor --profile vm0/default --json\n\n\
+    PASS is good, WARN works with less than it could, FAIL must be fixed. Exits with 1 if anything is FAIL."
+)]
+pub(crate) struct Args {
+    /// The profile that is to run here
+    #[arg(
+        long,
+        value_name = "ORG/NAME[:KEY=VALUE,…]",
+        default_value = "vm0/small"
+    )]
+    profile: ProfileSpec,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// How a check went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum Status {
+    /// As it should be.
+    Pass,
+    /// The runner works, but with less than it could.
+    Warn,
+    /// The runner does not work.
+    Fail,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pass => "PASS",
+            Self::Warn => "WARN",
+            Self::Fail => "FAIL",
+        })
+    }
+}
+
+/// What a check found, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Outcome {
+    status: Status,
+    /// What was found, for a person.
+    found: String,
+    /// The command that fixes it, or what to do where no command can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fix: Option<String>,
+}
+
+impl Outcome {
+    fn pass(found: impl fmt::Display) -> Self {
+        Self {
+            status: Status::Pass,
+            found: found.to_string(),
+            fix: None,
+        }
+    }
+
+    fn warn(found: impl fmt::Display, fix: impl fmt::Display) -> Self {
+        Self {
+            status: Status::Warn,
+            found: found.to_string(),
+            fix: Some(fix.to_string()),
+        }
+    }
+
+    fn fail(found: impl fmt::Display, fix: impl fmt::Display) -> Self {
+        Self {
+            status: Status::Fail,
+            found: found.to_string(),
+            fix: Some(fix.to_string()),
+        }
+    }
+}
+
+/// What checks look at.
+struct Subject<'a> {
+    context: &'a Context,
+    home: PathBuf,
+    profile: &'a ProfileSpec,
+}
+
+/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`].
+struct Check {
+    name: &'static str,
+    run: fn(&Subject<'_>) -> Outcome,
+}
+
+#[derive(Serialize)]
+struct Line {
+    name: &'static str,
+    #[serde(flatten)]
+    outcome: Outcome,
+}
+
+#[derive(Serialize)]
+struct Report {
+    /// Nothing is FAIL.
+    ok: bool,
+    checks: Vec<Line>,
+}
 
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
-    let Args {} = args;
-    let _ = context;
-    Err(CliError::failed("`runner doctor` is not there yet"))
+    let subject = Subject {
+        context,
+        home: context.home_path()?,
+        profile: &args.profile,
+    };
+    let checks: Vec<Line> = checks::ALL
+        .iter()
+        .map(|check| Line {
+            name: check.name,
+            outcome: (check.run)(&subject),
+        })
+        .collect();
+    let report = Report {
+        ok: checks
+            .iter()
+            .all(|line| line.outcome.status != Status::Fail),
+        checks,
+    };
+    if args.json {
+        context.print_json(&report)?;
+    } else {
+        context.print(Table {
+            report: &report,
+            colour: std::io::stdout().is_terminal(),
+        })?;
+    }
+    Ok(if report.ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// The report for a person.
+struct Table<'a> {
+    report: &'a Report,
+    colour: bool,
+}
+
+impl fmt::Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self
+            .report
+            .checks
+            .iter()
+            .map(|line| line.name.len())
+            .max()
+            .unwrap_or(0);
+        for Line { name, outcome } in &self.report.checks {
+            let (on, off) = match (self.colour, outcome.status) {
+                (false, _) => ("", ""),
+                (true, Status::Pass) => ("\x1b[32m", "\x1b[0m"),
+                (true, Status::Warn) => ("\x1b[33m", "\x1b[0m"),
+                (true, Status::Fail) => ("\x1b[31m", "\x1b[0m"),
+            };
+            writeln!(
+                f,
+                "{on}{}{off}  {name:width$}  {}",
+                outcome.status, outcome.found
+            )?;
+            if let Some(fix) = &outcome.fix {
+                writeln!(f, "      {:width$}  → {fix}", "")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_shows_the_fix_below_what_was_found() {
+        let report = Report {
+            ok: false,
+            checks: vec![
+                Line {
+                    name: "a",
+                    outcome: Outcome::pass("fine"),
+                },
+                Line {
+                    name: "long",
+                    outcome: Outcome::fail("missing", "sudo runner setup"),
+                },
+            ],
+        };
+        assert_eq!(
+            Table {
+                report: &report,
+                colour: false
+            }
+            .to_string(),
+            "PASS  a     fine\nFAIL  long  missing\n            → sudo runner setup\n"
+        );
+        let json = serde_json::to_string(&report).unwrap();
+        assert!(
+            json.contains(
+                r#"{"name":"long","status":"FAIL","found":"missing","fix":"sudo runner setup"}"#
+            ),
+            "{json}"
+        );
+    }
 }

@@ -10,9 +10,11 @@ use crate::image::{Steps, Tool};
 
 /// Command line.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  sudo runner setup\n  runner setup --check\n  sudo runner setup --from /media/debs\n\n\
+#[command(
+    after_help = "Examples:\n  sudo runner setup\n  runner setup --check\n  sudo runner setup --from /media/debs\n\n\
     --check exits with 1 if something is missing. --from needs the listed packages and what they depend on as .deb files, \
-    for example from `apt-get download`.")]
+    for example from `apt-get download`."
+)]
 pub(crate) struct Args {
     /// Only list what is missing
     #[arg(long)]
@@ -40,16 +42,27 @@ pub(crate) struct Requirement {
 /// Everything a runner's host needs. Names are the same on Debian and Ubuntu.
 pub(crate) fn requirements() -> Vec<Requirement> {
     let qemu = match std::env::consts::ARCH {
-        "aarch64" => Requirement { package: "qemu-system-arm", program: "qemu-system-aarch64" },
-        _ => Requirement { package: "qemu-system-x86", program: "qemu-system-x86_64" },
+        "aarch64" => Requirement {
+            package: "qemu-system-arm",
+            program: "qemu-system-aarch64",
+        },
+        _ => Requirement {
+            package: "qemu-system-x86",
+            program: "qemu-system-x86_64",
+        },
     };
-    let tools = crate::image::build::TOOLS.iter().map(|(program, package)| Requirement { package, program });
+    let tools = crate::image::build::TOOLS
+        .iter()
+        .map(|(program, package)| Requirement { package, program });
     std::iter::once(qemu).chain(tools).collect()
 }
 
 /// Those that are not there.
 pub(crate) fn missing() -> Vec<Requirement> {
-    requirements().into_iter().filter(|needed| !Tool::exists(needed.program)).collect()
+    requirements()
+        .into_iter()
+        .filter(|needed| !Tool::exists(needed.program))
+        .collect()
 }
 
 /// The package names of requirements, each once.
@@ -74,13 +87,23 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let wanted = packages(&absent);
     if args.check {
         if args.json {
-            context.print_json(&Report { missing: &absent, installed: &[] })?;
+            context.print_json(&Report {
+                missing: &absent,
+                installed: &[],
+            })?;
         } else {
             for needed in &absent {
-                context.print_line(format_args!("missing: {} ({})", needed.package, needed.program))?;
+                context.print_line(format_args!(
+                    "missing: {} ({})",
+                    needed.package, needed.program
+                ))?;
             }
         }
-        return Ok(if absent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        return Ok(if absent.is_empty() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        });
     }
     if !rustix::process::geteuid().is_root() {
         return Err(CliError::failed("installing packages and preparing the host needs root")
@@ -90,14 +113,20 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         block_on(install(&wanted, args.from.as_deref()))?;
         let left = packages(&missing());
         if !left.is_empty() {
-            return Err(CliError::failed(format_args!("still missing after the installation: {}", left.join(", "))));
+            return Err(CliError::failed(format_args!(
+                "still missing after the installation: {}",
+                left.join(", ")
+            )));
         }
     }
     prepare_run_dir()?;
     // The home is made now, so that it belongs to the person behind sudo.
     context.home()?;
     if args.json {
-        context.print_json(&Report { missing: &[], installed: &wanted })?;
+        context.print_json(&Report {
+            missing: &[],
+            installed: &wanted,
+        })?;
     } else if wanted.is_empty() {
         context.print_line("everything the runner needs is installed")?;
     } else {
@@ -121,12 +150,21 @@ async fn install(packages: &[&str], from: Option<&Path>) -> Result<(), CliError>
     if let Some(directory) = from {
         let files = debs(directory)?;
         steps.begin("installing packages from files");
-        apt(&install).arg("--no-download").args(files).run("installing packages from files", &steps).await?;
+        apt(&install)
+            .arg("--no-download")
+            .args(files)
+            .run("installing packages from files", &steps)
+            .await?;
     } else {
         steps.begin("fetching the package lists");
-        apt(&["update"]).run("fetching the package lists", &steps).await?;
+        apt(&["update"])
+            .run("fetching the package lists", &steps)
+            .await?;
         steps.begin(&format!("installing {}", packages.join(", ")));
-        apt(&install).args(packages).run("installing packages", &steps).await?;
+        apt(&install)
+            .args(packages)
+            .run("installing packages", &steps)
+            .await?;
     }
     steps.end();
     Ok(())
@@ -134,8 +172,9 @@ async fn install(packages: &[&str], from: Option<&Path>) -> Result<(), CliError>
 
 /// The .deb files of a directory, as absolute paths (apt takes a bare name for a package's).
 fn debs(directory: &Path) -> Result<Vec<PathBuf>, CliError> {
-    let directory = std::fs::canonicalize(directory)
-        .map_err(|error| CliError::failed(format_args!("cannot open {}: {error}", directory.display())))?;
+    let directory = std::fs::canonicalize(directory).map_err(|error| {
+        CliError::failed(format_args!("cannot open {}: {error}", directory.display()))
+    })?;
     let mut files: Vec<_> = std::fs::read_dir(&directory)?
         .filter_map(Result::ok)
         .map(|entry| entry.path())
@@ -143,7 +182,10 @@ fn debs(directory: &Path) -> Result<Vec<PathBuf>, CliError> {
         .collect();
     files.sort();
     if files.is_empty() {
-        return Err(CliError::failed(format_args!("there is no .deb file in {}", directory.display())));
+        return Err(CliError::failed(format_args!(
+            "there is no .deb file in {}",
+            directory.display()
+        )));
     }
     Ok(files)
 }
@@ -156,13 +198,17 @@ fn prepare_run_dir() -> Result<(), CliError> {
         .recursive(true)
         .mode(0o755)
         .create(&path)
-        .map_err(|error| CliError::failed(format_args!("cannot create {}: {error}", path.display())))
+        .map_err(|error| {
+            CliError::failed(format_args!("cannot create {}: {error}", path.display()))
+        })
 }
 
 /// The launcher's run directory.
 pub(crate) fn run_dir() -> PathBuf {
-    std::env::var_os("VM0_RUNNER_RUN_DIR")
-        .map_or_else(|| PathBuf::from(host::launcher::LauncherConfig::DEFAULT_RUN_DIR), PathBuf::from)
+    std::env::var_os("VM0_RUNNER_RUN_DIR").map_or_else(
+        || PathBuf::from(host::launcher::LauncherConfig::DEFAULT_RUN_DIR),
+        PathBuf::from,
+    )
 }
 
 #[cfg(test)]
@@ -174,7 +220,10 @@ mod tests {
         let all = requirements();
         let names = packages(&all);
         assert!(names.contains(&"mmdebstrap") && names.contains(&"erofs-utils"));
-        assert_eq!(names.iter().filter(|name| **name == "util-linux").count(), 1);
+        assert_eq!(
+            names.iter().filter(|name| **name == "util-linux").count(),
+            1
+        );
         assert!(names.iter().any(|name| name.starts_with("qemu-system-")));
     }
 

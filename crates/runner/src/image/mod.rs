@@ -30,5 +30,6 @@ pub(crate) use newest::newest_build;
 pub(crate) use plan::{Plan, Request};
 pub(crate) use progress::Steps;
 pub(crate) use snapshot::SnapshotPlan;
-pub(crate) use store::{Store, StoredImage, StoredSnapshot};
+pub(crate) use sources::host_suite;
+pub(crate) use store::{Store, StoredImage, StoredSnapshot, abandoned};
 pub(crate) use tools::Tool;

@@ -77,6 +77,13 @@ impl Release {
     }
 }
 
+/// What images are built from where nothing else is said, such as `debian bookworm`.
+pub(crate) fn host_suite() -> Result<String, ImageError> {
+    let release = Release::of_host()?;
+    let sources = Sources::choose(&release, &[], None)?;
+    Ok(format!("{} {}", release.distribution.name(), sources.suite))
+}
+
 /// One `deb` source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Source {

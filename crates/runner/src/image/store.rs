@@ -17,10 +17,10 @@ use serde::de::DeserializeOwned;
 use super::ImageError;
 use super::manifest::{self, FORMAT, FileEntry, ImageManifest, SnapshotManifest};
 use super::progress::Steps;
-use crate::home::{Home, rel};
+use crate::home::Home;
+use crate::home::rel::{self, IMAGES};
 use crate::names::ImageHash;
 
-const IMAGES: &str = "images";
 const MANIFEST: &str = "manifest.json";
 const STAGING: &str = ".staging-";
 /// Longest manifest that is read; the full image's package list takes about 30 KiB.
@@ -306,6 +306,44 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Paths, relative to the home, of what builds that no longer run have left.
+pub(crate) fn abandoned(home: &Dir) -> Result<Vec<PathBuf>, FsError> {
+    let images = match home.open_dir(IMAGES) {
+        Err(error) if error.is_not_found() => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut places = vec![("image", PathBuf::new())];
+    for entry in images.list()? {
+        let snapshots = Path::new(&entry.name).join("snapshots");
+        if images
+            .metadata(&snapshots)
+            .is_ok_and(|meta| meta.is_some_and(|meta| meta.is_dir()))
+        {
+            places.push(("snapshot", snapshots));
+        }
+    }
+    let mut found = Vec::new();
+    for (kind, place) in places {
+        let directory = if place.as_os_str().is_empty() {
+            images.try_clone()?
+        } else {
+            images.open_dir(&place)?
+        };
+        for entry in directory.list()? {
+            let hash = entry
+                .name
+                .to_str()
+                .and_then(|name| name.strip_prefix(STAGING)?.parse::<ImageHash>().ok());
+            if let Some(hash) = hash
+                && !home.is_locked(Path::new(rel::LOCKS).join(lock_name(kind, &hash)))?
+            {
+                found.push(Path::new(IMAGES).join(&place).join(&entry.name));
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn lock_name(kind: &str, hash: &ImageHash) -> String {
