@@ -225,7 +225,7 @@ impl Engine for QemuEngine {
         let since = Instant::now();
         let image = OpenImage::open(&image)?;
         let dir = image.disk_dir.clone();
-        let (memory, state, disk) = blocking(move || {
+        let (memory, disk) = blocking(move || {
             let read_write = make_blank(&dir, shape.disk_mb)?;
             let read_only = reopen_read_only(&read_write).map_err(|source| SandboxError::Io {
                 action: "open the VM's disk again".to_owned(),
@@ -235,8 +235,7 @@ impl Engine for QemuEngine {
                 read_write,
                 read_only,
             };
-            // Nothing is saved, but the descriptor's number is part of the layout.
-            Ok((ram::fresh(shape.memory_mb)?, ram::fresh(0)?, disk))
+            Ok((ram::fresh(shape.memory_mb)?, disk))
         })
         .await?;
         let plan = Plan {
@@ -248,7 +247,7 @@ impl Engine for QemuEngine {
             image: &image,
             ram: &memory,
             disk,
-            state,
+            state: None,
         };
         let vm = Starting::launch(plan, since)
             .await?

@@ -28,7 +28,7 @@ pub(crate) mod fd {
     pub(crate) const DISK_RW: i32 = 10;
     /// The same disk opened read-only: QEMU opens a disk that way until the incoming state is loaded.
     pub(crate) const DISK_RO: i32 = 11;
-    /// Device state: written by a template, read by a clone.
+    /// Device state that a clone is restored from.
     pub(crate) const STATE: i32 = 12;
 }
 

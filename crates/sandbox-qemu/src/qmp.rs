@@ -4,10 +4,14 @@
 //! sorts them, so that events are seen while nobody waits for an answer. QEMU is the process a malicious guest would
 //! take over first, so what it sends is bounded and anything unexpected ends the connection.
 
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::io::Interest;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -52,6 +56,8 @@ pub(crate) enum Command {
     Cont,
     /// Turns migration features on.
     MigrateSetCapabilities { capabilities: Vec<Feature> },
+    /// Names the descriptor that travels with the command.
+    Getfd { fdname: &'static str },
     /// Saves device state.
     Migrate { uri: String },
     /// Loads it.
@@ -65,6 +71,7 @@ impl Command {
             Command::Stop => "stop",
             Command::Cont => "cont",
             Command::MigrateSetCapabilities { .. } => "migrate-set-capabilities",
+            Command::Getfd { .. } => "getfd",
             Command::Migrate { .. } => "migrate",
             Command::MigrateIncoming { .. } => "migrate-incoming",
         }
@@ -189,6 +196,14 @@ impl Qmp {
 
     /// Sends a command and waits for its answer. Not to be used again after it was cancelled half-way.
     pub(crate) async fn run(&mut self, command: Command) -> Result<(), QmpError> {
+        self.run_with(command, None).await
+    }
+
+    async fn run_with(
+        &mut self,
+        command: Command,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> Result<(), QmpError> {
         self.last_id += 1;
         let id = self.last_id;
         let mut line = serde_json::to_vec(&Request {
@@ -197,10 +212,11 @@ impl Qmp {
         })
         .map_err(|error| QmpError::Protocol(error.to_string()))?;
         line.push(b'\n');
-        self.writer
-            .write_all(&line)
-            .await
-            .map_err(|_| QmpError::Closed)?;
+        match descriptor {
+            Some(descriptor) => self.send_with(&line, descriptor).await,
+            None => self.writer.write_all(&line).await,
+        }
+        .map_err(|_| QmpError::Closed)?;
         let answer = self.answers.recv().await.ok_or(QmpError::Closed)??;
         if answer.id != id {
             return Err(QmpError::Protocol(format!(
@@ -222,10 +238,38 @@ impl Qmp {
         .await
     }
 
-    /// Saves the device state to the inherited descriptor `fd` and waits until it is done.
-    pub(crate) async fn save(&mut self, fd: i32) -> Result<(), QmpError> {
+    /// Sends a line together with a descriptor.
+    async fn send_with(&self, line: &[u8], descriptor: BorrowedFd<'_>) -> std::io::Result<()> {
+        let stream = self.writer.as_ref();
+        let sent = stream
+            .async_io(Interest::WRITABLE, || {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut ancillary = SendAncillaryBuffer::new(&mut space);
+                let descriptors = [descriptor];
+                ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+                Ok(rustix::net::sendmsg(
+                    stream,
+                    &[std::io::IoSlice::new(line)],
+                    &mut ancillary,
+                    SendFlags::NOSIGNAL,
+                )?)
+            })
+            .await?;
+        if sent < line.len() {
+            // The socket's buffer holds thousands of such lines.
+            return Err(std::io::ErrorKind::WriteZero.into());
+        }
+        Ok(())
+    }
+
+    /// Saves the device state to `file` and waits until it is done. The file is handed over by name, as QEMU saves to
+    /// no descriptor it merely inherited.
+    pub(crate) async fn save(&mut self, file: BorrowedFd<'_>) -> Result<(), QmpError> {
+        const NAME: &str = "state";
+        self.run_with(Command::Getfd { fdname: NAME }, Some(file))
+            .await?;
         self.run(Command::Migrate {
-            uri: format!("fd:{fd}"),
+            uri: format!("fd:{NAME}"),
         })
         .await?;
         self.migrated("save").await
@@ -345,6 +389,7 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     /// Plays QEMU: sends each line when the client has sent one, after the greeting.
     async fn with(script: &[&str]) -> (Result<Qmp, QmpError>, JoinHandle<String>) {
@@ -368,20 +413,23 @@ mod tests {
     async fn saves_and_waits_for_the_event() {
         let (qmp, qemu) = with(&[
             r#"{"return":{},"id":1}"#,
+            r#"{"return":{},"id":2}"#,
             concat!(
                 r#"{"event":"MIGRATION","data":{"status":"setup"},"timestamp":{}}"#,
                 "\n",
-                r#"{"return":{},"id":2}"#,
+                r#"{"return":{},"id":3}"#,
                 "\n",
                 r#"{"event":"MIGRATION","data":{"status":"completed"},"timestamp":{}}"#
             ),
         ])
         .await;
-        qmp.unwrap().save(12).await.unwrap();
+        let file = tempfile::tempfile().unwrap();
+        qmp.unwrap().save(file.as_fd()).await.unwrap();
         assert_eq!(
             qemu.await.unwrap(),
             "{\"execute\":\"qmp_capabilities\",\"id\":1}\n\
-             {\"execute\":\"migrate\",\"arguments\":{\"uri\":\"fd:12\"},\"id\":2}\n"
+             {\"execute\":\"getfd\",\"arguments\":{\"fdname\":\"state\"},\"id\":2}\n\
+             {\"execute\":\"migrate\",\"arguments\":{\"uri\":\"fd:state\"},\"id\":3}\n"
         );
     }
 

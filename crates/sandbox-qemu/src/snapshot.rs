@@ -53,7 +53,7 @@ impl QemuEngine {
             image: &image,
             ram: &memory,
             disk,
-            state,
+            state: None,
         };
         let (vm, cold_boot) = timed(async {
             Starting::launch(plan, since)
@@ -71,7 +71,7 @@ impl QemuEngine {
         }
 
         progress.step("save the snapshot");
-        vm.save(inputs.limit).await?;
+        vm.save(&state, inputs.limit).await?;
         let dir = inputs.dir;
         blocking(move || {
             ram::save(&memory, &dir.join(RAM))?;

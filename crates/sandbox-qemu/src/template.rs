@@ -112,7 +112,7 @@ impl Template for QemuTemplate {
             image: &self.shared.image,
             ram: &self.shared.ram,
             disk,
-            state,
+            state: Some(state),
         };
         let vm = Starting::launch(plan, since)
             .await?

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -88,7 +88,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) image: &'a OpenImage,
     pub(crate) ram: &'a File,
     pub(crate) disk: Disk,
-    pub(crate) state: File,
+    /// A clone's device state.
+    pub(crate) state: Option<File>,
 }
 
 /// A started process on its way up: no QMP handshake, no guest handshake yet.
@@ -146,7 +147,7 @@ impl Starting {
         let (agent, their_agent) = pair().map_err(&wiring)?;
         let (console, their_console) = pair().map_err(&wiring)?;
         let lend = |file: &File| file.try_clone().map(OwnedFd::from).map_err(&wiring);
-        let fds = vec![
+        let mut fds = vec![
             (their_qmp, fd::QMP),
             (their_agent, fd::AGENT),
             (their_console, fd::CONSOLE),
@@ -156,8 +157,8 @@ impl Starting {
             (lend(&plan.image.rootfs)?, fd::ROOTFS),
             (plan.disk.read_write.into(), fd::DISK_RW),
             (plan.disk.read_only.into(), fd::DISK_RO),
-            (plan.state.into(), fd::STATE),
         ];
+        fds.extend(plan.state.map(|state| (state.into(), fd::STATE)));
         let shape = plan.machine.shape;
         let memory_mb = shape.memory_mb + overhead_mb(plan.machine.accel);
         let process = plan
@@ -323,9 +324,9 @@ impl Parts {
 }
 
 impl QemuVm {
-    /// Saves the machine: the guest quiesced, its CPUs stopped, device state written to the inherited descriptor.
-    /// Consumes the VM; what is left of it is its memory.
-    pub(crate) async fn save(mut self, limit: Duration) -> Result<(), SandboxError> {
+    /// Saves the machine: the guest quiesced, its CPUs stopped, device state written to `file`. Consumes the VM; what
+    /// is left of it is its memory.
+    pub(crate) async fn save(mut self, file: &File, limit: Duration) -> Result<(), SandboxError> {
         let Parts { qmp, .. } = &mut self.parts;
         // Held until the CPUs stand still: the guest must not see its port closed in between.
         let _open = self.client.clone();
@@ -334,7 +335,7 @@ impl QemuVm {
             let qmp = qmp.as_mut().ok_or_else(used_twice)?;
             qmp.run(Command::Stop).await.map_err(qmp_error("stop"))?;
             qmp.prepare_migration().await.map_err(qmp_error("save"))?;
-            qmp.save(fd::STATE).await.map_err(qmp_error("save"))
+            qmp.save(file.as_fd()).await.map_err(qmp_error("save"))
         })
         .await
         .unwrap_or_else(|_| {

@@ -1,6 +1,8 @@
 //! What a sandbox engine is: traits, types, errors, the life-cycle state machine, capabilities, a fake engine for
 //! tests (feature `fake`) and the conformance suite every engine passes (feature `conformance`).
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod engine;
 mod error;
 #[cfg(feature = "fake")]

@@ -1,4 +1,5 @@
 //! The life of a VM: every arrow of the state picture, with a fake engine in place of a hypervisor.
+#![cfg(test)]
 
 use std::time::Duration;
 
