@@ -1,5 +1,6 @@
 //! What tests need: run directories and uids of their own, so that they run beside one another and beside a runner.
 
+use std::io::Write;
 use std::path::Path;
 
 use crate::fs::{Dir, FsError, Lock, LockKind};
@@ -11,6 +12,15 @@ const FIRST_BASE: u32 = DEFAULT_UID_BASE + 2 * SLOTS as u32;
 /// How many tests may hold a range at once, on one machine.
 const RANGES: u32 = 64;
 
+/// Says that the running test is skipped, past libtest's capture (which only catches the print macros), in the form
+/// that `scripts/test.sh` counts.
+fn skip(reason: &str) {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("unnamed");
+    // Nobody reads a closed stdout.
+    let _ = writeln!(std::io::stdout(), "SKIP {name}: {reason}");
+}
+
 /// A run directory and a range of uids that are this value's alone until it is dropped.
 #[derive(Debug)]
 pub struct TestHost {
@@ -20,16 +30,17 @@ pub struct TestHost {
 }
 
 impl TestHost {
-    /// Takes the next free range. Only root can use one: returns nothing otherwise, after saying so on stderr.
+    /// Takes the next free range. Only root can use one: returns nothing otherwise, after saying that the test is
+    /// skipped.
     pub fn new() -> Option<TestHost> {
         if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIPPED: needs root, to make namespaces and change users");
+            skip("needs root, to make namespaces and change users");
             return None;
         }
         match TestHost::take() {
             Ok(host) => Some(host),
             Err(e) => {
-                eprintln!("no range of uids for this test: {e}");
+                skip(&format!("no range of uids for it: {e}"));
                 None
             }
         }

@@ -160,10 +160,7 @@ async fn death_is_reported_and_a_slot_serves_again() {
     assert_eq!((reaped.code, reaped.signal), (Some(7), None));
 
     // What the process left behind dies with the slot's kill, and so does what it forked away.
-    let (spec, mut output) = shell(
-        slot,
-        "sleep 1000 & setsid sleep 1000 & echo up; wait",
-    );
+    let (spec, mut output) = shell(slot, "sleep 1000 & setsid sleep 1000 & echo up; wait");
     let process = launcher.launch(spec).await.unwrap();
     output.read_exact(&mut [0; 3]).unwrap();
     let (second, _output) = shell(slot, "true");

@@ -342,6 +342,21 @@ impl Host {
         self.in_environment(Command::new(binary()), args)
     }
 
+    /// What `runner ARGS` shows on a terminal, as the terminal gets it.
+    pub fn on_a_terminal(&self, args: &[&str]) -> String {
+        // script(1) of bsdutils, which every Debian has; quoting for the shell it starts.
+        let line: Vec<String> = std::iter::once(binary().display().to_string())
+            .chain(args.iter().map(|argument| (*argument).to_owned()))
+            .map(|word| format!("'{}'", word.replace('\'', "'\\''")))
+            .collect();
+        let command = Command::new("script");
+        let output = self
+            .in_environment(command, &["-qec", &line.join(" "), "/dev/null"])
+            .output()
+            .expect("script is installed");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
     fn in_environment(&self, mut command: Command, args: &[&str]) -> Command {
         command
             .args(args)

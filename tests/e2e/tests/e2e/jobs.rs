@@ -69,15 +69,32 @@ fn a_terminal_never_gets_a_guest_s_control_characters() {
     let Some(host) = Host::new().start() else {
         return;
     };
-    let outcome = host
-        .submit("printf 'red \\033[31m title \\033]0;owned\\007 end'")
-        .arg("--follow")
-        .run();
-    outcome.expect_exit(0);
-    assert!(!outcome.stderr.contains('\u{1b}'), "{:?}", outcome.stderr);
-    let shown = host.runner(&["logs", &outcome.run_id()]).output().unwrap();
-    assert!(shown.status.success(), "{shown:?}");
-    assert!(!shown.stdout.contains(&0x1b), "{shown:?}");
+    let prompt = "printf 'red \\033[31m title \\033]0;owned\\007 end' >&2; exit 1";
+    let outcome = host.submit(prompt).run();
+    outcome.expect_exit(1);
+    let run = outcome.run_id();
+    let shown = host.on_a_terminal(&["logs", &run]);
+    assert!(shown.contains("end"), "{shown:?}");
+    assert!(
+        !shown.contains("\u{1b}]0;") && !shown.contains("\u{1b}[31m"),
+        "{shown:?}"
+    );
+    let followed = host.on_a_terminal(&[
+        "local",
+        "submit",
+        "--follow",
+        "--group",
+        host.group(),
+        "--profile",
+        host.profile(),
+        "--prompt",
+        prompt,
+    ]);
+    assert!(followed.contains("end"), "{followed:?}");
+    assert!(
+        !followed.contains("\u{1b}]0;") && !followed.contains("\u{1b}[31m"),
+        "{followed:?}"
+    );
     host.finish();
 }
 
