@@ -8,6 +8,7 @@ mod cmd;
 mod config;
 mod context;
 mod control;
+mod engine;
 mod home;
 mod image;
 mod names;

@@ -148,13 +148,46 @@ impl QemuEngine {
     }
 }
 
+/// [`Engine::snapshot_key`] of an engine that is not running: for naming a snapshot without making it.
+pub fn snapshot_key(qemu: &Qemu, accel: Accel) -> Vec<(String, String)> {
+    let kind = kind(accel);
+    let arguments = Arch::of_host().map_or_else(String::new, |arch| {
+        let machine = Machine {
+            arch,
+            accel,
+            shape: Shape {
+                vcpu: 0,
+                memory_mb: 0,
+                disk_mb: 0,
+            },
+            // The counter's frequency is measured, so it is compared when the snapshot is opened and not hashed.
+            tsc_khz: matches!((arch, accel), (Arch::X86_64, Accel::Tcg)).then_some(0),
+        };
+        let words = machine.args(Start::Clone);
+        let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+        words.join(" ")
+    });
+    [
+        ("engine", format!("{kind:?}")),
+        ("qemu_version", qemu.version.clone()),
+        ("arguments", arguments),
+        ("protocol", guest_control::PROTOCOL_VERSION.to_string()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
+}
+
+fn kind(accel: Accel) -> EngineKind {
+    match accel {
+        Accel::Tcg => EngineKind::QemuTcg,
+        Accel::Kvm => EngineKind::QemuKvm,
+    }
+}
+
 #[async_trait]
 impl Engine for QemuEngine {
     fn kind(&self) -> EngineKind {
-        match self.accel {
-            Accel::Tcg => EngineKind::QemuTcg,
-            Accel::Kvm => EngineKind::QemuKvm,
-        }
+        kind(self.accel)
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -165,29 +198,7 @@ impl Engine for QemuEngine {
     }
 
     fn snapshot_key(&self) -> Vec<(String, String)> {
-        // The counter's frequency is measured, so it is compared when the snapshot is opened and not hashed.
-        let machine = Machine {
-            tsc_khz: self.tsc_khz.map(|_| 0),
-            ..self.machine(Shape {
-                vcpu: 0,
-                memory_mb: 0,
-                disk_mb: 0,
-            })
-        };
-        let arguments = machine
-            .args(Start::Clone)
-            .iter()
-            .map(|argument| argument.to_string_lossy().into_owned())
-            .collect::<Vec<_>>()
-            .join(" ");
-        [
-            ("engine", format!("{:?}", self.kind())),
-            ("qemu_version", self.qemu.version.clone()),
-            ("arguments", arguments),
-            ("protocol", guest_control::PROTOCOL_VERSION.to_string()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .to_vec()
+        snapshot_key(&self.qemu, self.accel)
     }
 
     async fn create_snapshot(

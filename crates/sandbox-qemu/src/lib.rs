@@ -26,6 +26,6 @@ mod template;
 mod tsc;
 mod vm;
 
-pub use engine::{Proof, QemuEngine};
+pub use engine::{Proof, QemuEngine, snapshot_key};
 pub use machine::{Accel, Arch};
 pub use probe::{Findings, Kvm, Qemu};

@@ -4,8 +4,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use host::launcher::{ForkedLauncher, LauncherConfig};
+use serde::Serialize;
+
 use crate::context::{CliError, Context, block_on};
-use crate::image::{self, GuestPaths, Plan, Request, Steps, Store};
+use crate::engine::Candidates;
+use crate::image::{self, GuestPaths, ImageError, Plan, Request, SnapshotPlan, Steps, Store};
+use crate::names::ImageHash;
 use crate::profile::ProfileSpec;
 
 /// Command line.
@@ -40,8 +45,20 @@ pub(crate) struct Args {
     json: bool,
 }
 
+/// What stdout gets with `--json`.
+#[derive(Serialize)]
+struct Report<'a> {
+    rootfs_hash: &'a ImageHash,
+    snapshot_hash: &'a ImageHash,
+    /// Whether anything had to be built.
+    built: bool,
+}
+
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
+    let candidates = Candidates::probe().map_err(|error| {
+        CliError::from(error).with_hint("install what is missing with `sudo runner setup`")
+    })?;
     let request = Request {
         profile: args.profile.profile,
         mirrors: args.mirror,
@@ -53,17 +70,94 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         },
     };
     let store = Store::open(Arc::new(context.home()?))?;
-    block_on(async {
-        let steps = Steps::new();
-        steps.catch_signals()?;
-        let mut plan = Plan::make(&store, request.clone(), false, &steps).await?;
-        if !args.dry_run && !plan.is_fresh() && !store.has_image(plan.rootfs_hash()) {
-            plan = Plan::make(&store, request, true, &steps).await?;
+    let steps = Steps::new();
+    // No thread may exist when the launcher is forked, so there are two runtimes, one before and one after.
+    let image = block_on(prepare(&store, request, &candidates, args.dry_run, &steps))?;
+    let (plan, built) = match image {
+        Prepared::Known(snapshot) => (snapshot, false),
+        Prepared::Unbuilt(plan) => {
+            let instance = format!("build-{}", std::process::id());
+            let forked = ForkedLauncher::fork(LauncherConfig::from_env(instance)?)?;
+            (
+                block_on(take_snapshot(&store, &plan, &candidates, forked, &steps))?,
+                true,
+            )
         }
-        if !args.dry_run {
-            image::build::image(&store, &plan, &steps).await?;
+    };
+    drop(steps);
+    let report = Report {
+        rootfs_hash: plan.rootfs_hash(),
+        snapshot_hash: plan.snapshot_hash(),
+        built,
+    };
+    if args.json {
+        context.print_json(&report)?;
+    } else {
+        context.print(format_args!(
+            "rootfs_hash={}\nsnapshot_hash={}\n",
+            report.rootfs_hash, report.snapshot_hash
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How far the first part of a build got.
+enum Prepared {
+    /// Nothing is left to do.
+    Known(SnapshotPlan),
+    /// The image is there, the snapshot is not.
+    Unbuilt(Box<Plan>),
+}
+
+/// Everything that needs no VM.
+async fn prepare(
+    store: &Store,
+    request: Request,
+    candidates: &Candidates,
+    dry_run: bool,
+    steps: &Steps,
+) -> Result<Prepared, CliError> {
+    steps.catch_signals()?;
+    let mut plan = Plan::make(store, request.clone(), false, steps).await?;
+    if !dry_run && !plan.is_fresh() && !store.has_image(plan.rootfs_hash()) {
+        plan = Plan::make(store, request, true, steps).await?;
+    }
+    let accel = store
+        .proved(plan.rootfs_hash(), candidates)
+        .unwrap_or(candidates.best());
+    let snapshot = SnapshotPlan::make(&plan, candidates.snapshot_key(accel))?;
+    if dry_run {
+        return Ok(Prepared::Known(snapshot));
+    }
+    image::build::image(store, &plan, steps).await?;
+    match image::snapshot::existing(store, &snapshot, steps)? {
+        Some(_) => Ok(Prepared::Known(snapshot)),
+        None if rustix::process::geteuid().is_root() => Ok(Prepared::Unbuilt(Box::new(plan))),
+        None => Err(ImageError::NotRoot.into()),
+    }
+}
+
+/// Everything that needs one.
+async fn take_snapshot(
+    store: &Store,
+    plan: &Plan,
+    candidates: &Candidates,
+    forked: ForkedLauncher,
+    steps: &Steps,
+) -> Result<SnapshotPlan, CliError> {
+    steps.catch_signals()?;
+    let launcher = forked.attach()?;
+    let result = async {
+        let accel = image::snapshot::choose(store, plan, candidates, &launcher, steps).await?;
+        if let Some(why) = candidates.slow_because(accel) {
+            steps.note(&format!("note: {why}"));
         }
-        context.print_line(format_args!("rootfs_hash={}", plan.rootfs_hash()))?;
-        Ok(ExitCode::SUCCESS)
-    })
+        let snapshot = SnapshotPlan::make(plan, candidates.snapshot_key(accel))?;
+        let engine = candidates.open(accel, launcher.clone())?;
+        image::snapshot::make(store, &snapshot, &engine, &launcher, steps).await?;
+        Ok(snapshot)
+    }
+    .await;
+    launcher.shutdown().await;
+    result
 }

@@ -89,6 +89,9 @@ pub(crate) enum ImageError {
         /// In what.
         reason: String,
     },
+    /// The home.
+    #[error(transparent)]
+    Home(#[from] crate::home::HomeError),
     /// Files of the home.
     #[error(transparent)]
     Fs(#[from] FsError),

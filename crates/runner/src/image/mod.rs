@@ -31,5 +31,5 @@ pub(crate) use plan::{Plan, Request};
 pub(crate) use progress::Steps;
 pub(crate) use snapshot::SnapshotPlan;
 pub(crate) use sources::host_suite;
-pub(crate) use store::{Store, StoredImage, StoredSnapshot, abandoned};
+pub(crate) use store::{Store, StoredSnapshot, abandoned};
 pub(crate) use tools::Tool;

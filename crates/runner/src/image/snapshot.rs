@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use host::launcher::Launcher;
-use host::slot::{HostLimits, LeaseKind, Resources, SlotRecord};
+use host::slot::{LeaseKind, Resources, SlotRecord};
 use sandbox::{Engine, SandboxError, Shape, SnapshotInputs};
+use sandbox_qemu::{Accel, Proof};
 
 use super::ImageError;
 use super::manifest::{FORMAT, SnapshotManifest, sha256};
@@ -12,6 +13,7 @@ use super::plan::{Plan, content_address};
 use super::progress::Steps;
 use super::store::{Store, StoredSnapshot, snapshot_rel};
 use super::warm_up;
+use crate::engine::{self, Candidates, UNLIMITED};
 use crate::names::ImageHash;
 use crate::profile::Flavour;
 
@@ -58,6 +60,11 @@ impl SnapshotPlan {
         })
     }
 
+    /// The address of its image.
+    pub(crate) fn rootfs_hash(&self) -> &ImageHash {
+        &self.rootfs
+    }
+
     /// The snapshot's address.
     pub(crate) fn snapshot_hash(&self) -> &ImageHash {
         &self.hash
@@ -95,6 +102,32 @@ pub(crate) fn existing(
     }
 }
 
+/// Decides how the image's VMs run here: with KVM if that was proved or now proves itself, otherwise by emulation.
+pub(crate) async fn choose(
+    store: &Store,
+    plan: &Plan,
+    candidates: &Candidates,
+    launcher: &Launcher,
+    steps: &Steps,
+) -> Result<Accel, ImageError> {
+    if let Some(known) = store.proved(plan.rootfs_hash(), candidates) {
+        return Ok(known);
+    }
+    steps.begin("proving this host's KVM with a boot of the image");
+    let image = store.image(plan.rootfs_hash())?.files;
+    let proof = engine::prove_kvm(candidates, image, launcher).await?;
+    steps.end();
+    let accel = match &proof {
+        Proof::Boots(_) => Accel::Kvm,
+        Proof::Fails(why) => {
+            steps.note(why);
+            Accel::Tcg
+        }
+    };
+    store.record_proof(plan.rootfs_hash(), candidates, accel)?;
+    Ok(accel)
+}
+
 /// Makes the snapshot, unless somebody else has in the meantime. Its image must have been verified.
 pub(crate) async fn make(
     store: &Store,
@@ -129,21 +162,13 @@ async fn build(
         warm_up: warm_up::all(plan.flavour),
         limit: LIMIT,
     };
-    // The person in front of it decides that it runs now; it is counted, so that runners see it.
-    let unlimited = HostLimits {
-        total: Resources {
-            vcpu: u32::MAX,
-            memory_mb: u64::MAX,
-            disk_mb: u64::MAX,
-        },
-    };
     let record = SlotRecord {
         instance: format!("build-{}", std::process::id()),
         kind: LeaseKind::Firm,
         resources: plan.resources(),
         run_id: None,
     };
-    let slot = launcher.reserve(record, unlimited).await?;
+    let slot = launcher.reserve(record, UNLIMITED).await?;
     let outcome = tokio::select! {
         outcome = engine.create_snapshot(slot, inputs, steps) => outcome.map_err(ImageError::from),
         () = steps.interrupted() => Err(ImageError::Interrupted),

@@ -11,12 +11,14 @@ use std::time::Duration;
 
 use host::fs::{Access, Dir, FsError, Lock, LockKind};
 use sandbox::{ImageFiles, Shape, SnapshotOutcome};
-use serde::Serialize;
+use sandbox_qemu::Accel;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::ImageError;
 use super::manifest::{self, FORMAT, FileEntry, ImageManifest, SnapshotManifest};
 use super::progress::Steps;
+use crate::engine::Candidates;
 use crate::home::Home;
 use crate::home::rel::{self, IMAGES};
 use crate::names::ImageHash;
@@ -34,6 +36,16 @@ pub(super) const KERNEL: &str = "vmlinux";
 pub(super) const INITRD: &str = "initrd.cpio";
 /// The root file system.
 pub(super) const ROOTFS: &str = "rootfs.erofs";
+
+/// Beside an image's manifest: whether it boots with this host's KVM. Not part of the image.
+const PROOF: &str = "kvm-proof.json";
+
+#[derive(Serialize, Deserialize)]
+struct KvmProof {
+    /// QEMU and host it was made with.
+    holds_for: String,
+    boots: bool,
+}
 
 /// The images of one home.
 #[derive(Debug)]
@@ -83,14 +95,6 @@ impl Store {
     pub(crate) fn has_image(&self, hash: &ImageHash) -> bool {
         self.images
             .metadata(Path::new(hash.as_str()).join(MANIFEST))
-            .is_ok_and(|meta| meta.is_some())
-    }
-
-    /// Whether a snapshot is there; nothing is verified.
-    pub(crate) fn has_snapshot(&self, rootfs: &ImageHash, snapshot: &ImageHash) -> bool {
-        let manifest = snapshot_rel(rootfs, snapshot).join(MANIFEST);
-        self.images
-            .metadata(manifest)
             .is_ok_and(|meta| meta.is_some())
     }
 
@@ -146,6 +150,40 @@ impl Store {
             outcome: manifest.outcome.clone(),
             manifest,
         })
+    }
+
+    /// How this host runs an image, where that needs no proof or has one: emulation where there is no KVM.
+    pub(crate) fn proved(&self, rootfs: &ImageHash, candidates: &Candidates) -> Option<Accel> {
+        if candidates.best() == Accel::Tcg {
+            return Some(Accel::Tcg);
+        }
+        let bytes = self
+            .images
+            .read_bounded(Path::new(rootfs.as_str()).join(PROOF), 4096)
+            .ok()?;
+        let proof: KvmProof = serde_json::from_slice(&bytes).ok()?;
+        let accel = if proof.boots { Accel::Kvm } else { Accel::Tcg };
+        (proof.holds_for == candidates.proof_key()).then_some(accel)
+    }
+
+    /// Keeps the outcome of a proof with the image.
+    pub(super) fn record_proof(
+        &self,
+        rootfs: &ImageHash,
+        candidates: &Candidates,
+        accel: Accel,
+    ) -> Result<(), ImageError> {
+        let path = Path::new(rootfs.as_str()).join(PROOF);
+        let proof = KvmProof {
+            holds_for: candidates.proof_key(),
+            boots: accel == Accel::Kvm,
+        };
+        let text = serde_json::to_vec(&proof).map_err(|source| ImageError::Json {
+            path: path.clone(),
+            source,
+        })?;
+        self.images.write_atomic(path, 0o644, &text)?;
+        Ok(())
     }
 
     /// Absolute path of something below `images/`.
@@ -260,7 +298,7 @@ impl Store {
         let parent_dir = if parent.as_os_str().is_empty() {
             self.images.try_clone()?
         } else {
-            self.images.create_dir_all(parent, 0o755)?
+            self.home.ensure_dir(Path::new(IMAGES).join(parent))?
         };
         self.sweep(&parent_dir, kind, name)?;
         let mut staging_name = std::ffi::OsString::from(STAGING);
