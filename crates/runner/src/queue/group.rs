@@ -268,6 +268,16 @@ impl GroupQueue {
             .remove_file(format!("{RESULTS}/{}", result_name(id)));
     }
 
+    /// The directory to listen to for answers, and whether it is their own: if a runner has not made that yet, it is
+    /// the group's, in which it will appear.
+    pub(crate) fn where_answers_appear(&self) -> Result<(Dir, bool), QueueError> {
+        Ok(match self.own_dir(RESULTS)? {
+            Some(results) => (results, true),
+            // Opened anew: listening ends when any copy of its descriptor is closed.
+            None => (self.dir.open_dir(".")?, false),
+        })
+    }
+
     /// A watch that wakes when a result appears, or when the runner's directories do. Look once after making it.
     pub(crate) fn watch_results(&self) -> Result<Watch, QueueError> {
         let mut watch = Watch::new().map_err(QueueError::Watch)?;

@@ -11,6 +11,7 @@
 //! runner answers like any other.
 
 mod collect;
+mod notice;
 mod wait;
 
 use std::io::Read;

@@ -1,19 +1,17 @@
 //! Waiting for a job's answer, without asking again and again.
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep_until};
 
+use super::notice::Notice;
 use crate::cmd::logs::tail::Tail;
 use crate::context::CliError;
 use crate::names::GroupName;
-use crate::queue::{Change, GroupQueue, Job, JobResult, Watch};
+use crate::queue::{GroupQueue, Job, JobResult};
 use crate::terminal::Escaper;
 
 /// After this long without a live runner the submitter is told so.
@@ -43,23 +41,15 @@ enum Leaving {
     TimedOut(Duration),
 }
 
-/// inotify, as tokio wants it.
-#[derive(Debug)]
-struct Results(Watch);
-
-impl AsRawFd for Results {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
-}
-
 /// Waits for one job.
 #[derive(Debug)]
 pub(super) struct Waiter<'a> {
     queue: &'a GroupQueue,
     group: &'a GroupName,
     job: &'a Job,
-    results: AsyncFd<Results>,
+    notice: Notice,
+    /// Whether the directory of answers is there, and listened to; otherwise the group's, in which it appears.
+    in_results: bool,
     log: Option<Log>,
     interrupt: Signal,
     terminate: Signal,
@@ -75,11 +65,13 @@ impl<'a> Waiter<'a> {
         tail: Option<Tail>,
         raw: bool,
     ) -> Result<Self, CliError> {
+        let (notice, in_results) = listen(queue)?;
         Ok(Self {
             queue,
             group,
             job,
-            results: watch(queue)?,
+            notice,
+            in_results,
             log: tail.map(|tail| Log {
                 tail,
                 escaper: (!raw).then(Escaper::default),
@@ -113,9 +105,10 @@ impl<'a> Waiter<'a> {
                 return Ok(Outcome { result });
             }
             let left = tokio::select! {
-                news = news(&mut self.results, self.job) => {
-                    if news? == News::Directory {
-                        self.results = watch(self.queue)?;
+                arrived = self.notice.arrived() => {
+                    arrived?;
+                    if !self.in_results {
+                        (self.notice, self.in_results) = listen(self.queue)?;
                     }
                     continue;
                 }
@@ -197,38 +190,9 @@ fn timed_out(job: &Job, limit: Duration) -> JobResult {
     )
 }
 
-fn watch(queue: &GroupQueue) -> Result<AsyncFd<Results>, CliError> {
-    let watch = Results(queue.watch_results()?);
-    Ok(AsyncFd::with_interest(watch, Interest::READABLE)?)
-}
-
-/// What a change means for one waiting job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum News {
-    /// Its answer may be there.
-    Answer,
-    /// The directory of answers has appeared: it is the one to watch from now on.
-    Directory,
-}
-
-/// Waits for news about this job; other jobs' answers come and go in the same directory.
-async fn news(results: &mut AsyncFd<Results>, job: &Job) -> Result<News, CliError> {
-    let run = job.run_id.to_string();
-    loop {
-        let mut guard = results.readable_mut().await?;
-        let changes = guard.get_inner_mut().0.changes()?;
-        guard.clear_ready();
-        for change in changes {
-            match change {
-                Change::Overflow => return Ok(News::Answer),
-                Change::Appeared { name, .. } => match name.to_str() {
-                    Some(".results") => return Ok(News::Directory),
-                    Some(name) if name.starts_with(&run) => return Ok(News::Answer),
-                    _ => {}
-                },
-            }
-        }
-    }
+fn listen(queue: &GroupQueue) -> Result<(Notice, bool), CliError> {
+    let (dir, in_results) = queue.where_answers_appear()?;
+    Ok((Notice::new(dir)?, in_results))
 }
 
 async fn sleep(until: Option<Instant>) {
