@@ -22,8 +22,8 @@ use crate::kmsg;
 const ROOT: &str = "/sys/fs/cgroup";
 const AGENT: &str = "/sys/fs/cgroup/agent";
 
-/// Memory kept from agent processes: a twentieth, but enough for guest-init, the kernel's own and a read of the image,
-/// and never more than it can use.
+/// Bytes kept from agent processes: a twentieth, but enough for what guest-init and the kernel take on their behalf, and
+/// never more than those can use.
 const RESERVE_MIN: u64 = 24 << 20;
 const RESERVE_MAX: u64 = 128 << 20;
 /// Most processes and threads of all sessions together; a guest with little memory has fewer (`threads-max`).
@@ -41,17 +41,22 @@ pub(crate) fn prepare() -> Result<(), OsError> {
     set(&format!("{ROOT}/cgroup.subtree_control"), "+memory +pids")?;
     make_dir(AGENT)?;
     set(&format!("{AGENT}/cgroup.subtree_control"), "+memory +pids")?;
-    let total = rustix::system::sysinfo();
-    let unit = u64::from(total.mem_unit.max(1));
-    #[expect(
-        clippy::useless_conversion,
-        reason = "the kernel's word is 32 bits wide on some targets"
-    )]
-    let total = u64::from(total.totalram) * unit;
-    let reserve = (total / 20).clamp(RESERVE_MIN, RESERVE_MAX);
-    let memory = total.saturating_sub(reserve);
+    let memory = agent_memory(available_memory()?);
     set(&format!("{AGENT}/memory.max"), &memory.to_string())?;
     set(&format!("{AGENT}/pids.max"), &pids_limit().to_string())
+}
+
+/// Memory the agent may have of the bytes that are `available` at boot. With a limit above that, it would be the whole
+/// guest that runs out and not the agent.
+fn agent_memory(available: u64) -> u64 {
+    available.saturating_sub((available / 20).clamp(RESERVE_MIN, RESERVE_MAX))
+}
+
+/// Bytes that could be allocated now without swapping, as the kernel estimates.
+fn available_memory() -> Result<u64, OsError> {
+    let meminfo = fs::read_to_string("/proc/meminfo")
+        .map_err(|error| OsError::new("reading /proc/meminfo", error))?;
+    Ok(crate::stats::kilobytes(&meminfo, "MemAvailable:") * 1024)
 }
 
 /// Processes the agent may have: three quarters of what the kernel can manage.
@@ -262,6 +267,14 @@ impl Drop for Lease {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn leaves_memory_for_the_rest_of_the_guest() {
+        assert_eq!(agent_memory(200 << 20), 176 << 20);
+        assert_eq!(agent_memory(2000 << 20), 1900 << 20);
+        assert_eq!(agent_memory(64_000 << 20), 63_872 << 20);
+        assert_eq!(agent_memory(1 << 20), 0);
+    }
 
     #[test]
     fn finds_a_field_by_its_whole_name() {

@@ -16,6 +16,7 @@ use crate::kmsg;
 use crate::reaper::Reaper;
 use crate::root::Root;
 use crate::spawn::{self, Session};
+use crate::stats;
 
 /// The operating system behind the control server.
 #[derive(Debug)]
@@ -96,18 +97,8 @@ impl Os for Guest {
     }
 
     fn stats(&self) -> Result<GuestStats, OsError> {
-        let meminfo = std::fs::read_to_string("/proc/meminfo")
-            .map_err(|error| OsError::new("reading /proc/meminfo", error))?;
-        let info = rustix::system::sysinfo();
-        Ok(GuestStats {
-            mem_total_kb: kilobytes(&meminfo, "MemTotal:"),
-            mem_available_kb: kilobytes(&meminfo, "MemAvailable:"),
-            disk_free_bytes: match self.root() {
-                Ok(root) => root.free_bytes()?,
-                Err(_) => 0,
-            },
-            processes: u32::from(info.procs),
-        })
+        let root = self.slot().clone();
+        stats::gather(root.as_deref())
     }
 
     fn open(&self, path: &str) -> Result<File, OsError> {
@@ -131,27 +122,5 @@ impl Os for Guest {
                 kmsg::log(&format!("powering off: {error}"));
             }
         }
-    }
-}
-
-/// A value of /proc/meminfo.
-fn kilobytes(meminfo: &str, name: &str) -> u64 {
-    meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix(name))
-        .and_then(|value| value.trim().trim_end_matches(" kB").parse().ok())
-        .unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reads_meminfo() {
-        let text = "MemTotal:         496404 kB\nMemFree:  1 kB\nMemAvailable:     450000 kB\n";
-        assert_eq!(kilobytes(text, "MemTotal:"), 496_404);
-        assert_eq!(kilobytes(text, "MemAvailable:"), 450_000);
-        assert_eq!(kilobytes(text, "Cached:"), 0);
     }
 }

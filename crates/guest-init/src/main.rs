@@ -29,6 +29,7 @@ mod port;
 mod reaper;
 mod root;
 mod spawn;
+mod stats;
 mod users;
 
 use std::process::ExitCode;

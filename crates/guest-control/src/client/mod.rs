@@ -334,10 +334,23 @@ fn unexpected(operation: &'static str, answer: Result<Reply, Failure>) -> Contro
             operation,
             errno: failure.errno,
             // The guest chose these words; they must not move anybody's cursor.
-            message: failure.message.escape_debug().to_string(),
+            message: escape_controls(&failure.message),
         },
         Ok(_) => ControlError::Protocol(format!("an answer of the wrong kind to {operation:?}")),
     }
+}
+
+fn escape_controls(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let (escaped, plain) = if c.is_control() {
+                (Some(c.escape_default()), None)
+            } else {
+                (None, Some(c))
+            };
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
 }
 
 async fn write_piece<W: AsyncWrite + Unpin>(
