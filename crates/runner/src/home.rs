@@ -15,8 +15,6 @@ pub(crate) use account::Account;
 
 use crate::names::GroupName;
 
-/// The home itself may be looked at, like any; what it holds is closed.
-const HOME: u32 = 0o755;
 /// Others may pass through, to a group that a Unix group shares, but not look around.
 const PASSAGE: u32 = 0o711;
 /// The owner's alone.
@@ -98,7 +96,7 @@ impl Home {
                         "it does not end in a directory's name",
                     ))
                 })?;
-                let dir = Dir::open(parent)?.create_dir(name, HOME)?;
+                let dir = Dir::open(parent)?.create_dir(name, PASSAGE)?;
                 let invoking = Account::invoking();
                 if invoking != Account::current() {
                     dir.set_owner(invoking.uid, invoking.gid)?;
@@ -192,11 +190,6 @@ impl Home {
     /// (but for the passage to groups).
     pub(crate) fn ensure_dir(&self, rel: impl AsRef<Path>) -> Result<Dir, HomeError> {
         let rel = rel.as_ref();
-        // In one step if it is there: who only may pass through what lies above cannot open that.
-        match self.dir.open_dir(rel) {
-            Err(error) if error.is_not_found() => {}
-            other => return Ok(other?),
-        }
         let mut dir = self.dir.try_clone()?;
         let mode = |depth: usize| {
             if rel.starts_with(rel::GROUPS) && depth < 2 {
@@ -283,7 +276,7 @@ mod tests {
         let home = Home::open_or_create(&path).unwrap();
         home.group(&"vm0/demo".parse().unwrap()).unwrap();
         home.logs().unwrap();
-        assert_eq!(mode(&path), 0o755);
+        assert_eq!(mode(&path), 0o711);
         assert_eq!(mode(&path.join("groups")), 0o711);
         assert_eq!(mode(&path.join("groups/vm0")), 0o711);
         assert_eq!(mode(&path.join("groups/vm0/demo")), 0o700);

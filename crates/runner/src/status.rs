@@ -113,6 +113,23 @@ impl Time {
     }
 }
 
+impl Time {
+    /// Seconds since the Unix epoch.
+    pub(crate) fn unix_secs(self) -> u64 {
+        u64::try_from(self.0.as_second()).unwrap_or(0)
+    }
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Preparing => "preparing",
+            Self::Running => "running",
+            Self::Finishing => "finishing",
+        })
+    }
+}
+
 impl std::fmt::Display for Time {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:.3}", self.0)

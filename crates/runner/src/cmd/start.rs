@@ -1,17 +1,330 @@
 //! Runs the daemon.
 
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
+use host::fs::{Access, Dir, Lock, LockKind, lock_holder};
+use host::launcher::{ForkedLauncher, Launcher, LauncherConfig};
+use sandbox::{Engine, EngineKind, Template};
+use tokio::sync::Semaphore;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::MakeWriterExt;
+
+use crate::config::{self, Config, EngineChoice};
 use crate::context::{CliError, Context};
+use crate::control::server;
+use crate::daemon::{self, Identity, Inbox, Mailbox, Parts};
+use crate::engine;
+use crate::executor::Setting;
+use crate::home::{Home, rel};
+use crate::image::Store;
+use crate::names::{ProfileName, RunId, RunnerName};
+use crate::provider::local::LocalProvider;
+use crate::queue::LiveRunner;
+use crate::resource_budget::{self, Budget, HostSize};
+use crate::status::{STATUS_FILE, StatusWriter};
+
+/// A log larger than this is put aside (one is kept) when the daemon starts, bytes.
+const LOG_ROTATE: u64 = 64 << 20;
 
 /// Command line.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  runner start")]
-pub(crate) struct Args {}
+#[command(
+    after_help = "Needs root, to make slots for VMs; everything in the home is then done as the home's owner.\n\
+SIGTERM stops (jobs may finish within stop_timeout_secs, a second one cancels them), SIGUSR1 drains, SIGUSR2 resumes.\n\n\
+Example:\n  sudo runner start --config ~/.vm0-runner/runners/demo/runner.yaml --local"
+)]
+pub(crate) struct Args {
+    /// The runner's configuration, as `runner config` wrote it
+    #[arg(short, long, value_name = "FILE")]
+    config: PathBuf,
+    /// Take jobs from the local file queue
+    #[arg(long)]
+    local: bool,
+}
 
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
-    let Args {} = args;
-    let _ = context;
-    Err(CliError::failed("`runner start` is not there yet"))
+    if !rustix::process::geteuid().is_root() {
+        let config = args.config.display();
+        let hint = format!("sudo runner start --config {config} --local");
+        return Err(
+            CliError::failed("`runner start` needs root, to make slots for VMs").with_hint(hint),
+        );
+    }
+    if !args.local {
+        return Err(
+            CliError::usage("this runner takes jobs from the local file queue only")
+                .with_hint("add --local"),
+        );
+    }
+    let config = config::load(&args.config)?;
+    if config.engine == EngineChoice::Firecracker {
+        return Err(
+            CliError::failed("`engine: firecracker` is not available in this runner")
+                .with_hint("use `engine: auto`"),
+        );
+    }
+    let home = context.home()?;
+    let instance = RunId::random().to_string();
+    let launcher = LauncherConfig::from_env(instance.clone())?;
+    let run_dir = launcher.run_dir.clone();
+    // Before any thread, and before anything is open that the launcher should not hold.
+    let forked = ForkedLauncher::fork(launcher)?;
+    home.become_owner()?;
+    let lock = only_one(&home, &config.name)?;
+    log_to_file(&home, &config.name)?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let code = runtime.block_on(async {
+        let launcher = forked.attach()?;
+        let starting = Starting {
+            config,
+            home: Arc::new(home),
+            instance,
+            launcher: launcher.clone(),
+            run_dir,
+        };
+        let result = starting.run().await;
+        // Whatever is left of our VMs goes now.
+        launcher.shutdown().await;
+        result
+    })?;
+    // A task that hangs in the kernel must not keep a daemon that is done.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    drop(lock);
+    Ok(ExitCode::from(code))
+}
+
+/// Two daemons of one name would answer for each other.
+fn only_one(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
+    let dir = home.ensure_dir(rel::runner(name))?;
+    if let Some(lock) = dir.try_lock(LOCK, LockKind::Exclusive, 0o600)? {
+        return Ok(lock);
+    }
+    let file = dir.open_file(LOCK, Access::Read)?;
+    let who = lock_holder(&file).map_or_else(String::new, |pid| format!(" (pid {pid})"));
+    Err(
+        CliError::failed(format!("a runner named {name} runs already{who}"))
+            .with_hint("stop it first, or give this one another name"),
+    )
+}
+
+/// Held by the one daemon of a runner.
+const LOCK: &str = "runner.lock";
+
+fn log_to_file(home: &Home, name: &RunnerName) -> Result<(), CliError> {
+    let logs = home.logs()?;
+    let file_name = format!("runner-{name}.log");
+    if let Some(meta) = logs.metadata(&file_name)?
+        && meta.len() > LOG_ROTATE
+    {
+        logs.rename(&file_name, &logs, format!("{file_name}.1"))?;
+    }
+    let file: File = logs.open_file(&file_name, Access::Append { mode: 0o600 })?;
+    let filter =
+        EnvFilter::try_from_env("VM0_RUNNER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(io::stderr.and(Arc::new(file)))
+        .try_init();
+    Ok(())
+}
+
+/// What is there when the daemon starts.
+struct Starting {
+    config: Config,
+    home: Arc<Home>,
+    instance: String,
+    launcher: Launcher,
+    run_dir: PathBuf,
+}
+
+impl Starting {
+    async fn run(self) -> Result<u8, CliError> {
+        let Self {
+            config,
+            home,
+            instance,
+            launcher,
+            run_dir,
+        } = self;
+        tracing::info!(
+            runner = %config.name, group = %config.group, instance, pid = std::process::id(),
+            version = crate::cli::VERSION, "starting"
+        );
+        let orphans = launcher.reclaim_orphans().await?;
+        if orphans > 0 {
+            tracing::warn!(orphans, "reclaimed slots that dead runners had left");
+        }
+        let instances = home.ensure_dir(rel::instances(&config.name))?;
+        sweep(&instances);
+        let instance_dir = instances.create_dir(instance.as_str(), 0o700)?;
+        let _alive = instance_dir.lock("lock", LockKind::Exclusive, 0o600)?;
+
+        let (templates, kind) = open_profiles(&config, &home, &launcher).await?;
+        let resident = templates.values().map(|t| t.resident_mb()).sum();
+        let size = HostSize::detect(home.path())?;
+        let sandbox = &config.sandbox;
+        let limits = resource_budget::effective(
+            size,
+            sandbox.concurrency_factor,
+            sandbox.memory_reserve_mb,
+            resident,
+        );
+        tracing::info!(?size, total = ?limits.total, "the host's budget");
+        let budget = Budget::new(
+            launcher.clone(),
+            instance.clone(),
+            limits,
+            sandbox.max_concurrent,
+        );
+
+        let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
+        daemon::watch_signals(&mailbox)?;
+        daemon::watch_host(&mailbox, launcher, run_dir);
+        let runner = LiveRunner {
+            instance: instance.clone(),
+            name: config.name.clone(),
+            pid: std::process::id(),
+            profiles: config.profiles.keys().cloned().collect(),
+        };
+        let told = mailbox.clone();
+        let provider = LocalProvider::start(home.group(&config.group)?, &runner, move |event| {
+            daemon::forward(&told, event);
+        })?;
+        let provider = Arc::new(provider);
+        // Restores are bound by the CPU: more at once only makes all of them late.
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        home.logs()?;
+        let setting = Setting {
+            home: Arc::new(home.dir().try_clone()?),
+            provider: Arc::clone(&provider) as Arc<_>,
+            job_timeout: config.job_timeout(),
+            log_max: config.log_max_mb.saturating_mul(1 << 20),
+            mock: std::env::var("USE_MOCK_CLAUDE").ok(),
+            restores: Arc::new(Semaphore::new(cpus)),
+        };
+        let socket = instance_dir.bind_socket("control.sock", 0o600)?;
+        let owner = home.owner().uid;
+        let status_dir = instance_dir.try_clone()?;
+        let link = home.ensure_dir(rel::runner(&config.name))?;
+        let target = format!("instances/{instance}/{STATUS_FILE}");
+        let parts = Parts {
+            identity: Identity {
+                name: config.name.clone(),
+                instance: instance.clone(),
+                version: crate::cli::VERSION.to_owned(),
+                engine: kind,
+            },
+            config,
+            templates,
+            budget,
+            provider: provider.clone(),
+            setting,
+            mailbox,
+            inbox,
+        };
+        tracing::info!("ready");
+        let code = daemon::run(
+            parts,
+            |first| {
+                let writer = StatusWriter::start(status_dir, first);
+                if let Err(error) = link.symlink_atomic(target, STATUS_FILE) {
+                    tracing::warn!(%error, "the link to status.json cannot be made");
+                }
+                writer
+            },
+            |lookup| {
+                tokio::spawn(async move {
+                    if let Err(error) = server::serve(socket, owner, lookup).await {
+                        tracing::error!(%error, "the control socket is gone");
+                    }
+                });
+            },
+        )
+        .await;
+        tracing::info!(code, "stopped");
+        let _ = instance_dir.remove_file("control.sock");
+        Ok(code)
+    }
+}
+
+/// Removes what instances that are gone left, but the one whose status people may still want to read.
+fn sweep(instances: &Dir) {
+    let Ok(entries) = instances.list() else {
+        return;
+    };
+    for entry in entries {
+        let lock = std::path::Path::new(&entry.name).join("lock");
+        if instances.is_locked(&lock).unwrap_or(true) {
+            continue;
+        }
+        if let Err(error) = instances.remove_tree(&entry.name) {
+            tracing::warn!(%error, "what a dead instance left cannot be removed");
+        }
+    }
+}
+
+/// Verifies and opens the snapshot of every profile.
+async fn open_profiles(
+    config: &Config,
+    home: &Arc<Home>,
+    launcher: &Launcher,
+) -> Result<(BTreeMap<ProfileName, Arc<dyn Template>>, EngineKind), CliError> {
+    let store = Store::open(Arc::clone(home))?;
+    let mut engines: Vec<(EngineKind, Arc<dyn Engine>)> = Vec::new();
+    let mut templates = BTreeMap::new();
+    for (name, profile) in &config.profiles {
+        let stored = store
+            .snapshot(&profile.rootfs_hash, &profile.snapshot_hash)
+            .map_err(|error| {
+                CliError::failed(format!("profile {name}: {error}"))
+                    .with_hint(format!("sudo runner build --profile {name}"))
+            })?;
+        let kind = stored.manifest.engine;
+        let shape = sandbox::Shape {
+            vcpu: profile.vcpu,
+            memory_mb: profile.memory_mb,
+            disk_mb: profile.disk_mb,
+        };
+        if shape != stored.shape {
+            return Err(CliError::failed(format!(
+                "profile {name}: its snapshot is of a VM of another size"
+            ))
+            .with_hint(format!(
+                "build it with this size, or write the configuration anew: sudo runner build --profile {name}"
+            )));
+        }
+        let known = engines.iter().find(|(k, _)| *k == kind);
+        let engine = match known {
+            Some((_, engine)) => Arc::clone(engine),
+            None => {
+                let engine: Arc<dyn Engine> =
+                    Arc::new(engine::of_snapshot(kind, launcher.clone())?);
+                engines.push((kind, Arc::clone(&engine)));
+                engine
+            }
+        };
+        let template = engine
+            .open(stored.image, shape, &stored.directory, &stored.outcome)
+            .await
+            .map_err(|error| CliError::failed(format!("profile {name}: {error}")))?;
+        tracing::info!(profile = %name, engine = ?kind, "opened");
+        templates.insert(name.clone(), template);
+    }
+    let kind = engines.first().map(|(kind, _)| *kind);
+    let kind = kind.ok_or_else(|| CliError::failed("the configuration names no profile"))?;
+    if engines.iter().any(|(kind, _)| *kind == EngineKind::QemuTcg) {
+        tracing::warn!("VMs are emulated in software on this host, 10 to 30 times slower");
+    }
+    Ok((templates, kind))
 }

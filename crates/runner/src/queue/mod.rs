@@ -20,6 +20,7 @@ mod watch;
 pub(crate) use group::{GroupQueue, JobState, Listed, QueueError};
 pub(crate) use job::{
     Job, JobError, JobFields, MAX_COLLECT, MAX_JOB_BYTES, MAX_PROMPT_BYTES, MAX_STRING_BYTES,
+    is_reserved,
 };
 pub(crate) use registry::{LiveRunner, Registration};
 pub(crate) use result::JobResult;

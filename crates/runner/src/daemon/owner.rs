@@ -1,0 +1,629 @@
+//! The owner task: carries out what the plan says, and keeps what has to be kept (leases, VM handles).
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use host::launcher::LauncherError;
+use host::slot::{HostUsage, LeaseKind, Resources, SlotId};
+use sandbox::{EngineKind, Sandbox, Template};
+use tokio::sync::watch;
+
+use super::directory::Directory;
+use super::event::{Action, CancelReason, Event, Warmed};
+use super::plan::{Plan, ProfilePlan, Rules};
+use super::watchers::{Inbox, Mailbox};
+use crate::config::{Config, WarmConfig};
+use crate::control::server::RunLookup;
+use crate::executor::{self, Ended, Progress, Setting, VmSource};
+use crate::names::{ProfileName, RunId, RunnerName};
+use crate::provider::Provider;
+use crate::queue::{ClaimedJob, JobResult};
+use crate::resource_budget::{Budget, Lease};
+use crate::status::{Phase, Status, StatusWriter, Time};
+
+/// What the owner hears: events, some of them with a thing that changes hands.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// Nothing changes hands.
+    #[expect(
+        private_interfaces,
+        reason = "only the daemon's own modules make or read messages"
+    )]
+    Event(Event),
+    /// A job's lease is firm.
+    Admitted {
+        /// Whose.
+        run: RunId,
+        /// The lease.
+        lease: Lease,
+        /// What the host's slots take, if the slot is new.
+        usage: Option<HostUsage>,
+    },
+    /// A job got no lease; that of the VM it was to have comes back.
+    Refused {
+        /// Whose.
+        run: RunId,
+        /// The VM's.
+        lease: Option<Lease>,
+        /// `None`: it failed for another reason than room.
+        usage: Option<HostUsage>,
+    },
+    /// A run's VM is up.
+    VmUp {
+        /// Whose.
+        run: RunId,
+        /// The VM.
+        sandbox: Sandbox,
+    },
+    /// A warm VM is ready.
+    Warm {
+        /// Of which profile.
+        profile: ProfileName,
+        /// Its lease.
+        lease: Lease,
+        /// The VM.
+        sandbox: Sandbox,
+    },
+    /// A VM is parked, or was not.
+    Parked {
+        /// Its lease.
+        lease: Lease,
+        /// Whether it is.
+        parked: bool,
+    },
+    /// A VM's lease is revocable again.
+    Demoted {
+        /// Its lease.
+        lease: Lease,
+    },
+    /// A VM died. The process id tells it from others in the same slot.
+    Died {
+        /// Its slot.
+        slot: SlotId,
+        /// Its process.
+        pid: u32,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Who this daemon is.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    /// The runner's name.
+    pub(crate) name: RunnerName,
+    /// This process of it.
+    pub(crate) instance: String,
+    /// Version text.
+    pub(crate) version: String,
+    /// The engine of its VMs.
+    pub(crate) engine: EngineKind,
+}
+
+/// Everything the daemon is made of.
+pub(crate) struct Parts {
+    /// Who it is.
+    pub(crate) identity: Identity,
+    /// `runner.yaml`.
+    pub(crate) config: Config,
+    /// An opened snapshot for every profile.
+    pub(crate) templates: BTreeMap<ProfileName, Arc<dyn Template>>,
+    /// The host's budget.
+    pub(crate) budget: Budget,
+    /// The queue.
+    pub(crate) provider: Arc<dyn Provider>,
+    /// What every job needs.
+    pub(crate) setting: Setting,
+    /// Messages that are sent to the daemon.
+    pub(crate) mailbox: Mailbox,
+    /// The daemon's end of it.
+    pub(crate) inbox: Inbox,
+}
+
+/// A slot we hold.
+#[derive(Debug)]
+struct Held {
+    /// `None` while a task changes it.
+    lease: Option<Lease>,
+    sandbox: Option<Sandbox>,
+}
+
+struct Owner {
+    identity: Identity,
+    started_at: Time,
+    plan: Plan,
+    templates: BTreeMap<ProfileName, Arc<dyn Template>>,
+    shapes: BTreeMap<ProfileName, Resources>,
+    budget: Budget,
+    provider: Arc<dyn Provider>,
+    setting: Setting,
+    mailbox: Mailbox,
+    held: HashMap<SlotId, Held>,
+    /// To be destroyed as soon as their lease is back from its task.
+    doomed: HashSet<SlotId>,
+    cancels: HashMap<RunId, watch::Sender<Option<CancelReason>>>,
+    directory: Arc<Directory>,
+}
+
+/// Runs the daemon until it is told to stop or cannot go on; returns its exit status. `serve` gets what the control
+/// socket looks at; `status` what `status.json` is to say.
+pub(crate) async fn run(
+    parts: Parts,
+    status: impl FnOnce(Status) -> StatusWriter,
+    serve: impl FnOnce(Arc<dyn RunLookup>),
+) -> u8 {
+    let mut inbox = parts.inbox;
+    let directory = Arc::new(Directory::new(parts.mailbox.clone()));
+    let shape = |template: &Arc<dyn Template>| {
+        let shape = template.shape();
+        Resources {
+            vcpu: shape.vcpu,
+            memory_mb: shape.memory_mb,
+            disk_mb: shape.disk_mb,
+        }
+    };
+    let shapes: BTreeMap<ProfileName, Resources> = parts
+        .templates
+        .iter()
+        .map(|(name, template)| (name.clone(), shape(template)))
+        .collect();
+    let rules = rules(&parts.config, &shapes, &parts.budget);
+    let mut owner = Owner {
+        identity: parts.identity,
+        started_at: Time::now(),
+        plan: Plan::new(rules, now()),
+        templates: parts.templates,
+        shapes,
+        budget: parts.budget,
+        provider: parts.provider,
+        setting: parts.setting,
+        mailbox: parts.mailbox,
+        held: HashMap::new(),
+        doomed: HashSet::new(),
+        cancels: HashMap::new(),
+        directory: Arc::clone(&directory),
+    };
+    let writer = status(owner.status());
+    directory.update(owner.status());
+    serve(directory);
+    owner.digest(Event::Time);
+    loop {
+        let deadline = owner.plan.deadline(now());
+        let message = tokio::select! {
+            biased;
+            message = inbox.0.recv() => match message {
+                Some(message) => message,
+                // We hold a mailbox ourselves.
+                None => break,
+            },
+            () = until(deadline) => Message::Event(Event::Time),
+        };
+        owner.hear(message);
+        let status = owner.status();
+        owner.directory.update(status.clone());
+        writer.publish(status);
+        if owner.plan.exit().is_some() {
+            break;
+        }
+    }
+    writer.finish().await;
+    owner.plan.exit().unwrap_or(1)
+}
+
+fn rules(config: &Config, shapes: &BTreeMap<ProfileName, Resources>, budget: &Budget) -> Rules {
+    let profiles = config.profiles.iter().filter_map(|(name, profile)| {
+        let plan = ProfilePlan {
+            shape: *shapes.get(name)?,
+            image: profile.snapshot_hash.as_str().to_owned(),
+            warm: WarmConfig { ..profile.warm },
+        };
+        Some((name.clone(), plan))
+    });
+    let parallel = std::thread::available_parallelism().map_or(1, usize::from);
+    Rules {
+        group: config.group.clone(),
+        profiles: profiles.collect(),
+        limits: budget.limits(),
+        max_concurrent: config.sandbox.max_concurrent,
+        idle_timeout: Duration::from_secs(config.sandbox.idle_timeout_secs),
+        idle_max: usize::try_from(config.sandbox.idle_max).unwrap_or(usize::MAX),
+        stop_timeout: config.stop_timeout(),
+        parallel: u32::try_from(parallel).unwrap_or(u32::MAX),
+    }
+}
+
+/// The runtime's clock, which a test may hold.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Owner {
+    fn hear(&mut self, message: Message) {
+        let event = match message {
+            Message::Event(event) => event,
+            Message::Admitted { run, lease, usage } => {
+                let slot = lease.slot();
+                self.keep(lease, None);
+                Event::Admitted { run, slot, usage }
+            }
+            Message::Refused { run, lease, usage } => {
+                if let Some(lease) = lease {
+                    self.keep(lease, None);
+                }
+                Event::Refused { run, usage }
+            }
+            Message::VmUp { run, sandbox } => {
+                self.directory.add_client(run, sandbox.client().clone());
+                if let Some(held) = self.held.get_mut(&sandbox.slot())
+                    && held.sandbox.is_none()
+                {
+                    self.watch_over(&sandbox);
+                    if let Some(held) = self.held.get_mut(&sandbox.slot()) {
+                        held.sandbox = Some(sandbox);
+                    }
+                }
+                return;
+            }
+            Message::Warm {
+                profile,
+                lease,
+                sandbox,
+            } => {
+                let slot = lease.slot();
+                self.watch_over(&sandbox);
+                self.keep(lease, Some(sandbox));
+                let outcome = Warmed::Ready(slot);
+                Event::Warmed { profile, outcome }
+            }
+            Message::Parked { lease, parked } => {
+                let slot = lease.slot();
+                self.keep(lease, None);
+                Event::Parked { slot, parked }
+            }
+            Message::Demoted { lease } => {
+                let slot = lease.slot();
+                self.keep(lease, None);
+                Event::Demoted { slot }
+            }
+            Message::Died { slot, pid, reason } => {
+                let same = |held: &Held| held.sandbox.as_ref().is_some_and(|s| s.pid() == pid);
+                if !self.held.get(&slot).is_some_and(same) {
+                    return;
+                }
+                Event::VmDied { slot, reason }
+            }
+        };
+        if let Event::Completed(run) = &event {
+            self.cancels.remove(run);
+        }
+        self.digest(event);
+    }
+
+    fn digest(&mut self, event: Event) {
+        for action in self.plan.handle(event, now()) {
+            self.carry_out(action);
+        }
+    }
+
+    /// Takes a lease (back) into our keeping.
+    fn keep(&mut self, lease: Lease, sandbox: Option<Sandbox>) {
+        let slot = lease.slot();
+        let held = self.held.entry(slot).or_insert(Held {
+            lease: None,
+            sandbox: None,
+        });
+        held.lease = Some(lease);
+        if sandbox.is_some() {
+            held.sandbox = sandbox;
+        }
+        if self.doomed.remove(&slot) {
+            self.destroy(slot);
+        }
+    }
+
+    fn take_lease(&mut self, slot: SlotId) -> Option<Lease> {
+        self.held.get_mut(&slot)?.lease.take()
+    }
+
+    fn sandbox(&self, slot: SlotId) -> Option<Sandbox> {
+        self.held.get(&slot)?.sandbox.clone()
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Admit { run, profile, slot } => self.admit(run, &profile, slot),
+            Action::Claim(run) => self.provider.claim(run),
+            Action::Start { slot, profile, job } => self.start(slot, &profile, job),
+            Action::Cancel { run, why } => {
+                if let Some(cancel) = self.cancels.get(&run) {
+                    cancel.send_replace(Some(why));
+                }
+            }
+            Action::Complete(result) => {
+                tracing::info!(run = %result.run_id, exit_code = result.exit_code, error = result.error, "job ended");
+                self.provider.complete(result);
+            }
+            Action::Warm(profile) => self.warm(profile),
+            Action::Park(slot) => self.park(slot),
+            Action::Demote(slot) => {
+                if let Some(mut lease) = self.take_lease(slot) {
+                    let mailbox = self.mailbox.clone();
+                    tokio::spawn(async move {
+                        if let Err(error) = lease.make_revocable().await {
+                            tracing::warn!(slot = slot.0, %error, "a lease stays firm");
+                        }
+                        mailbox.send(Message::Demoted { lease });
+                    });
+                }
+            }
+            Action::Destroy(slot) => self.destroy(slot),
+        }
+    }
+
+    fn admit(&mut self, run: RunId, profile: &ProfileName, slot: Option<SlotId>) {
+        let mailbox = self.mailbox.clone();
+        let budget = self.budget.clone();
+        if let Some(mut lease) = slot.and_then(|slot| self.take_lease(slot)) {
+            tokio::spawn(async move {
+                mailbox.send(match lease.make_firm(run).await {
+                    Ok(true) => Message::Admitted {
+                        run,
+                        lease,
+                        usage: None,
+                    },
+                    Ok(false) => Message::Refused {
+                        run,
+                        lease: Some(lease),
+                        usage: budget.usage().await.ok(),
+                    },
+                    Err(error) => {
+                        tell_refusal(run, &error);
+                        Message::Refused {
+                            run,
+                            lease: Some(lease),
+                            usage: None,
+                        }
+                    }
+                });
+            });
+            return;
+        }
+        let resources = self.shapes.get(profile).copied().unwrap_or_default();
+        tokio::spawn(async move {
+            let reserved = budget
+                .try_reserve(resources, LeaseKind::Firm, Some(run))
+                .await;
+            let usage = budget.usage().await.ok();
+            mailbox.send(match reserved {
+                Ok(Some(lease)) => Message::Admitted { run, lease, usage },
+                Ok(None) => Message::Refused {
+                    run,
+                    lease: None,
+                    usage,
+                },
+                Err(error) => {
+                    tell_refusal(run, &error);
+                    Message::Refused {
+                        run,
+                        lease: None,
+                        usage: None,
+                    }
+                }
+            });
+        });
+    }
+
+    fn start(&mut self, slot: SlotId, profile: &ProfileName, job: Box<ClaimedJob>) {
+        let run = job.job.run_id;
+        let (cancel, cancelled) = watch::channel(None);
+        self.cancels.insert(run, cancel);
+        let source = match (self.sandbox(slot), self.templates.get(profile)) {
+            (Some(sandbox), _) => VmSource::Paused(sandbox),
+            (None, Some(template)) => VmSource::Restore(Arc::clone(template), slot),
+            // Jobs of other profiles are never admitted.
+            (None, None) => {
+                let result = JobResult::failed(run, 1, "internal error: the profile is not open");
+                let ended = Event::Ended {
+                    result,
+                    reusable: false,
+                };
+                return self.mailbox.event(ended);
+            }
+        };
+        tracing::info!(
+            %run, %profile, slot = slot.0, submitter = job.submitter,
+            ready = matches!(source, VmSource::Paused(_)), "job starts"
+        );
+        let setting = self.setting.clone();
+        let told = Told {
+            mailbox: self.mailbox.clone(),
+            run,
+        };
+        let task = tokio::spawn(async move {
+            executor::execute(&setting, &job.job, source, cancelled, &told).await
+        });
+        let mailbox = self.mailbox.clone();
+        // A claim is answered whatever becomes of the executor.
+        tokio::spawn(async move {
+            let ended = task.await.unwrap_or_else(|error| {
+                tracing::error!(%run, %error, "the executor fell");
+                Ended {
+                    result: JobResult::failed(run, 1, "internal error: the executor fell"),
+                    reusable: false,
+                }
+            });
+            mailbox.event(Event::Ended {
+                result: ended.result,
+                reusable: ended.reusable,
+            });
+        });
+    }
+
+    fn warm(&mut self, profile: ProfileName) {
+        let mailbox = self.mailbox.clone();
+        let budget = self.budget.clone();
+        let restores = Arc::clone(&self.setting.restores);
+        let Some(template) = self.templates.get(&profile).cloned() else {
+            return;
+        };
+        let resources = self.shapes.get(&profile).copied().unwrap_or_default();
+        tokio::spawn(async move {
+            let making = async {
+                let _turn = restores.acquire().await;
+                let lease = match budget
+                    .try_reserve(resources, LeaseKind::Revocable, None)
+                    .await
+                {
+                    Ok(Some(lease)) => lease,
+                    Ok(None) => return Err(Warmed::NoRoom),
+                    Err(error) => return Err(Warmed::Failed(error.to_string())),
+                };
+                match executor::warm_up(&template, lease.slot()).await {
+                    Ok(sandbox) => Ok((lease, sandbox)),
+                    Err(error) => {
+                        // What was started is reaped before another try.
+                        if let Err(error) = lease.release().await {
+                            tracing::warn!(%error, "the slot of a failed warm VM is not released");
+                        }
+                        Err(Warmed::Failed(error.to_string()))
+                    }
+                }
+            };
+            mailbox.send(match making.await {
+                Ok((lease, sandbox)) => Message::Warm {
+                    profile,
+                    lease,
+                    sandbox,
+                },
+                Err(outcome) => Message::Event(Event::Warmed { profile, outcome }),
+            });
+        });
+    }
+
+    fn park(&mut self, slot: SlotId) {
+        let mailbox = self.mailbox.clone();
+        let (lease, sandbox) = (self.take_lease(slot), self.sandbox(slot));
+        let Some(mut lease) = lease else {
+            return;
+        };
+        tokio::spawn(async move {
+            let parked = match &sandbox {
+                Some(sandbox) => executor::park(sandbox).await.map_err(|e| e.to_string()),
+                None => Err("it has no VM".to_owned()),
+            };
+            let parked = match parked {
+                Ok(()) => lease.make_revocable().await.map_err(|e| e.to_string()),
+                failed => failed,
+            };
+            if let Err(error) = &parked {
+                tracing::warn!(
+                    slot = slot.0,
+                    error,
+                    "a VM could not be kept for its session"
+                );
+            }
+            mailbox.send(Message::Parked {
+                lease,
+                parked: parked.is_ok(),
+            });
+        });
+    }
+
+    fn destroy(&mut self, slot: SlotId) {
+        let Some(held) = self.held.get_mut(&slot) else {
+            return;
+        };
+        let Some(lease) = held.lease.take() else {
+            self.doomed.insert(slot);
+            return;
+        };
+        let sandbox = held.sandbox.take();
+        self.held.remove(&slot);
+        let mailbox = self.mailbox.clone();
+        tokio::spawn(async move {
+            if let Some(sandbox) = sandbox {
+                sandbox.destroy().await;
+            }
+            if let Err(error) = lease.release().await {
+                tracing::error!(slot = slot.0, %error, "a slot could not be released");
+            }
+            mailbox.event(Event::Released(slot));
+        });
+    }
+
+    /// Tells us when a VM dies by itself.
+    fn watch_over(&self, sandbox: &Sandbox) {
+        let (slot, pid) = (sandbox.slot(), sandbox.pid());
+        // Not a handle, which would keep the VM alive.
+        let mut state = sandbox.state();
+        let mailbox = self.mailbox.clone();
+        tokio::spawn(async move {
+            let reason = match state.wait_for(|state| state.death().is_some()).await {
+                Ok(state) => state.death().map(|death| death.reason.clone()),
+                Err(_) => None,
+            };
+            let reason = reason.unwrap_or_else(|| "nobody looks after it".to_owned());
+            mailbox.send(Message::Died { slot, pid, reason });
+        });
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            name: self.identity.name.clone(),
+            instance: self.identity.instance.clone(),
+            pid: std::process::id(),
+            version: self.identity.version.clone(),
+            engine: self.identity.engine,
+            mode: self.plan.mode(),
+            max_concurrent: self.plan.capacity(),
+            active_runs: self.plan.active_runs(),
+            waiting: self.plan.waiting(),
+            idle_vms: self.plan.idle_vms(),
+            warm: self.plan.warm_pools(),
+            budget: self.plan.budget(),
+            started_at: self.started_at,
+            updated_at: Time::now(),
+        }
+    }
+}
+
+fn tell_refusal(run: RunId, error: &LauncherError) {
+    tracing::error!(%run, %error, "a job's slot cannot be reserved");
+}
+
+/// An executor's way of telling the owner how far it is.
+struct Told {
+    mailbox: Mailbox,
+    run: RunId,
+}
+
+impl Progress for Told {
+    fn phase(&self, phase: Phase) {
+        self.mailbox.event(Event::Progress {
+            run: self.run,
+            phase,
+        });
+    }
+    fn vm(&self, sandbox: &Sandbox) {
+        self.mailbox.send(Message::VmUp {
+            run: self.run,
+            sandbox: sandbox.clone(),
+        });
+    }
+}
+
+impl std::fmt::Debug for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owner")
+            .field("plan", &self.plan)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,160 @@
+//! Jobs that were found and are not admitted yet, and which of them is next.
+//!
+//! Oldest first. A job that does not fit may be overtaken by ones that need less, so that a host is not idle behind a
+//! giant; but only [`MAX_OVERTAKES`] times: then everybody behind waits until it fits, which it does at the latest
+//! when the host is empty (the first job is always admitted).
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::SystemTime;
+
+use crate::names::{ProfileName, RunId};
+use crate::queue::JobHead;
+
+/// How many younger jobs may start before one that does not fit.
+pub(super) const MAX_OVERTAKES: u32 = 8;
+
+#[derive(Debug)]
+struct Entry {
+    head: JobHead,
+    /// It did not fit when it was last tried, and no room has come free since.
+    blocked: bool,
+    overtaken: u32,
+}
+
+/// The waiting jobs.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    jobs: BTreeMap<(SystemTime, RunId), Entry>,
+    keys: HashMap<RunId, SystemTime>,
+}
+
+impl Waiting {
+    /// Adds a job, once.
+    pub(super) fn add(&mut self, head: JobHead) {
+        if self.keys.contains_key(&head.run_id) {
+            return;
+        }
+        self.keys.insert(head.run_id, head.submitted);
+        let entry = Entry {
+            blocked: false,
+            overtaken: 0,
+            head,
+        };
+        self.jobs
+            .insert((entry.head.submitted, entry.head.run_id), entry);
+    }
+
+    /// Forgets a job.
+    pub(super) fn remove(&mut self, id: RunId) -> Option<JobHead> {
+        let submitted = self.keys.remove(&id)?;
+        Some(self.jobs.remove(&(submitted, id))?.head)
+    }
+
+    /// Whose turn it is, if anybody's.
+    pub(super) fn next(&self) -> Option<&JobHead> {
+        let mut too_large: HashSet<&ProfileName> = HashSet::new();
+        for entry in self.jobs.values() {
+            if entry.blocked {
+                if entry.overtaken >= MAX_OVERTAKES {
+                    return None;
+                }
+                too_large.insert(&entry.head.profile);
+            } else if !too_large.contains(&entry.head.profile) {
+                return Some(&entry.head);
+            }
+        }
+        None
+    }
+
+    /// It was tried and did not fit.
+    pub(super) fn block(&mut self, id: RunId) {
+        if let Some(submitted) = self.keys.get(&id)
+            && let Some(entry) = self.jobs.get_mut(&(*submitted, id))
+        {
+            entry.blocked = true;
+        }
+    }
+
+    /// It was admitted: takes it out, and counts against those it overtook.
+    pub(super) fn admit(&mut self, id: RunId) -> Option<JobHead> {
+        let submitted = *self.keys.get(&id)?;
+        for (_, older) in self.jobs.range_mut(..(submitted, id)) {
+            older.overtaken = older.overtaken.saturating_add(1);
+        }
+        self.remove(id)
+    }
+
+    /// Room has come free: everybody may be tried again.
+    pub(super) fn unblock(&mut self) {
+        for entry in self.jobs.values_mut() {
+            entry.blocked = false;
+        }
+    }
+
+    /// Whether somebody waits for room.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.jobs.values().any(|entry| entry.blocked)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.jobs.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn head(profile: &str, second: u64) -> JobHead {
+        JobHead {
+            run_id: RunId::random(),
+            profile: profile.parse().unwrap(),
+            session_id: None,
+            variables: Vec::new(),
+            submitter: 0,
+            submitted: SystemTime::UNIX_EPOCH + Duration::from_secs(second),
+        }
+    }
+
+    #[test]
+    fn the_oldest_is_next_whatever_order_they_came_in() {
+        let mut waiting = Waiting::default();
+        let (old, young) = (head("vm0/small", 1), head("vm0/small", 2));
+        waiting.add(young.clone());
+        waiting.add(old.clone());
+        waiting.add(old.clone());
+        assert_eq!(waiting.len(), 2);
+        assert_eq!(waiting.next().unwrap().run_id, old.run_id);
+        waiting.admit(old.run_id).unwrap();
+        assert_eq!(waiting.next().unwrap().run_id, young.run_id);
+    }
+
+    #[test]
+    fn a_job_that_does_not_fit_is_overtaken_by_smaller_ones_but_not_for_ever() {
+        let mut waiting = Waiting::default();
+        let big = head("vm0/big", 1);
+        let second_big = head("vm0/big", 2);
+        waiting.add(big.clone());
+        waiting.add(second_big);
+        for second in 0..u64::from(MAX_OVERTAKES) {
+            waiting.block(big.run_id);
+            let small = head("vm0/small", 10 + second);
+            waiting.add(small.clone());
+            // Not the second big one: it would not fit either.
+            assert_eq!(waiting.next().unwrap().run_id, small.run_id);
+            waiting.admit(small.run_id).unwrap();
+            waiting.unblock();
+            assert_eq!(waiting.next().unwrap().run_id, big.run_id);
+        }
+        waiting.block(big.run_id);
+        waiting.add(head("vm0/small", 99));
+        assert!(waiting.next().is_none());
+        waiting.unblock();
+        assert_eq!(waiting.next().unwrap().run_id, big.run_id);
+    }
+}

@@ -1,0 +1,135 @@
+//! What sends messages to the owner from outside: signals, the provider, the host's slots, the launcher's end.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use host::fs::Dir;
+use host::launcher::Launcher;
+use host::slot::HostUsage;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+
+use super::event::Event;
+use super::owner::Message;
+use crate::provider::ProviderEvent;
+use crate::queue::Watch;
+
+/// How often the host's slots are looked at whatever inotify says.
+const LOOK_AT_HOST: Duration = Duration::from_secs(5);
+/// Shortest time between two looks.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Where messages to the owner are put. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Mailbox(mpsc::UnboundedSender<Message>);
+
+/// The owner's end.
+#[derive(Debug)]
+pub(crate) struct Inbox(pub(super) mpsc::UnboundedReceiver<Message>);
+
+impl Mailbox {
+    /// An empty one.
+    pub(crate) fn new() -> (Self, Inbox) {
+        // Not bounded: what can be on its way is, by the number of jobs, slots and VMs.
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (Self(sender), Inbox(receiver))
+    }
+
+    pub(super) fn send(&self, message: Message) {
+        // An owner that is gone has answered everything.
+        let _ = self.0.send(message);
+    }
+
+    pub(super) fn event(&self, event: Event) {
+        self.send(Message::Event(event));
+    }
+}
+
+/// Passes on what the provider tells.
+pub(crate) fn forward(mailbox: &Mailbox, event: ProviderEvent) {
+    mailbox.event(match event {
+        ProviderEvent::Found(head) => Event::Found(head),
+        ProviderEvent::Gone(run) => Event::Gone(run),
+        ProviderEvent::Claimed(job) => Event::Claimed(job),
+        ProviderEvent::Lost(run) => Event::Lost(run),
+        ProviderEvent::Cancelled(run) => Event::Cancel(run),
+        ProviderEvent::Completed(run) => Event::Completed(run),
+        ProviderEvent::Broken(reason) => Event::ProviderBroken(reason),
+    });
+}
+
+/// SIGTERM and SIGINT stop, SIGUSR1 drains, SIGUSR2 resumes.
+pub(crate) fn watch_signals(mailbox: &Mailbox) -> io::Result<()> {
+    for (kind, event) in [
+        (SignalKind::terminate(), (|| Event::Stop) as fn() -> Event),
+        (SignalKind::interrupt(), || Event::Stop),
+        (SignalKind::user_defined1(), || Event::Drain),
+        (SignalKind::user_defined2(), || Event::Resume),
+    ] {
+        let mut signals = signal(kind)?;
+        let mailbox = mailbox.clone();
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                tracing::info!(signal = kind.as_raw_value(), "signal");
+                mailbox.event(event());
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Tells the owner when the host's slots change, whoever changes them, and when the launcher is gone.
+pub(crate) fn watch_host(mailbox: &Mailbox, launcher: Launcher, run_dir: PathBuf) {
+    let ended = launcher.clone();
+    let told = mailbox.clone();
+    tokio::spawn(async move {
+        ended.gone().await;
+        told.event(Event::LauncherGone);
+    });
+    let mailbox = mailbox.clone();
+    tokio::spawn(async move {
+        let changes = slot_changes(&run_dir);
+        if let Err(error) = &changes {
+            tracing::warn!(%error, "cannot watch the host's slots; looking every few seconds instead");
+        }
+        let mut changes = changes.ok();
+        let mut known = HostUsage::default();
+        while let Ok(usage) = launcher.usage().await {
+            if usage != known {
+                known = usage;
+                mailbox.event(Event::Usage(usage));
+            }
+            sleep(LOOK_INTERVAL).await;
+            tokio::select! {
+                () = changed(&mut changes) => {}
+                () = sleep(LOOK_AT_HOST) => {}
+            }
+        }
+    });
+}
+
+fn slot_changes(run_dir: &Path) -> io::Result<AsyncFd<Watch>> {
+    let mut watch = Watch::new()?;
+    watch.add(&Dir::open(run_dir)?)?;
+    AsyncFd::with_interest(watch, Interest::READABLE)
+}
+
+async fn changed(changes: &mut Option<AsyncFd<Watch>>) {
+    let Some(watch) = changes else {
+        return std::future::pending().await;
+    };
+    match watch.readable_mut().await {
+        Ok(mut ready) => {
+            let read = ready.get_inner_mut().changes();
+            ready.clear_ready();
+            if read.is_err() {
+                *changes = None;
+            }
+        }
+        Err(_) => *changes = None,
+    }
+}
