@@ -54,7 +54,10 @@ impl Tail {
             logs,
             name: name.file_name().unwrap_or_default().to_owned(),
             file: None,
-            changes: AsyncFd::with_interest(Changes(inotify), Interest::READABLE)?,
+            // SAFETY: the inotify descriptor is open, and the `AsyncFd` owns it, until both are dropped together.
+            changes: unsafe {
+                AsyncFd::register_with_interest(Changes(inotify), Interest::READABLE)
+            }?,
             closed: false,
         };
         tail.open_file()?;

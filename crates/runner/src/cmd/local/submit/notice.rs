@@ -60,7 +60,8 @@ impl Notice {
         }
         let mut watch = Watch::new()?;
         watch.add(&dir)?;
-        let watch = AsyncFd::with_interest(Inotify(watch), Interest::READABLE)?;
+        // SAFETY: the inotify descriptor is open, and the `AsyncFd` owns it, until both are dropped together.
+        let watch = unsafe { AsyncFd::register_with_interest(Inotify(watch), Interest::READABLE) }?;
         Ok(Self(How::Inotify(watch)))
     }
 
