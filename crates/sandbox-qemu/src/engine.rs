@@ -113,7 +113,7 @@ impl QemuEngine {
     }
 
     /// The machine of a snapshot, if it can be restored here.
-    fn machine_of(
+    pub(crate) fn machine_of(
         &self,
         shape: Shape,
         dir: &Path,

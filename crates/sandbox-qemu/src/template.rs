@@ -1,6 +1,7 @@
 //! An opened snapshot and its clones.
 
 use std::fs::File;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,9 +13,9 @@ use host::slot::SlotId;
 use sandbox::{ImageFiles, SandboxError, Shape, Template, Vm};
 
 use crate::disk::Disk;
-use crate::machine::{Machine, Start};
+use crate::machine::{Machine, Start, fd};
 use crate::ram;
-use crate::vm::{OpenImage, Plan, Starting, overhead_mb};
+use crate::vm::{OpenImage, Plan, Starting, lend, overhead_mb};
 
 /// Names in the snapshot's directory.
 pub(crate) const RAM: &str = "ram";
@@ -69,6 +70,18 @@ impl QemuTemplate {
                 blank: open(BLANK)?,
             }),
         })
+    }
+
+    /// What one clone gets for itself.
+    pub(crate) fn private_files(&self) -> Result<(Disk, File), SandboxError> {
+        self.shared.private_files()
+    }
+
+    /// What all clones are lent, under the numbers they know.
+    pub(crate) fn shared_files(&self) -> Result<Vec<(OwnedFd, RawFd)>, SandboxError> {
+        let mut files = self.shared.image.lend()?;
+        files.push((lend(&self.shared.ram)?, fd::RAM));
+        Ok(files)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -76,6 +76,15 @@ impl OpenImage {
                 .map_or_else(|| PathBuf::from("."), PathBuf::from),
         })
     }
+
+    /// Copies of the descriptors for one process, under the numbers it knows them by.
+    pub(crate) fn lend(&self) -> Result<Vec<(OwnedFd, RawFd)>, SandboxError> {
+        Ok(vec![
+            (lend(&self.kernel)?, fd::KERNEL),
+            (lend(&self.initrd)?, fd::INITRD),
+            (lend(&self.rootfs)?, fd::ROOTFS),
+        ])
+    }
 }
 
 /// What one process is started with.
@@ -127,6 +136,13 @@ fn io_error(action: &str) -> impl Fn(std::io::Error) -> SandboxError + '_ {
     }
 }
 
+/// A copy of a descriptor for a process.
+pub(crate) fn lend(file: &File) -> Result<OwnedFd, SandboxError> {
+    file.try_clone()
+        .map(OwnedFd::from)
+        .map_err(io_error("wire up the VM's descriptors"))
+}
+
 fn qmp_error(step: &'static str) -> impl Fn(QmpError) -> SandboxError {
     move |error| SandboxError::Engine {
         step,
@@ -146,18 +162,15 @@ impl Starting {
         let (qmp, their_qmp) = pair().map_err(&wiring)?;
         let (agent, their_agent) = pair().map_err(&wiring)?;
         let (console, their_console) = pair().map_err(&wiring)?;
-        let lend = |file: &File| file.try_clone().map(OwnedFd::from).map_err(&wiring);
-        let mut fds = vec![
+        let mut fds = plan.image.lend()?;
+        fds.extend([
             (their_qmp, fd::QMP),
             (their_agent, fd::AGENT),
             (their_console, fd::CONSOLE),
             (lend(plan.ram)?, fd::RAM),
-            (lend(&plan.image.kernel)?, fd::KERNEL),
-            (lend(&plan.image.initrd)?, fd::INITRD),
-            (lend(&plan.image.rootfs)?, fd::ROOTFS),
             (plan.disk.read_write.into(), fd::DISK_RW),
             (plan.disk.read_only.into(), fd::DISK_RO),
-        ];
+        ]);
         fds.extend(plan.state.map(|state| (state.into(), fd::STATE)));
         let shape = plan.machine.shape;
         let memory_mb = shape.memory_mb + overhead_mb(plan.machine.accel);
