@@ -34,6 +34,14 @@ fn record(instance: &str, kind: LeaseKind) -> SlotRecord {
     }
 }
 
+async fn reserve(
+    launcher: &Launcher,
+    instance: &str,
+    kind: LeaseKind,
+) -> Result<SlotId, LauncherError> {
+    launcher.reserve(record(instance, kind), LIMITS).await
+}
+
 fn start(host: &TestHost, instance: &str) -> (Launcher, u32) {
     let forked = ForkedLauncher::fork_in_tests(host.config(instance)).unwrap();
     let pid = forked.pid();
@@ -175,10 +183,275 @@ async fn death_is_reported_and_a_slot_serves_again() {
     // The pipe ends only when the last of them is gone.
     assert_eq!(within_a_second(read_all(output)).await, "");
     launcher.release(slot).await.unwrap();
+    let error = launcher.wait(slot).await.unwrap_err().to_string();
+    assert!(error.contains("this runner does not hold it"), "{error}");
+    launcher.shutdown().await;
     assert!(held_slots(host.run_dir()).unwrap().is_empty());
     assert!(matches!(
-        launcher.wait(slot).await,
-        Err(LauncherError::Step { .. })
+        launcher.kill(slot).await,
+        Err(LauncherError::Gone)
     ));
+}
+
+#[tokio::test]
+async fn a_failed_start_says_why_and_leaves_the_slot_usable() {
+    let Some(host) = TestHost::new() else { return };
+    let (launcher, _) = start(&host, "a");
+    let slot = reserve(&launcher, "a", LeaseKind::Firm).await.unwrap();
+    let attempt = async |change: fn(&mut LaunchSpec)| {
+        let (mut spec, _output) = shell(slot, "true");
+        change(&mut spec);
+        launcher.launch(spec).await.unwrap_err().to_string()
+    };
+    for (change, why) in [
+        (
+            (|spec| spec.program = "/usr/bin/not-there".into()) as fn(&mut LaunchSpec),
+            "could not execute the program: No such file",
+        ),
+        (|spec| spec.program = "bash".into(), "no absolute path"),
+        (
+            |spec| spec.devices = vec!["/dev/mem".into()],
+            "/dev/mem may not be given",
+        ),
+        (
+            |spec| spec.args = vec!["x".repeat(200_000).into()],
+            "Message too long",
+        ),
+    ] {
+        let error = attempt(change).await;
+        assert!(error.contains(why), "{error}");
+    }
+    let (seen, _) = run(&launcher, slot, "echo fine").await;
+    assert_eq!(seen, "fine\n");
     launcher.shutdown().await;
+}
+
+#[tokio::test]
+async fn limits_hold_and_running_out_of_memory_is_told() {
+    let Some(host) = TestHost::new() else { return };
+    let (launcher, _) = start(&host, "a");
+    let slot = reserve(&launcher, "a", LeaseKind::Firm).await.unwrap();
+    let (_, reaped) = run(
+        &launcher,
+        slot,
+        "exec tail -c 300M < <(head -c 400M /dev/zero)",
+    )
+    .await;
+    assert!(reaped.oom_killed, "{reaped:?}");
+    assert_eq!(reaped.signal, Some(9));
+
+    // A fork bomb stays in its slot and dies with it.
+    let (spec, mut output) = shell(
+        slot,
+        "bomb() { bomb | bomb & }; echo up; bomb; wait; sleep 1000",
+    );
+    launcher.launch(spec).await.unwrap();
+    output.read_exact(&mut [0; 3]).unwrap();
+    within_a_second(launcher.kill(slot)).await.unwrap();
+    let uid = host.uid_base() + u32::from(slot.0);
+    assert_eq!(processes_of(uid), Vec::<u32>::new());
+    let (seen, reaped) = run(&launcher, slot, "(echo fork works)").await;
+    assert_eq!((seen.as_str(), reaped.oom_killed), ("fork works\n", false));
+    launcher.shutdown().await;
+}
+
+#[tokio::test]
+async fn everything_dies_within_a_second_of_the_daemon() {
+    let Some(host) = TestHost::new() else { return };
+    let (launcher, launcher_pid) = start(&host, "a");
+    let mut deaths = Vec::new();
+    for _ in 0..5 {
+        let slot = reserve(&launcher, "a", LeaseKind::Revocable).await.unwrap();
+        let (spec, _output) = shell(slot, "trap '' TERM INT HUP; sleep 1000 & sleep 1000");
+        deaths.push(launcher.launch(spec).await.unwrap().pidfd);
+    }
+    // As the kernel does when the daemon dies: the last descriptor of the connection goes.
+    drop(launcher);
+    within_a_second(async {
+        for pidfd in deaths {
+            death(pidfd).await;
+        }
+        exit_of(launcher_pid).await;
+    })
+    .await;
+    for n in 0..5 {
+        assert_eq!(processes_of(host.uid_base() + n), Vec::<u32>::new());
+    }
+    assert_eq!(
+        std::fs::read_dir(host.run_dir().join("slots"))
+            .unwrap()
+            .count(),
+        0
+    );
+    assert_eq!(groups_of(&host), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn everything_dies_with_a_killed_launcher_and_the_next_one_cleans_up() {
+    let Some(host) = TestHost::new() else { return };
+    let (launcher, launcher_pid) = start(&host, "a");
+    let slot = reserve(&launcher, "a", LeaseKind::Firm).await.unwrap();
+    // The main process dies with the launcher; what it forked off is what the next launcher finds.
+    let (spec, mut output) = shell(slot, "setsid sleep 1000 & echo up; wait");
+    let process = launcher.launch(spec).await.unwrap();
+    output.read_exact(&mut [0; 3]).unwrap();
+    let waiting = tokio::spawn({
+        let launcher = launcher.clone();
+        async move { launcher.wait(slot).await }
+    });
+    kill(launcher_pid);
+    within_a_second(async {
+        death(process.pidfd).await;
+        launcher.gone().await;
+        assert!(matches!(waiting.await.unwrap(), Err(LauncherError::Gone)));
+    })
+    .await;
+    assert!(matches!(launcher.usage().await, Err(LauncherError::Gone)));
+    assert!(held_slots(host.run_dir()).unwrap().is_empty());
+    let uid = host.uid_base() + u32::from(slot.0);
+    assert_eq!(processes_of(uid).len(), 1);
+
+    let (next, _) = start(&host, "b");
+    assert_eq!(next.reclaim_orphans().await.unwrap(), 1);
+    assert_eq!(next.reclaim_orphans().await.unwrap(), 0);
+    assert_eq!(processes_of(uid), Vec::<u32>::new());
+    assert_eq!(groups_of(&host), Vec::<String>::new());
+    next.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_slot_left_by_a_dead_owner_is_clean_when_it_is_given_again() {
+    let Some(host) = TestHost::new() else { return };
+    let (first, first_pid) = start(&host, "a");
+    let slot = reserve(&first, "a", LeaseKind::Firm).await.unwrap();
+    let (spec, mut output) = shell(slot, "setsid sleep 1000 & echo up; wait");
+    first.launch(spec).await.unwrap();
+    output.read_exact(&mut [0; 3]).unwrap();
+    kill(first_pid);
+    first.gone().await;
+    let (second, _) = start(&host, "b");
+    assert_eq!(reserve(&second, "b", LeaseKind::Firm).await.unwrap(), slot);
+    assert_eq!(
+        processes_of(host.uid_base() + u32::from(slot.0)),
+        Vec::<u32>::new()
+    );
+    second.shutdown().await;
+}
+
+#[tokio::test]
+async fn two_launchers_share_one_budget() {
+    let Some(host) = TestHost::new() else { return };
+    let (one, one_pid) = start(&host, "one");
+    let (two, _) = start(&host, "two");
+    let a = reserve(&one, "one", LeaseKind::Firm).await.unwrap();
+    let b = reserve(&two, "two", LeaseKind::Firm).await.unwrap();
+    let warm = reserve(&two, "two", LeaseKind::Revocable).await.unwrap();
+    assert!(a != b && b != warm && a != warm);
+    let usage = one.usage().await.unwrap();
+    assert_eq!((usage.firm_count, usage.revocable_count), (2, 1));
+    assert_eq!(usage, two.usage().await.unwrap());
+    for launcher in [&one, &two] {
+        let refused = reserve(launcher, "x", LeaseKind::Firm).await.unwrap_err();
+        assert!(matches!(refused, LauncherError::NoRoom(full) if full == usage));
+    }
+    // What is revocable becomes firm only if it fits.
+    let claim = record("two", LeaseKind::Firm);
+    let refused = two.update(warm, claim.clone(), LIMITS).await.unwrap_err();
+    assert!(matches!(refused, LauncherError::NoRoom(_)));
+    one.release(a).await.unwrap();
+    two.update(warm, claim, LIMITS).await.unwrap();
+    assert_eq!(one.usage().await.unwrap().firm_count, 2);
+    // One runner cannot touch the other's slots.
+    assert!(one.release(b).await.is_err());
+    assert!(one.kill(b).await.is_err());
+
+    // A dead runner's slots count no more.
+    let a = reserve(&one, "one", LeaseKind::Revocable).await.unwrap();
+    kill(one_pid);
+    one.gone().await;
+    assert_eq!(two.usage().await.unwrap().revocable_count, 0);
+    assert_eq!(reserve(&two, "two", LeaseKind::Revocable).await.unwrap(), a);
+    two.shutdown().await;
+}
+
+#[tokio::test]
+async fn many_launches_at_once_are_all_answered() {
+    let Some(host) = TestHost::new() else { return };
+    let (launcher, _) = start(&host, "a");
+    let tasks: Vec<_> = (0..32)
+        .map(|n: i32| {
+            let launcher = launcher.clone();
+            tokio::spawn(async move {
+                let slot = reserve(&launcher, "a", LeaseKind::Revocable).await.unwrap();
+                let (seen, reaped) = run(&launcher, slot, &format!("echo $UID; exit {n}")).await;
+                launcher.release(slot).await.unwrap();
+                assert_eq!(reaped.code, Some(n));
+                seen.trim().parse::<u32>().unwrap()
+            })
+        })
+        .collect();
+    for task in tasks {
+        let uid = task.await.unwrap();
+        assert!((host.uid_base()..host.uid_base() + 4096).contains(&uid));
+    }
+    launcher.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_reservation_whose_caller_was_cancelled_is_given_back() {
+    let Some(host) = TestHost::new() else { return };
+    let (launcher, _) = start(&host, "a");
+    for _ in 0..20 {
+        let mut asking = Box::pin(reserve(&launcher, "a", LeaseKind::Firm));
+        // Polled once: the request is on its way, nobody waits for the answer.
+        assert!(
+            std::future::poll_fn(|context| {
+                std::task::Poll::Ready(asking.as_mut().poll(context).is_pending())
+            })
+            .await
+        );
+    }
+    within_a_second(async { while launcher.usage().await.unwrap().firm_count > 0 {} }).await;
+    launcher.shutdown().await;
+}
+
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+/// Resolves when the process is gone or dead and unreaped.
+async fn exit_of(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    if let Ok(fd) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
+        death(fd).await;
+    }
+}
+
+/// Live processes of a uid.
+fn processes_of(uid: u32) -> Vec<u32> {
+    let pids = std::fs::read_dir("/proc").unwrap();
+    pids.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .filter(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let dead = status.contains("\nState:\tZ") || status.contains("\nState:\tX");
+            status.contains(&format!("\nUid:\t{uid}\t")) && !dead
+        })
+        .collect()
+}
+
+/// Control groups named after this host's uids.
+fn groups_of(host: &TestHost) -> Vec<String> {
+    let range = host.uid_base()..host.uid_base() + 4096;
+    let hierarchies = std::fs::read_dir("/sys/fs/cgroup").unwrap();
+    let mut places: Vec<_> = hierarchies.map(|h| h.unwrap().path().join("vm0")).collect();
+    places.push("/sys/fs/cgroup/vm0".into());
+    let groups = places
+        .iter()
+        .filter_map(|place| std::fs::read_dir(place).ok());
+    groups
+        .flatten()
+        .filter_map(|group| group.ok()?.file_name().into_string().ok())
+        .filter(|name| name.parse().is_ok_and(|uid: u32| range.contains(&uid)))
+        .collect()
 }

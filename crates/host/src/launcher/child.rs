@@ -184,7 +184,7 @@ fn drop_privileges(uid: u32) -> Step<()> {
 
 /// The launcher ignores some signals and blocks another; both would survive exec.
 fn reset_signals() -> io::Result<()> {
-    for signal in super::server::IGNORED_SIGNALS {
+    for signal in super::signals::IGNORED_SIGNALS {
         // SAFETY: SIG_DFL is a valid disposition for these signals.
         if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
             return Err(io::Error::last_os_error());

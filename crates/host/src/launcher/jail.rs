@@ -182,6 +182,7 @@ fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
     for device in wanted.chain(devices.iter().map(PathBuf::as_path)) {
         make_device(device, site).at("make a device")?;
     }
+    symlink("/proc/self/fd", place("/dev/fd")).at("link /dev/fd")?;
 
     for mount in ["/dev", "/"] {
         let flags = if mount == "/" { quiet } else { dev } | MountFlags::BIND | MountFlags::RDONLY;

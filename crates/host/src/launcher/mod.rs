@@ -8,10 +8,11 @@ mod child;
 mod client;
 mod jail;
 mod server;
+mod signals;
 mod wire;
 
 use std::ffi::OsString;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -262,7 +263,7 @@ fn serve(socket: OwnedFd, config: LauncherConfig) -> ! {
 /// Parts from the daemon: own session, own name, none of its descriptors, and no threads' business.
 fn settle(socket: &OwnedFd) -> Result<(), Refusal> {
     rustix::process::setsid().map_err(|e| Refusal::step("start a session", e))?;
-    server::close_others(socket).map_err(|e| Refusal::step("close descriptors", e))?;
+    close_others(socket).map_err(|e| Refusal::step("close descriptors", e))?;
     let null = rustix::fs::open(
         "/dev/null",
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
@@ -277,6 +278,22 @@ fn settle(socket: &OwnedFd) -> Result<(), Refusal> {
     // What a slot's main process leaves behind becomes our child, so that we see it die.
     rustix::process::set_child_subreaper(Pid::from_raw(1))
         .map_err(|e| Refusal::step("become a subreaper", e))
+}
+
+/// Closes every descriptor of the daemon's that came along with the fork, but for stderr and `keep`.
+fn close_others(keep: &OwnedFd) -> std::io::Result<()> {
+    let keep = u32::try_from(keep.as_raw_fd()).unwrap_or(u32::MAX);
+    for (first, last) in [
+        (3, keep.saturating_sub(1)),
+        (keep.saturating_add(1), u32::MAX),
+    ] {
+        // SAFETY: the only descriptors in use from here on are the ones kept.
+        if first <= last && unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) } != 0
+        {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// VMs carry +500. Fails without root, where nothing depends on it.

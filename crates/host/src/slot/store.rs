@@ -132,7 +132,6 @@ impl SlotStore {
                 record: record.clone(),
             };
             holding.write()?;
-            self.publish(survey.held, Some((slot, record)), ours)?;
             return Ok((slot, holding));
         }
         Err(StoreError::NoSlot(SLOTS))
@@ -148,30 +147,22 @@ impl SlotStore {
         ours: &BTreeMap<SlotId, SlotRecord>,
     ) -> Result<(), StoreError> {
         let _host = self.host_lock()?;
-        let mut survey = self.survey(ours)?;
-        survey.held.remove(&slot);
         if holding.record.kind != record.kind || holding.record.resources != record.resources {
+            let mut survey = self.survey(ours)?;
+            survey.held.remove(&slot);
             admit(survey.held.values(), &record, limits).map_err(StoreError::NoRoom)?;
         }
         holding.record = record;
         holding.write()?;
-        self.publish(survey.held, Some((slot, &holding.record)), ours)?;
         Ok(())
     }
 
     /// Gives a slot back; its name goes before its lock.
-    pub(crate) fn release(
-        &self,
-        slot: SlotId,
-        holding: Holding,
-        ours: &BTreeMap<SlotId, SlotRecord>,
-    ) -> Result<(), FsError> {
+    pub(crate) fn release(&self, slot: SlotId, holding: Holding) -> Result<(), FsError> {
         let _host = self.host_lock()?;
         self.slots.remove_file(slot.0.to_string())?;
         drop(holding.lock);
-        let mut held = self.survey(ours)?.held;
-        held.remove(&slot);
-        self.publish(held, None, ours)
+        Ok(())
     }
 
     /// What all held slots take.
@@ -195,7 +186,6 @@ impl SlotStore {
                 count = count.saturating_add(1);
             }
         }
-        self.publish(survey.held, None, ours)?;
         Ok(count)
     }
 
@@ -227,20 +217,18 @@ impl SlotStore {
         Ok(survey)
     }
 
-    /// Replaces the published list. Entries of other launchers keep the pid they were published with.
-    fn publish(
-        &self,
-        held: BTreeMap<SlotId, SlotRecord>,
-        changed: Option<(SlotId, &SlotRecord)>,
-        ours: &BTreeMap<SlotId, SlotRecord>,
-    ) -> Result<(), FsError> {
+    /// Replaces the published list. Apart from the change itself and after it was answered: admission never reads
+    /// the list, and where the run directory is no tmpfs the replacement costs milliseconds.
+    ///
+    /// Entries of other launchers keep the pid they were published with.
+    pub(crate) fn publish(&self, ours: &BTreeMap<SlotId, SlotRecord>) -> Result<(), FsError> {
+        let _host = self.host_lock()?;
         let before: BTreeMap<SlotId, u32> = published(&self.run_dir)?
             .into_iter()
             .map(|entry| (entry.slot, entry.launcher_pid))
             .collect();
-        let mut list: Vec<HeldSlot> = held
-            .into_iter()
-            .filter(|(slot, _)| changed.is_none_or(|(new, _)| new != *slot))
+        let held = self.survey(ours)?.held.into_iter();
+        let list: Vec<HeldSlot> = held
             .map(|(slot, record)| HeldSlot {
                 slot,
                 launcher_pid: match ours.contains_key(&slot) {
@@ -250,13 +238,6 @@ impl SlotStore {
                 record,
             })
             .collect();
-        if let Some((slot, record)) = changed {
-            list.push(HeldSlot {
-                slot,
-                launcher_pid: self.pid,
-                record: record.clone(),
-            });
-        }
         let text = serde_json::to_vec(&list)
             .map_err(|e| FsError::io(self.run_dir.path(), "described", e))?;
         // State of running processes: it need not survive a power cut, so it is replaced without fsync.

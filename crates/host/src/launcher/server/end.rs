@@ -1,0 +1,212 @@
+//! Ending: a process that died, a slot that is killed or given back, a dead owner's slot, and everything at the end.
+
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Signal, WaitOptions, WaitStatus};
+
+use super::start::read_report;
+use super::{Ending, Main, Server, not_ours};
+use crate::cgroup::Cgroups;
+use crate::launcher::Reaped;
+use crate::launcher::wire::{Refusal, Reply};
+use crate::process;
+use crate::slot::SlotId;
+
+/// How often a slot that is ending is looked at again, beside every death that is reported.
+pub(super) const LOOK: Duration = Duration::from_millis(10);
+/// How long the end of the connection may take: VMs must be gone within a second of their daemon.
+const LAST_CLEANING: Duration = Duration::from_millis(900);
+/// How long processes of a dead owner may take to die.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(2);
+
+impl Server {
+    /// Reaps every dead child: main processes, and whatever they left to us as their subreaper.
+    pub(super) fn reap(&mut self) {
+        // Several deaths may be one signal; what matters is that it is no longer pending.
+        let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
+        while rustix::io::read(&self.signals, &mut info).is_ok_and(|read| read > 0) {}
+        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+            let slot = self.slots.iter_mut().find_map(|(slot, held)| {
+                let main = held.main.take_if(|main| main.pid == pid)?;
+                Some((*slot, main))
+            });
+            if let Some((slot, main)) = slot {
+                self.main_died(slot, main, status);
+            }
+        }
+    }
+
+    fn main_died(&mut self, slot: SlotId, mut main: Main, status: WaitStatus) {
+        if let Some(starting) = main.starting.take() {
+            // It died since we last looked: before exec, or after it.
+            match read_report(starting.report) {
+                Some(message) => main.failed = Some((starting.request, message)),
+                None => {
+                    let (reply, pidfd) = main.reply();
+                    self.answer_with(starting.request, Ok(reply), pidfd.as_ref());
+                }
+            }
+        }
+        if let Some((request, message)) = main.failed {
+            let step = format!("start a process in slot {}", slot.0);
+            self.answer(request, Err(Refusal::step(step, message)));
+        }
+        let oom_kills = self.cgroups.oom_kills(self.uid(slot));
+        let Some(held) = self.slots.get_mut(&slot) else {
+            return;
+        };
+        let reaped = Reaped {
+            code: status.exit_status(),
+            signal: status.terminating_signal(),
+            oom_killed: oom_kills > held.oom_before,
+        };
+        held.last = Some(reaped);
+        for waiter in std::mem::take(&mut held.waiters) {
+            self.answer(waiter, Ok(Reply::Reaped(Some(reaped))));
+        }
+    }
+
+    /// Begins to end a slot's processes; the request is answered when nothing is left of them.
+    pub(super) fn end(
+        &mut self,
+        slot: SlotId,
+        id: u64,
+        requests: fn(&mut Ending) -> &mut Vec<u64>,
+    ) {
+        let Some(held) = self.slots.get_mut(&slot) else {
+            self.answer(id, Err(not_ours(slot)));
+            return;
+        };
+        requests(held.ending.get_or_insert_default()).push(id);
+        if let Some(main) = &held.main {
+            // Our child, not reaped: the number is still its own.
+            let _ = rustix::process::pidfd_send_signal(&main.pidfd, Signal::KILL);
+        }
+        self.continue_ending(slot);
+    }
+
+    pub(super) fn continue_endings(&mut self) {
+        let ending: Vec<SlotId> = self
+            .slots
+            .iter()
+            .filter(|(_, held)| held.ending.is_some())
+            .map(|(slot, _)| *slot)
+            .collect();
+        for slot in ending {
+            self.continue_ending(slot);
+        }
+    }
+
+    /// Kills what is left of a slot that is ending, or answers when nothing is.
+    fn continue_ending(&mut self, slot: SlotId) {
+        let uid = self.uid(slot);
+        let Some(held) = self.slots.get_mut(&slot) else {
+            return;
+        };
+        if held.main.is_some() || !kill_rest(&self.cgroups, uid) {
+            return;
+        }
+        let Some(ending) = held.ending.take() else {
+            return;
+        };
+        let last = held.last;
+        for id in ending.kills {
+            self.answer(id, Ok(Reply::Reaped(last)));
+        }
+        if ending.releases.is_empty() {
+            return;
+        }
+        let result = self.give_back(slot);
+        for id in ending.releases {
+            let result = result.as_ref().map(|()| Reply::Done);
+            self.answer(id, result.map_err(|e| Refusal::step("release a slot", e)));
+        }
+    }
+
+    /// Removes what is named after an empty slot and unlocks it.
+    fn give_back(&mut self, slot: SlotId) -> Result<(), String> {
+        if !self.remove_group(self.uid(slot)) {
+            return Err(format!("the cgroup of slot {} is not empty", slot.0));
+        }
+        let Some(held) = self.slots.remove(&slot) else {
+            return Ok(());
+        };
+        for waiter in held.waiters {
+            self.answer(waiter, Err(not_ours(slot)));
+        }
+        self.unpublished = true;
+        self.store
+            .release(slot, held.holding)
+            .map_err(|e| e.to_string())
+    }
+
+    /// Kills what a dead owner left running in a slot and removes its group; false if something stays.
+    pub(super) fn clean_orphan(&self, slot: SlotId) -> bool {
+        let uid = self.uid(slot);
+        self.cgroups.forbid_forks(uid);
+        process::kill_uid(uid, ORPHAN_LIMIT) && self.remove_group(uid)
+    }
+
+    /// The kernel lets go of a group a moment after its last process is reaped by somebody else.
+    fn remove_group(&self, uid: u32) -> bool {
+        let deadline = Instant::now() + Duration::from_millis(200);
+        loop {
+            match self.cgroups.remove(uid) {
+                Ok(()) => return true,
+                Err(_) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// The daemon is gone: kill everything, reap it, and leave nothing named behind.
+    pub(super) fn end_everything(&mut self) {
+        let deadline = Instant::now() + LAST_CLEANING;
+        for held in self.slots.values() {
+            if let Some(main) = &held.main {
+                let _ = rustix::process::pidfd_send_signal(&main.pidfd, Signal::KILL);
+            }
+        }
+        while Instant::now() < deadline {
+            self.reap();
+            let slots: Vec<SlotId> = self.slots.keys().copied().collect();
+            for slot in slots {
+                let dead = self
+                    .slots
+                    .get(&slot)
+                    .is_some_and(|held| held.main.is_none());
+                if dead && kill_rest(&self.cgroups, self.uid(slot)) {
+                    // What stays behind is found by the next runner's reclaim.
+                    let _ = self.give_back(slot);
+                }
+            }
+            if self.slots.is_empty() {
+                break;
+            }
+            let mut fds = [PollFd::new(&self.signals, PollFlags::IN)];
+            let _ = rustix::event::poll(&mut fds, Timespec::try_from(LOOK).ok().as_ref());
+        }
+        self.publish();
+        self.cgroups.remove_parents();
+    }
+}
+
+/// Kills whatever else runs in a slot whose main process is dead; true if there was nothing.
+fn kill_rest(cgroups: &Cgroups, uid: u32) -> bool {
+    match cgroups.members(uid) {
+        // A process cannot leave its group: it sees no cgroup file system.
+        Some(members) if members.is_empty() => true,
+        Some(_) | None => {
+            // Otherwise whoever forks faster than we look would never be done with.
+            cgroups.forbid_forks(uid);
+            let left = process::of_uid(uid);
+            for process in &left {
+                let _ = rustix::process::pidfd_send_signal(process, Signal::KILL);
+            }
+            left.is_empty()
+        }
+    }
+}
