@@ -184,3 +184,94 @@ pub(crate) fn decode_request(bytes: &[u8]) -> Result<Request, WireError> {
         Err(_) => Err(WireError::NotAMessage),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::types::ExitStatus;
+
+    fn to_guest() -> impl Strategy<Value = ToGuest> {
+        prop_oneof![
+            any::<Nonce>().prop_map(|nonce| ToGuest::Hello {
+                magic: MAGIC,
+                version: VERSION,
+                nonce
+            }),
+            any::<u32>().prop_map(|op| ToGuest::Ping { op }),
+            any::<u32>().prop_map(|op| ToGuest::End { op }),
+            (any::<u32>(), any::<u32>()).prop_map(|(op, bytes)| ToGuest::Credit { op, bytes }),
+            (any::<u32>(), any::<i32>()).prop_map(|(op, signal)| ToGuest::Signal { op, signal }),
+            (any::<u32>(), any::<u16>(), any::<u16>()).prop_map(|(op, rows, cols)| {
+                ToGuest::Resize {
+                    op,
+                    size: PtySize { rows, cols },
+                }
+            }),
+            any::<u32>().prop_map(|op| ToGuest::Abort { op }),
+        ]
+    }
+
+    fn to_host() -> impl Strategy<Value = ToHost> {
+        let failure = (any::<Option<i32>>(), ".{0,40}")
+            .prop_map(|(errno, message)| Failure { errno, message });
+        prop_oneof![
+            any::<u32>().prop_map(|op| ToHost::Pong { op }),
+            (any::<u32>(), failure).prop_map(|(op, failure)| ToHost::Reply {
+                op,
+                result: Err(failure)
+            }),
+            (any::<u32>(), any::<u32>()).prop_map(|(op, pid)| ToHost::Reply {
+                op,
+                result: Ok(Reply::Started { pid })
+            }),
+            any::<u32>().prop_map(|op| ToHost::InputClosed { op }),
+            (any::<u32>(), any::<i32>(), any::<u64>()).prop_map(|(op, code, free)| ToHost::Exit {
+                op,
+                report: ExitReport {
+                    status: ExitStatus::Exited(code),
+                    oom_kills: 1,
+                    pids_limit_hits: 2,
+                    disk_free_bytes: free,
+                }
+            }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn messages_survive_the_journey(guest in to_guest(), host in to_host()) {
+            let frame = encode(&guest, &[]);
+            prop_assert_eq!(decode_to_guest(&frame), Ok((guest, &[][..])));
+            let frame = encode(&host, &[]);
+            prop_assert_eq!(decode_to_host(&frame), Ok((host, &[][..])));
+        }
+
+        #[test]
+        fn payload_comes_out_as_it_went_in(op in any::<u32>(), data in prop::collection::vec(any::<u8>(), 0..500)) {
+            let frame = encode(&ToGuest::Data { op }, &data);
+            prop_assert_eq!(decode_to_guest(&frame), Ok((ToGuest::Data { op }, &data[..])));
+            let message = ToHost::Data { op, stream: Stream::Stderr };
+            let frame = encode(&message, &data);
+            prop_assert_eq!(decode_to_host(&frame), Ok((message, &data[..])));
+        }
+
+        #[test]
+        fn a_message_cut_short_or_with_something_behind_is_refused(guest in to_guest(), cut in 0usize..4, more in 1usize..4) {
+            let frame = encode(&guest, &[]);
+            let short = frame.len().saturating_sub(cut + 1);
+            prop_assert_eq!(decode_to_guest(&frame[..short]), Err(WireError::NotAMessage));
+            let mut long = frame.to_vec();
+            long.extend(vec![0; more]);
+            prop_assert_eq!(decode_to_guest(&long), Err(WireError::TrailingBytes(more)));
+        }
+
+        #[test]
+        fn any_bytes_decode_to_something_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode_to_host(&bytes);
+            let _ = decode_to_guest(&bytes);
+            let _ = decode_request(&bytes);
+        }
+    }
+}
