@@ -5,5 +5,5 @@ pub mod fs;
 pub mod launcher;
 pub mod process;
 pub mod slot;
-#[cfg(feature = "test-support")]
+#[cfg(any(test, feature = "test-support"))]
 pub mod test_support;

@@ -107,3 +107,29 @@ fn wait_dead(pidfd: &OwnedFd, limit: Duration) -> bool {
     let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
     matches!(rustix::event::poll(&mut fds, timeout.as_ref()), Ok(n) if n > 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_from_the_kernels_text() {
+        let text = "00400000-7fff0000 ---p 00000000 00:00 0    [rollup]\n\
+            Rss:              123456 kB\nPss:               60000 kB\nPss_Dirty:         100 kB\n\
+            Shared_Dirty:        7 kB\nPrivate_Clean:       9 kB\nPrivate_Dirty:     40960 kB\n";
+        let memory = ProcessMemory::parse(text).unwrap();
+        assert_eq!(memory.rss, 123_456 << 10);
+        assert_eq!(memory.pss, 60_000 << 10);
+        assert_eq!(memory.private_dirty, 40 << 20);
+        assert_eq!(ProcessMemory::parse(""), None);
+    }
+
+    #[test]
+    fn a_process_is_told_by_all_of_its_uids() {
+        let me = std::process::id();
+        let uid = rustix::process::geteuid().as_raw();
+        assert!(runs_as(me, uid));
+        assert!(!runs_as(me, uid + 1));
+        assert!(open_if_uid(me, uid).is_some());
+    }
+}

@@ -14,7 +14,7 @@ const RANGES: u32 = 64;
 
 /// Says that the running test is skipped, past libtest's capture (which only catches the print macros), in the form
 /// that `scripts/test.sh` counts.
-fn skip(reason: &str) {
+pub fn skip(reason: &str) {
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("unnamed");
     // Nobody reads a closed stdout.

@@ -53,11 +53,13 @@ fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Runs in the child and ends in exec. Only returns with the step that failed.
-pub(super) fn become_program(plan: &Plan<'_>) -> Step<Infallible> {
+/// Runs in the child, which may have been born in the slot's group of the unified hierarchy, and ends in exec. Only returns with the step that failed.
+pub(super) fn become_program(plan: &Plan<'_>, in_group: bool) -> Step<Infallible> {
     rustix::process::setsid().at("start a session")?;
     fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).at("set oom_score_adj")?;
-    plan.cgroups.join(plan.uid).at("join the slot's cgroup")?;
+    plan.cgroups
+        .join(plan.uid, in_group)
+        .at("join the slot's cgroup")?;
 
     // SAFETY: takes no pointers; the process is single-threaded.
     checked(unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) })

@@ -16,6 +16,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::net::RecvFlags;
 use rustix::process::WaitOptions;
 
+use super::fork::{self, Forked};
 use super::wire;
 
 /// Devices every process sees.
@@ -77,9 +78,9 @@ impl Jails {
 fn make(site: &Path, devices: &[PathBuf]) -> Result<OwnedFd, String> {
     let (ours, theirs) = super::socket_pair().map_err(|e| e.to_string())?;
     // SAFETY: the launcher is single-threaded, so the child may do what any process may; it ends in `_exit` below.
-    match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error().to_string()),
-        0 => {
+    match unsafe { fork::fork(None) } {
+        Err(e) => Err(e.to_string()),
+        Ok(Forked::Child { .. }) => {
             let result = build(site, devices).map_err(|(step, e)| format!("{step}: {e}"));
             let (answer, namespace) = match result {
                 Ok(namespace) => (Ok(()), Some(namespace)),
@@ -91,13 +92,12 @@ fn make(site: &Path, devices: &[PathBuf]) -> Result<OwnedFd, String> {
             // SAFETY: ends the process without running anything of the parent's.
             unsafe { libc::_exit(i32::from(sent.is_err())) }
         }
-        pid => {
+        Ok(Forked::Parent(pid)) => {
             drop(theirs);
             let mut buffer = vec![0; 4096];
             let answer =
                 wire::receive::<Result<(), String>>(&ours, &mut buffer, RecvFlags::empty());
-            let _ =
-                rustix::process::waitpid(rustix::process::Pid::from_raw(pid), WaitOptions::empty());
+            let _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
             match answer {
                 Ok(Some((Ok(()), fds))) => fds
                     .into_iter()

@@ -6,6 +6,7 @@
 
 mod child;
 mod client;
+mod fork;
 mod jail;
 mod server;
 mod signals;
@@ -22,6 +23,7 @@ use rustix::process::{Pid, PidfdFlags, WaitOptions};
 
 use crate::process::ProcessMemory;
 use crate::slot::{DEFAULT_UID_BASE, HostLimits, HostUsage, SlotId, SlotRecord};
+use fork::Forked;
 use wire::{LaunchOrder, Op, Refusal, Reply};
 
 /// Where the launcher keeps things and which ids it hands out.
@@ -194,13 +196,13 @@ impl ForkedLauncher {
         }
         let (ours, theirs) = socket_pair().map_err(|e| failed("be connected", e))?;
         // SAFETY: the caller is single-threaded (or, in tests, see above); the child never returns from `serve`.
-        let pid = match unsafe { libc::fork() } {
-            -1 => return Err(failed("be forked", std::io::Error::last_os_error())),
-            0 => {
+        let pid = match unsafe { fork::fork(None) } {
+            Ok(Forked::Parent(pid)) => pid,
+            Ok(Forked::Child { .. }) => {
                 drop(ours);
                 serve(theirs, config)
             }
-            pid => Pid::from_raw(pid).ok_or(LauncherError::Gone)?,
+            Err(e) => return Err(failed("be forked", e)),
         };
         drop(theirs);
         // Our child, not reaped: the number is its own.

@@ -1,16 +1,17 @@
 //! Starting a slot's process: checks and cgroup here, the rest in the child.
 
 use std::ffi::{CString, OsStr};
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use rustix::process::{PidfdFlags, Signal, WaitOptions};
 
 use super::{Main, Server, Starting, not_ours};
 use crate::launcher::child::{self, Plan};
+use crate::launcher::fork::{self, Forked};
 use crate::launcher::wire::{LaunchOrder, Refusal, Reply};
 
 impl Server {
@@ -72,11 +73,12 @@ impl Server {
             pids_max: order.limits.pids_max,
             parent: self.own_pid,
         };
+        let group = self.cgroups.open_unified(uid);
         // SAFETY: the launcher is single-threaded, so the child may do what any process may; it ends in exec or _exit.
-        let pid = match unsafe { libc::fork() } {
-            -1 => return Err(cannot(&io::Error::last_os_error())),
-            0 => run_child(&plan, &report_end),
-            pid => Pid::from_raw(pid).ok_or_else(|| cannot(&"fork gave no process"))?,
+        let pid = match unsafe { fork::fork(group.as_ref().map(AsFd::as_fd)) } {
+            Ok(Forked::Parent(pid)) => pid,
+            Ok(Forked::Child { in_group }) => run_child(&plan, in_group, &report_end),
+            Err(e) => return Err(cannot(&e)),
         };
         drop(report_end);
         // Cannot be somebody else's number: a child stays until we reap it.
@@ -138,8 +140,8 @@ pub(super) fn read_report(report: OwnedFd) -> Option<String> {
 }
 
 /// The child's side of the fork: exec, or report why not.
-fn run_child(plan: &Plan<'_>, report: &OwnedFd) -> ! {
-    let Err((step, error)) = child::become_program(plan);
+fn run_child(plan: &Plan<'_>, in_group: bool, report: &OwnedFd) -> ! {
+    let Err((step, error)) = child::become_program(plan, in_group);
     let _ = rustix::io::write(report, format!("it could not {step}: {error}").as_bytes());
     // SAFETY: ends the process without running anything of the launcher's.
     unsafe { libc::_exit(127) }
