@@ -7,11 +7,12 @@ use serde::Serialize;
 
 use crate::context::{CliError, Context, block_on};
 use crate::image::{Steps, Tool};
+use crate::profile::{Flavour, ProfileSpec};
 
 /// Command line.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  sudo runner setup\n  runner setup --check\n  sudo runner setup --from /media/debs\n\n\
+    after_help = "Examples:\n  sudo runner setup\n  sudo runner setup --profile vm0/default\n  runner setup --check\n  sudo runner setup --from /media/debs\n\n\
     --check exits with 1 if something is missing. --from needs the listed packages and what they depend on as .deb files, \
     for example from `apt-get download`."
 )]
@@ -22,6 +23,9 @@ pub(crate) struct Args {
     /// Install from the .deb files of this directory, without a network
     #[arg(long, value_name = "DIR", conflicts_with = "check")]
     from: Option<PathBuf>,
+    /// Also install what building this profile's image needs; may be repeated
+    #[arg(long = "profile", value_name = "ORG/NAME")]
+    profiles: Vec<ProfileSpec>,
     /// Accepted for scripts; setup never asks
     #[arg(long, short)]
     yes: bool,
@@ -39,8 +43,9 @@ pub(crate) struct Requirement {
     pub(crate) program: &'static str,
 }
 
-/// Everything a runner's host needs. Names are the same on Debian and Ubuntu.
-pub(crate) fn requirements() -> Vec<Requirement> {
+/// Everything a runner's host needs, and what building the images of `flavours` needs beside. Names are the same on Debian
+/// and Ubuntu.
+pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
     let qemu = match std::env::consts::ARCH {
         "aarch64" => Requirement {
             package: "qemu-system-arm",
@@ -53,13 +58,14 @@ pub(crate) fn requirements() -> Vec<Requirement> {
     };
     let tools = crate::image::build::TOOLS
         .iter()
+        .chain(flavours.iter().flat_map(|flavour| flavour.tools()))
         .map(|(program, package)| Requirement { package, program });
     std::iter::once(qemu).chain(tools).collect()
 }
 
 /// Those that are not there.
-pub(crate) fn missing() -> Vec<Requirement> {
-    requirements()
+pub(crate) fn missing(flavours: &[Flavour]) -> Vec<Requirement> {
+    requirements(flavours)
         .into_iter()
         .filter(|needed| !Tool::exists(needed.program))
         .collect()
@@ -83,7 +89,12 @@ struct Report<'a> {
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     // Nothing is ever asked; the option exists so that scripts can say what they mean.
     let _ = args.yes;
-    let absent = missing();
+    let flavours: Vec<_> = args
+        .profiles
+        .iter()
+        .map(|named| named.profile.flavour)
+        .collect();
+    let absent = missing(&flavours);
     let wanted = packages(&absent);
     if args.check {
         if args.json {
@@ -111,7 +122,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     }
     if !wanted.is_empty() {
         block_on(install(&wanted, args.from.as_deref()))?;
-        let left = packages(&missing());
+        let left = packages(&missing(&flavours));
         if !left.is_empty() {
             return Err(CliError::failed(format_args!(
                 "still missing after the installation: {}",
@@ -217,7 +228,7 @@ mod tests {
 
     #[test]
     fn packages_are_named_once_each() {
-        let all = requirements();
+        let all = requirements(&[]);
         let names = packages(&all);
         assert!(names.contains(&"mmdebstrap") && names.contains(&"erofs-utils"));
         assert_eq!(
@@ -225,6 +236,9 @@ mod tests {
             1
         );
         assert!(names.iter().any(|name| name.starts_with("qemu-system-")));
+        // A third of a thousand packages, which only the full image is worth.
+        assert!(!names.contains(&"npm"));
+        assert!(packages(&requirements(&[Flavour::Full])).contains(&"npm"));
     }
 
     #[test]

@@ -35,6 +35,7 @@ pub(crate) async fn image(
     }
     if let Some((program, _)) = TOOLS
         .iter()
+        .chain(plan.request.profile.flavour.tools())
         .find(|(program, _)| !super::tools::Tool::exists(program))
     {
         return Err(ImageError::NoTool {

@@ -139,7 +139,10 @@ impl ImageError {
     pub(crate) fn hint(&self) -> Option<String> {
         let text = match self {
             Self::NotRoot => "run it again with sudo".to_owned(),
-            Self::NoTool { .. } => "install what is missing with `sudo runner setup`".to_owned(),
+            Self::NoTool { .. } => {
+                "install what is missing with `sudo runner setup --profile` and the profile's name"
+                    .to_owned()
+            }
             Self::DiskFull { .. } => {
                 "free some space, or put the home elsewhere with --home DIR".to_owned()
             }

@@ -25,6 +25,14 @@ impl Flavour {
         }
     }
 
+    /// Programs its build runs beside [`super::build::TOOLS`], and the package of each.
+    pub(crate) fn tools(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Flavour::Small => &[],
+            Flavour::Full => &[("npm", "npm")],
+        }
+    }
+
     /// Files of `common/` and of this flavour, in a fixed order.
     pub(crate) fn files(self) -> impl Iterator<Item = &'static FlavourFile> {
         FLAVOUR_FILES.iter().filter(
