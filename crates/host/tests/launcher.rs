@@ -114,7 +114,7 @@ async fn a_child_sees_and_may_do_nothing_but_its_work() {
         echo "env: $(env | cut -d= -f1 | grep -vE '^(PWD|SHLVL|_|OLDPWD)$' | xargs)"
         echo "fds: $(ls /proc/self/fd | xargs)"
         echo "limits: $(ulimit -c) $(ulimit -f)"
-        echo "oom: $(cat /proc/self/oom_score_adj)"
+        echo "oom: $(cat /proc/self/oom_score_adj) nice: $(nice)"
         mount -t tmpfs none /proc 2>/dev/null || echo no mount
         kill -0 1 2>/dev/null || echo no kill
     "#;
@@ -130,7 +130,7 @@ async fn a_child_sees_and_may_do_nothing_but_its_work() {
         "env: ".to_owned(),
         "fds: 0 1 2 3".to_owned(),
         "limits: 0 unlimited".to_owned(),
-        "oom: 500".to_owned(),
+        "oom: 500 nice: 0".to_owned(),
         "no mount".to_owned(),
         "no kill".to_owned(),
     ];

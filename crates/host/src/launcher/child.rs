@@ -57,6 +57,7 @@ fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
 pub(super) fn become_program(plan: &Plan<'_>, in_group: bool) -> Step<Infallible> {
     rustix::process::setsid().at("start a session")?;
     fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).at("set oom_score_adj")?;
+    rustix::process::setpriority_process(None, 0).at("take the usual priority")?;
     plan.cgroups
         .join(plan.uid, in_group)
         .at("join the slot's cgroup")?;

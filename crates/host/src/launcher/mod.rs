@@ -21,7 +21,7 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, WaitOptions};
 
-use crate::process::ProcessMemory;
+use crate::process::{ProcessMemory, come_before_vms};
 use crate::slot::{DEFAULT_UID_BASE, HostLimits, HostUsage, SlotId, SlotRecord};
 use fork::Forked;
 use wire::{LaunchOrder, Op, Refusal, Reply};
@@ -165,7 +165,7 @@ pub struct ForkedLauncher {
 impl ForkedLauncher {
     /// Forks it. Call before any thread exists; the caller may drop privileges afterwards.
     ///
-    /// Needs root. Also shields the calling process from the host's out-of-memory killer, as VMs are to go first.
+    /// Needs root.
     pub fn fork(config: LauncherConfig) -> Result<ForkedLauncher, LauncherError> {
         let threads = std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
         if threads != 1 {
@@ -174,7 +174,6 @@ impl ForkedLauncher {
                 format!("{threads} threads run already"),
             ));
         }
-        shield_from_oom();
         ForkedLauncher::fork_anyway(config)
     }
 
@@ -276,7 +275,7 @@ fn settle(socket: &OwnedFd) -> Result<(), Refusal> {
     rustix::stdio::dup2_stdout(&null).map_err(|e| Refusal::step("close stdout", e))?;
     let _ = rustix::thread::set_name(c"vm0-launcher");
     rustix::process::chdir("/").map_err(|e| Refusal::step("enter /", e))?;
-    shield_from_oom();
+    come_before_vms();
     // What a slot's main process leaves behind becomes our child, so that we see it die.
     rustix::process::set_child_subreaper(Pid::from_raw(1))
         .map_err(|e| Refusal::step("become a subreaper", e))
@@ -296,11 +295,6 @@ fn close_others(keep: &OwnedFd) -> std::io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// VMs carry +500. Fails without root, where nothing depends on it.
-fn shield_from_oom() {
-    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
 }
 
 fn socket_pair() -> rustix::io::Result<(OwnedFd, OwnedFd)> {

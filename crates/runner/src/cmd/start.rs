@@ -76,6 +76,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let run_dir = launcher.run_dir.clone();
     // Before any thread, and before anything is open that the launcher should not hold.
     let forked = ForkedLauncher::fork(launcher)?;
+    host::process::come_before_vms();
     home.become_owner()?;
     let lock = only_one(&home, &config.name)?;
     log_to_file(&home, &config.name)?;
