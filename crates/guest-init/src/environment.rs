@@ -15,7 +15,7 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// Variables by name; the last word is the host's.
 pub(crate) fn build(
     account: &Account,
-    etc_environment: &str,
+    etc: &[(String, String)],
     spec: &ExecSpec,
 ) -> BTreeMap<String, String> {
     let mut env: BTreeMap<String, String> = [
@@ -32,13 +32,13 @@ pub(crate) fn build(
     if spec.pty.is_some() {
         env.insert("TERM".to_owned(), "xterm-256color".to_owned());
     }
-    env.extend(etc_environment.lines().filter_map(assignment));
+    env.extend(etc.iter().cloned());
     env.extend(spec.env.iter().cloned());
     env
 }
 
 /// A line of /etc/environment as pam_env reads it: `NAME=value`, quotes around the value optional.
-fn assignment(line: &str) -> Option<(String, String)> {
+pub(crate) fn assignment(line: &str) -> Option<(String, String)> {
     let line = line.trim();
     let line = line.strip_prefix("export ").unwrap_or(line);
     let (name, value) = line.split_once('=')?;
@@ -112,7 +112,10 @@ mod tests {
         };
         let env = build(
             &account(),
-            "# comment\nA=image\nPATH=\"/opt/bin:/bin\"\nnonsense\n",
+            &[
+                ("A".to_owned(), "image".to_owned()),
+                ("PATH".to_owned(), "/opt/bin:/bin".to_owned()),
+            ],
             &spec,
         );
         assert_eq!(env["A"], "host");

@@ -10,7 +10,6 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::root::Root;
-use crate::users::Account;
 
 /// A file that is being written under a temporary name beside its place.
 #[derive(Debug)]
@@ -29,7 +28,8 @@ impl NewFile {
         let path = &spec.path;
         let failed = |error: Errno| OsError::new(format_args!("creating {path:?}"), error);
         let (parent, name) = split(path).ok_or_else(|| failed(Errno::INVAL))?;
-        let account = Account::find(root, &spec.user)?;
+        let etc = root.etc();
+        let account = etc.account(&spec.user)?;
         let dir = root
             .open(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())
             .map_err(failed)?;

@@ -5,6 +5,7 @@
 
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use guest_control::MountSource;
 use guest_control::server::OsError;
@@ -15,6 +16,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::boot::{AGENT, IMAGE, WRITABLE, attach, make_dir};
 use crate::kmsg;
+use crate::users::{Contents, Etc};
 
 /// Account files and the like: longer ones are not what they seem.
 const SMALL_FILE: u64 = 1024 * 1024;
@@ -37,6 +39,7 @@ const NODES: [(&str, u32, u32); 8] = [
 pub(crate) struct Root {
     namespace: OwnedFd,
     dir: OwnedFd,
+    etc: Etc,
 }
 
 impl Root {
@@ -51,6 +54,7 @@ impl Root {
             Ok(Self {
                 namespace: namespace()?,
                 dir,
+                etc: Etc::open()?,
             })
         });
         rustix::thread::move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Mount))
@@ -61,6 +65,11 @@ impl Root {
     /// For a child to enter.
     pub(crate) fn namespace(&self) -> &OwnedFd {
         &self.namespace
+    }
+
+    /// What its account files say.
+    pub(crate) fn etc(&self) -> Arc<Contents> {
+        self.etc.read(self)
     }
 
     /// Opens a path as a process inside would see it.

@@ -15,7 +15,6 @@ use crate::clone::{Child, Failure, start};
 use crate::environment::{build, c_string, candidates, strings};
 use crate::reaper::{Exit, Reaper};
 use crate::root::Root;
-use crate::users::Account;
 
 /// A session's first process and its cgroup.
 #[derive(Debug)]
@@ -38,9 +37,9 @@ pub(crate) fn spawn(
         .argv
         .first()
         .ok_or_else(|| OsError::new("an empty command", Errno::INVAL))?;
-    let account = Account::find(root, &spec.user)?;
-    let etc_environment = root.read_small("/etc/environment").unwrap_or_default();
-    let env = build(&account, &etc_environment, spec);
+    let etc = root.etc();
+    let account = etc.account(&spec.user)?;
+    let env = build(account, &etc.environment, spec);
     let path = env.get("PATH").map(String::as_str).unwrap_or_default();
     let candidates = Pointers::new(candidates(program, path)?);
     let argv = Pointers::new(
