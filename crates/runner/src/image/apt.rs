@@ -15,6 +15,9 @@ use super::tools::Tool;
 /// How old package lists may be when a build begins.
 const FRESH: Duration = Duration::from_secs(3600);
 
+/// File that holds the kernel package of the lists; its age is theirs.
+const KERNEL: &str = "kernel.json";
+
 /// An apt state directory.
 #[derive(Debug)]
 pub(super) struct Apt {
@@ -70,32 +73,39 @@ impl Apt {
         self.directory.join("build.sources")
     }
 
-    fn stamp(&self) -> PathBuf {
-        self.directory.join("refreshed")
-    }
-
-    /// Whether lists were ever fetched.
-    pub(super) fn has_lists(&self) -> bool {
-        self.stamp().exists()
+    /// The kernel that was the newest when lists were last fetched. Without it nothing was ever fetched from these sources.
+    pub(super) fn kernel(&self) -> Option<Package> {
+        let bytes = fs::read(self.directory.join(KERNEL)).ok()?;
+        serde_json::from_slice(&bytes).ok()
     }
 
     /// Whether the lists are fresh enough for a build.
     pub(super) fn is_fresh(&self) -> bool {
-        let age = fs::metadata(self.stamp())
-            .and_then(|meta| meta.modified())
-            .ok()
-            .and_then(|at| at.elapsed().ok());
+        let fetched = fs::metadata(self.directory.join(KERNEL)).and_then(|meta| meta.modified());
+        let age = fetched.ok().and_then(|at| at.elapsed().ok());
         age.is_some_and(|age| age < FRESH)
     }
 
-    /// Fetches the package lists.
+    /// Fetches the package lists. Afterwards [`Apt::keep_kernel`] says that they are there.
     pub(super) async fn refresh(&self, steps: &Steps) -> Result<(), ImageError> {
-        self.tool("apt-get")
-            .args(["update", "--error-on=any"])
-            .run("fetching the package lists", steps)
-            .await?;
-        let stamp = self.stamp();
-        fs::write(&stamp, "").map_err(ImageError::io("write", &stamp))
+        let tool = self.tool("apt-get").args(["update", "--error-on=any"]);
+        tool.run("fetching the package lists", steps)
+            .await
+            .map(drop)
+    }
+
+    /// Keeps what [`Apt::kernel`] gives, with the time of the lists.
+    pub(super) fn keep_kernel(&self, kernel: &Package) -> Result<(), ImageError> {
+        let (path, new) = (
+            self.directory.join(KERNEL),
+            self.directory.join("kernel.json.new"),
+        );
+        let text = serde_json::to_vec(kernel).map_err(|source| ImageError::Json {
+            path: path.clone(),
+            source,
+        })?;
+        fs::write(&new, text).map_err(ImageError::io("write", &new))?;
+        fs::rename(&new, &path).map_err(ImageError::io("write", &path))
     }
 
     /// The candidate version of a package.

@@ -1,10 +1,12 @@
 //! Builds an image: everything in a staging directory, under a lock, named when complete.
 
+use sandbox::ImageFiles;
+
 use super::ImageError;
 use super::manifest::{FORMAT, ImageManifest};
 use super::plan::Plan;
 use super::progress::Steps;
-use super::store::{INITRD, KERNEL, ROOTFS, Store, StoredImage};
+use super::store::{INITRD, KERNEL, ROOTFS, Store};
 use super::{kernel, rootfs};
 
 /// Programs an image build runs, and the package of each.
@@ -26,7 +28,7 @@ pub(crate) async fn image(
     store: &Store,
     plan: &Plan,
     steps: &Steps,
-) -> Result<StoredImage, ImageError> {
+) -> Result<ImageFiles, ImageError> {
     if let Some(image) = existing(store, plan, steps)? {
         return Ok(image);
     }
@@ -53,7 +55,7 @@ pub(crate) async fn image(
 }
 
 /// A damaged image is told and built anew, never used.
-fn existing(store: &Store, plan: &Plan, steps: &Steps) -> Result<Option<StoredImage>, ImageError> {
+fn existing(store: &Store, plan: &Plan, steps: &Steps) -> Result<Option<ImageFiles>, ImageError> {
     match store.image(plan.rootfs_hash()) {
         Ok(image) => Ok(Some(image)),
         Err(ImageError::Missing { .. }) => Ok(None),
@@ -102,16 +104,19 @@ async fn build(store: &Store, plan: &Plan, steps: &Steps) -> Result<(), ImageErr
             .all(|name| files.contains_key(*name))
     );
     steps.end();
-    staging.publish(&ImageManifest {
-        format: FORMAT,
-        rootfs_hash: plan.rootfs_hash().to_string(),
-        inputs: plan.inputs.clone(),
-        files,
-        kernel,
-        packages: rootfs.packages,
-        tree_bytes: rootfs.tree_bytes,
-        built_at: jiff::Timestamp::now().to_string(),
-        runner: crate::cli::VERSION.to_owned(),
-        steps: steps.seconds(),
-    })
+    staging.publish(
+        &ImageManifest {
+            format: FORMAT,
+            rootfs_hash: plan.rootfs_hash().to_string(),
+            inputs: plan.inputs.clone(),
+            files: files.clone(),
+            kernel,
+            packages: rootfs.packages,
+            tree_bytes: rootfs.tree_bytes,
+            built_at: jiff::Timestamp::now().to_string(),
+            runner: crate::cli::VERSION.to_owned(),
+            steps: steps.seconds(),
+        },
+        &files,
+    )
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::ImageError;
 use super::apt::{Apt, Package};
 use super::cpio::Archive;
-use super::manifest::KernelFacts;
+use super::manifest::{Coverage, KernelFacts};
 use super::modules::{self, ModuleIndex, ModuleTree, WANTED};
 use super::progress::Steps;
 use super::sources::Distribution;
@@ -102,7 +102,7 @@ async fn unpack(
     let deb = apt.download(package, &work.join("debs"), steps).await?;
     // apt has compared it with the signed index; the manifest's pin must be of this very file.
     let file = fs::File::open(&deb).map_err(ImageError::io("open", &deb))?;
-    let found = super::manifest::measure(&file)
+    let found = super::manifest::measure(&file, Coverage::Whole)
         .map_err(ImageError::io("read", &deb))?
         .sha256;
     if found != package.sha256 {

@@ -20,8 +20,10 @@ mod progress;
 mod rootfs;
 pub(crate) mod snapshot;
 mod sources;
+mod staging;
 mod store;
 mod tools;
+mod verify;
 pub(crate) mod warm_up;
 
 pub(crate) use error::ImageError;
@@ -31,5 +33,6 @@ pub(crate) use plan::{Plan, Request};
 pub(crate) use progress::Steps;
 pub(crate) use snapshot::SnapshotPlan;
 pub(crate) use sources::host_suite;
-pub(crate) use store::{Store, StoredSnapshot, abandoned};
+pub(crate) use staging::abandoned;
+pub(crate) use store::Store;
 pub(crate) use tools::Tool;

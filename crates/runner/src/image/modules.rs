@@ -160,12 +160,12 @@ mod tests {
         bytes.extend_from_slice(names);
         let table = bytes.len();
         for (name, at, size) in [
-            (0, 0, 0),
+            (0u32, 0, 0),
             (1, info_at, modinfo.len()),
             (10, names_at, names.len()),
         ] {
             let mut header = [0u8; 64];
-            header[0..4].copy_from_slice(&(name as u32).to_le_bytes());
+            header[0..4].copy_from_slice(&name.to_le_bytes());
             header[0x18..0x20].copy_from_slice(&(at as u64).to_le_bytes());
             header[0x20..0x28].copy_from_slice(&(size as u64).to_le_bytes());
             bytes.extend_from_slice(&header);

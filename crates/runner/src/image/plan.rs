@@ -56,12 +56,25 @@ impl Plan {
         let text = sources.to_deb822();
         let key = manifest::sha256(text.as_bytes());
         let apt = Apt::new(store.apt_directory(&key), &sources, arch)?;
-        if refresh || !apt.has_lists() {
-            steps.begin("fetching the package lists");
-            apt.refresh(steps).await?;
-            steps.end();
-        }
-        let kernel = kernel::resolve(&apt, release.distribution, arch, steps).await?;
+        let kernel = match apt.kernel() {
+            Some(kernel) if !refresh => kernel,
+            _ => {
+                // apt allows one at a time in a directory.
+                let _lock = store
+                    .lock(
+                        "package lists",
+                        &content_address(&[("sources".to_owned(), text)])?,
+                        steps,
+                    )
+                    .await?;
+                steps.begin("fetching the package lists");
+                apt.refresh(steps).await?;
+                let kernel = kernel::resolve(&apt, release.distribution, arch, steps).await?;
+                apt.keep_kernel(&kernel)?;
+                steps.end();
+                kernel
+            }
+        };
 
         let mut inputs = vec![
             ("format".to_owned(), FORMAT.to_string()),

@@ -92,7 +92,10 @@ pub(crate) fn existing(
     steps: &Steps,
 ) -> Result<Option<StoredSnapshot>, ImageError> {
     match store.snapshot(&plan.rootfs, &plan.hash) {
-        Ok(snapshot) => Ok(Some(snapshot)),
+        Ok(snapshot) => {
+            store.touch(&plan.rootfs, &plan.hash);
+            Ok(Some(snapshot))
+        }
         Err(ImageError::Missing { .. }) => Ok(None),
         Err(error @ (ImageError::Damaged { .. } | ImageError::Json { .. })) => {
             steps.note(&format!("{error}; making it anew"));
@@ -114,7 +117,7 @@ pub(crate) async fn choose(
         return Ok(known);
     }
     steps.begin("proving this host's KVM with a boot of the image");
-    let image = store.image(plan.rootfs_hash())?.files;
+    let image = store.image(plan.rootfs_hash())?;
     let proof = engine::prove_kvm(candidates, image, launcher).await?;
     steps.end();
     let accel = match &proof {
@@ -153,7 +156,7 @@ async fn build(
     steps: &Steps,
 ) -> Result<(), ImageError> {
     store.require_space(plan.space_mb())?;
-    let image = store.image(&plan.rootfs)?.files;
+    let image = store.image(&plan.rootfs)?;
     let staging = store.stage(&snapshot_rel(&plan.rootfs, &plan.hash), "snapshot")?;
     let inputs = SnapshotInputs {
         image,
@@ -188,17 +191,20 @@ async fn build(
         .into());
     }
     steps.end();
-    staging.publish(&SnapshotManifest {
-        format: FORMAT,
-        rootfs_hash: plan.rootfs.to_string(),
-        snapshot_hash: plan.hash.to_string(),
-        inputs: plan.inputs.clone(),
-        files,
-        shape: plan.shape,
-        engine: engine.kind(),
-        outcome,
-        built_at: jiff::Timestamp::now().to_string(),
-        runner: crate::cli::VERSION.to_owned(),
-        steps: steps.seconds(),
-    })
+    staging.publish(
+        &SnapshotManifest {
+            format: FORMAT,
+            rootfs_hash: plan.rootfs.to_string(),
+            snapshot_hash: plan.hash.to_string(),
+            inputs: plan.inputs.clone(),
+            files: files.clone(),
+            shape: plan.shape,
+            engine: engine.kind(),
+            outcome,
+            built_at: jiff::Timestamp::now().to_string(),
+            runner: crate::cli::VERSION.to_owned(),
+            steps: steps.seconds(),
+        },
+        &files,
+    )
 }

@@ -3,28 +3,27 @@
 //! A directory under its final name is complete: it was built beside, every file fsynced, its manifest written last, and
 //! renamed. Whatever an interrupted build leaves is called `.staging-…` and is never read; the next build removes it.
 
-use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use host::fs::{Access, Dir, FsError, Lock, LockKind};
+use host::fs::{Access, Dir, Lock, LockKind};
 use sandbox::{ImageFiles, Shape, SnapshotOutcome};
 use sandbox_qemu::Accel;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::ImageError;
-use super::manifest::{self, FORMAT, FileEntry, ImageManifest, SnapshotManifest};
+use super::manifest::{self, FORMAT, ImageManifest, SnapshotManifest};
 use super::progress::Steps;
+use super::staging::{self, Staging, lock_name};
+use super::verify::{damaged, verify};
 use crate::engine::Candidates;
 use crate::home::Home;
 use crate::home::rel::{self, IMAGES};
 use crate::names::ImageHash;
 
-const MANIFEST: &str = "manifest.json";
-const STAGING: &str = ".staging-";
+pub(super) const MANIFEST: &str = "manifest.json";
 /// Longest manifest that is read; the full image's package list takes about 30 KiB.
 const MAX_MANIFEST: u64 = 4 << 20;
 /// How often a build that waits for another looks again.
@@ -53,15 +52,6 @@ pub(crate) struct Store {
     home: Arc<Home>,
     images: Dir,
     locks: Dir,
-}
-
-/// An image that was verified.
-#[derive(Debug)]
-pub(crate) struct StoredImage {
-    /// Paths for an engine.
-    pub(crate) files: ImageFiles,
-    /// What it consists of.
-    pub(crate) manifest: ImageManifest,
 }
 
 /// A snapshot that was verified, with its image.
@@ -99,10 +89,10 @@ impl Store {
     }
 
     /// Verifies an image, every byte of it.
-    pub(crate) fn image(&self, hash: &ImageHash) -> Result<StoredImage, ImageError> {
+    pub(crate) fn image(&self, hash: &ImageHash) -> Result<ImageFiles, ImageError> {
         let directory = self.directory(Path::new(hash.as_str()), "image", hash)?;
         let manifest: ImageManifest = read_manifest(&directory)?;
-        let wrong = |reason: &str| damaged(&directory, MANIFEST, reason.to_owned());
+        let wrong = |reason: &str| damaged(&directory, MANIFEST, reason);
         if manifest.format != FORMAT {
             return Err(wrong("it was built by a runner of another version"));
         }
@@ -113,12 +103,11 @@ impl Store {
         }
         verify(&directory, &manifest.files, &[KERNEL, INITRD, ROOTFS])?;
         let path = self.path(Path::new(hash.as_str()));
-        let files = ImageFiles {
+        Ok(ImageFiles {
             kernel: path.join(KERNEL),
             initrd: path.join(INITRD),
             rootfs: path.join(ROOTFS),
-        };
-        Ok(StoredImage { files, manifest })
+        })
     }
 
     /// Verifies a snapshot and its image, every byte of them.
@@ -131,7 +120,7 @@ impl Store {
         let rel = snapshot_rel(rootfs, snapshot);
         let directory = self.directory(&rel, "snapshot", snapshot)?;
         let manifest: SnapshotManifest = read_manifest(&directory)?;
-        let wrong = |reason: &str| damaged(&directory, MANIFEST, reason.to_owned());
+        let wrong = |reason: &str| damaged(&directory, MANIFEST, reason);
         if manifest.format != FORMAT {
             return Err(wrong("it was built by a runner of another version"));
         }
@@ -144,7 +133,7 @@ impl Store {
         let needed: Vec<&str> = manifest.outcome.files.iter().map(String::as_str).collect();
         verify(&directory, &manifest.files, &needed)?;
         Ok(StoredSnapshot {
-            image: image.files,
+            image,
             shape: manifest.shape,
             directory: self.path(&rel),
             outcome: manifest.outcome.clone(),
@@ -184,6 +173,25 @@ impl Store {
         })?;
         self.images.write_atomic(path, 0o644, &text)?;
         Ok(())
+    }
+
+    /// Notes that a snapshot was asked for just now: the newest of a profile is the one a configuration takes.
+    pub(super) fn touch(&self, rootfs: &ImageHash, snapshot: &ImageHash) {
+        let now = rustix::fs::Timestamps {
+            last_access: rustix::fs::Timespec {
+                tv_sec: 0,
+                tv_nsec: rustix::fs::UTIME_OMIT,
+            },
+            last_modification: rustix::fs::Timespec {
+                tv_sec: 0,
+                tv_nsec: rustix::fs::UTIME_NOW,
+            },
+        };
+        let manifest = snapshot_rel(rootfs, snapshot).join(MANIFEST);
+        // Somebody else's home: then the owner's last build stays the newest.
+        if let Ok(file) = self.images.open_file(manifest, Access::Read) {
+            let _ = rustix::fs::futimens(file, &now);
+        }
     }
 
     /// Absolute path of something below `images/`.
@@ -276,7 +284,7 @@ impl Store {
                     .map(|pid| format!(" (process {pid})"))
                     .unwrap_or_default();
                 steps.note(&format!(
-                    "another runner{by} is building the same {kind}; waiting for it"
+                    "another build{by} is at work on the same {kind}; waiting for it"
                 ));
                 told = true;
             }
@@ -288,104 +296,17 @@ impl Store {
     }
 
     /// An empty staging directory for `rel` (whose lock is held), after the removal of what dead builds left.
-    pub(super) fn stage(&self, rel: &Path, kind: &str) -> Result<Staging<'_>, ImageError> {
+    pub(super) fn stage(&self, rel: &Path, kind: &str) -> Result<Staging, ImageError> {
         let (Some(parent), Some(name)) = (rel.parent(), rel.file_name()) else {
             return Err(ImageError::Missing {
                 what: "image",
                 hash: rel.display().to_string(),
             });
         };
-        let parent_dir = if parent.as_os_str().is_empty() {
-            self.images.try_clone()?
-        } else {
-            self.home.ensure_dir(Path::new(IMAGES).join(parent))?
-        };
-        self.sweep(&parent_dir, kind, name)?;
-        let mut staging_name = std::ffi::OsString::from(STAGING);
-        staging_name.push(name);
-        // Closed to everybody while the tree holds a setuid sudo of unknown completeness.
-        let directory = parent_dir.create_new_dir(&staging_name, 0o700)?;
-        let path = self.path(parent).join(&staging_name);
-        Ok(Staging {
-            store: self,
-            parent: parent_dir,
-            directory,
-            path,
-            name: staging_name.into(),
-            target: name.into(),
-        })
+        let parent_dir = self.home.ensure_dir(Path::new(IMAGES).join(parent))?;
+        staging::sweep(&parent_dir, &self.locks, kind, name)?;
+        Staging::begin(parent_dir, &self.path(parent), name, self.home.owner())
     }
-
-    /// Removes what builds that no longer run have left beside `ours`.
-    fn sweep(&self, parent: &Dir, kind: &str, ours: &OsStr) -> Result<(), ImageError> {
-        for entry in parent.list()? {
-            let Some(hash) = entry
-                .name
-                .to_str()
-                .and_then(|name| name.strip_prefix(STAGING))
-            else {
-                continue;
-            };
-            // Its builder holds the lock of its name; of ours the holder is us.
-            let _dead = match hash.parse::<ImageHash>() {
-                Ok(_) if OsStr::new(hash) == ours => None,
-                Ok(hash) => {
-                    match self
-                        .locks
-                        .try_lock(lock_name(kind, &hash), LockKind::Exclusive, 0o600)?
-                    {
-                        Some(lock) => Some(lock),
-                        None => continue,
-                    }
-                }
-                Err(_) => continue,
-            };
-            parent.remove_tree(&entry.name)?;
-        }
-        Ok(())
-    }
-}
-
-/// Paths, relative to the home, of what builds that no longer run have left.
-pub(crate) fn abandoned(home: &Dir) -> Result<Vec<PathBuf>, FsError> {
-    let images = match home.open_dir(IMAGES) {
-        Err(error) if error.is_not_found() => return Ok(Vec::new()),
-        other => other?,
-    };
-    let mut places = vec![("image", PathBuf::new())];
-    for entry in images.list()? {
-        let snapshots = Path::new(&entry.name).join("snapshots");
-        if images
-            .metadata(&snapshots)
-            .is_ok_and(|meta| meta.is_some_and(|meta| meta.is_dir()))
-        {
-            places.push(("snapshot", snapshots));
-        }
-    }
-    let mut found = Vec::new();
-    for (kind, place) in places {
-        let directory = if place.as_os_str().is_empty() {
-            images.try_clone()?
-        } else {
-            images.open_dir(&place)?
-        };
-        for entry in directory.list()? {
-            let hash = entry
-                .name
-                .to_str()
-                .and_then(|name| name.strip_prefix(STAGING)?.parse::<ImageHash>().ok());
-            if let Some(hash) = hash
-                && !home.is_locked(Path::new(rel::LOCKS).join(lock_name(kind, &hash)))?
-            {
-                found.push(Path::new(IMAGES).join(&place).join(&entry.name));
-            }
-        }
-    }
-    Ok(found)
-}
-
-fn lock_name(kind: &str, hash: &ImageHash) -> String {
-    format!("{kind}-{hash}.lock")
 }
 
 /// `<rootfs-hash>/snapshots/<snapshot-hash>`.
@@ -393,92 +314,6 @@ pub(super) fn snapshot_rel(rootfs: &ImageHash, snapshot: &ImageHash) -> PathBuf 
     Path::new(rootfs.as_str())
         .join("snapshots")
         .join(snapshot.as_str())
-}
-
-/// A directory being built. Dropped before it is published, it is removed.
-#[derive(Debug)]
-pub(super) struct Staging<'a> {
-    store: &'a Store,
-    parent: Dir,
-    directory: Dir,
-    path: PathBuf,
-    name: PathBuf,
-    target: PathBuf,
-}
-
-impl Staging<'_> {
-    /// Its absolute path, for the programs that build in it.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Removes a working directory inside it.
-    pub(super) fn remove(&self, rel: &str) -> Result<(), ImageError> {
-        self.directory.remove_tree(rel)?;
-        Ok(())
-    }
-
-    /// Makes every file durable and measures it.
-    pub(super) fn seal(&self) -> Result<BTreeMap<String, FileEntry>, ImageError> {
-        let owner = self.store.home.owner();
-        let mut files = BTreeMap::new();
-        for entry in self.directory.list()? {
-            let path = self.path.join(&entry.name);
-            let Some(name) = entry.name.to_str().map(str::to_owned) else {
-                return Err(ImageError::Damaged {
-                    path,
-                    reason: "its name is not text".to_owned(),
-                });
-            };
-            let file = self.directory.open_file(&name, Access::Read)?;
-            let io = ImageError::io;
-            // Nobody has a reason to write to it again.
-            rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o444))
-                .map_err(|e| io("change the mode of", &path)(e.into()))?;
-            give(&file, owner, &path)?;
-            file.sync_all().map_err(io("flush", &path))?;
-            files.insert(name, manifest::measure(&file).map_err(io("read", &path))?);
-        }
-        Ok(files)
-    }
-
-    /// Writes the manifest and gives the directory its name, replacing what was damaged there.
-    pub(super) fn publish(self, manifest: &impl Serialize) -> Result<(), ImageError> {
-        let path = self.path.join(MANIFEST);
-        let mut text = serde_json::to_vec_pretty(manifest).map_err(|source| ImageError::Json {
-            path: path.clone(),
-            source,
-        })?;
-        text.push(b'\n');
-        self.directory.write_atomic(MANIFEST, 0o444, &text)?;
-        let owner = self.store.home.owner();
-        let file = self.directory.open_file(MANIFEST, Access::Read)?;
-        give(&file, owner, &path)?;
-        if rustix::process::geteuid().is_root() {
-            self.directory.set_owner(owner.uid, owner.gid)?;
-        }
-        self.directory.set_mode(0o755)?;
-        self.directory.sync()?;
-        self.parent.remove_tree(&self.target)?;
-        self.parent.rename(&self.name, &self.parent, &self.target)?;
-        self.parent.sync()?;
-        Ok(())
-    }
-}
-
-impl Drop for Staging<'_> {
-    fn drop(&mut self) {
-        // Published, it has no such name any more. What cannot be removed now is removed by the next build.
-        let _ = self.parent.remove_tree(&self.name);
-    }
-}
-
-fn give(file: &std::fs::File, owner: crate::home::Account, path: &Path) -> Result<(), ImageError> {
-    if !rustix::process::geteuid().is_root() {
-        return Ok(());
-    }
-    std::os::unix::fs::fchown(file, Some(owner.uid), Some(owner.gid))
-        .map_err(ImageError::io("change the owner of", path))
 }
 
 fn read_manifest<T: DeserializeOwned>(directory: &Dir) -> Result<T, ImageError> {
@@ -489,53 +324,176 @@ fn read_manifest<T: DeserializeOwned>(directory: &Dir) -> Result<T, ImageError> 
     })
 }
 
-fn damaged(directory: &Dir, name: &str, reason: String) -> ImageError {
-    ImageError::Damaged {
-        path: directory.display_path(name),
-        reason,
-    }
-}
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
 
-/// Compares every file with the manifest, and sees that the manifest names what is needed.
-fn verify(
-    directory: &Dir,
-    files: &BTreeMap<String, FileEntry>,
-    needed: &[&str],
-) -> Result<(), ImageError> {
-    if let Some(missing) = needed.iter().find(|name| !files.contains_key(**name)) {
-        return Err(damaged(
-            directory,
-            missing,
-            "the manifest does not name it".to_owned(),
+    use super::*;
+
+    fn store(path: &Path) -> Store {
+        Store::open(Arc::new(Home::open_or_create(path).unwrap())).unwrap()
+    }
+
+    fn inputs() -> Vec<(String, String)> {
+        vec![("flavour".to_owned(), "small".to_owned())]
+    }
+
+    fn hash() -> ImageHash {
+        manifest::address(&inputs()).parse().unwrap()
+    }
+
+    /// Writes a small image's files and publishes them.
+    fn publish(store: &Store) {
+        let rel = Path::new(hash().as_str()).to_owned();
+        let staging = store.stage(&rel, "image").unwrap();
+        for name in [KERNEL, INITRD, ROOTFS] {
+            fs::write(staging.path().join(name), name).unwrap();
+        }
+        let files = staging.seal().unwrap();
+        let kernel = manifest::KernelFacts {
+            release: "6.1".to_owned(),
+            packages: Vec::new(),
+            form: "vmlinux".to_owned(),
+            modules: Vec::new(),
+        };
+        let manifest = ImageManifest {
+            format: FORMAT,
+            rootfs_hash: hash().to_string(),
+            inputs: inputs(),
+            files: files.clone(),
+            kernel,
+            packages: BTreeMap::new(),
+            tree_bytes: 0,
+            built_at: String::new(),
+            runner: String::new(),
+            steps: Vec::new(),
+        };
+        staging.publish(&manifest, &files).unwrap();
+    }
+
+    #[test]
+    fn what_was_published_is_found_and_what_was_not_is_removed() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = store(temp.path());
+        assert!(matches!(
+            store.image(&hash()),
+            Err(ImageError::Missing { .. })
+        ));
+        let rel = Path::new(hash().as_str()).to_owned();
+        let staging = store.stage(&rel, "image").unwrap();
+        fs::create_dir_all(staging.path().join("work/root/etc")).unwrap();
+        drop(staging);
+        assert_eq!(fs::read_dir(temp.path().join(IMAGES)).unwrap().count(), 0);
+        publish(&store);
+        let image = store.image(&hash()).unwrap();
+        assert!(image.kernel.is_file());
+        assert_eq!(abandoned_in(temp.path()), 0);
+    }
+
+    #[test]
+    fn what_a_killed_build_left_is_never_used_and_goes_with_the_next_one() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = store(temp.path());
+        let rel = Path::new(hash().as_str()).to_owned();
+        // As after kill -9: no destructor runs.
+        let staging = store.stage(&rel, "image").unwrap();
+        for name in [KERNEL, INITRD, ROOTFS, MANIFEST] {
+            fs::write(staging.path().join(name), "half").unwrap();
+        }
+        std::mem::forget(staging);
+        let other = manifest::address(&[]);
+        fs::create_dir(temp.path().join(IMAGES).join(format!(".staging-{other}"))).unwrap();
+        assert!(matches!(
+            store.image(&hash()),
+            Err(ImageError::Missing { .. })
+        ));
+        assert_eq!(abandoned_in(temp.path()), 2);
+        publish(&store);
+        assert_eq!(abandoned_in(temp.path()), 0);
+        store.image(&hash()).unwrap();
+    }
+
+    #[test]
+    fn the_staging_of_a_build_that_runs_is_left_alone() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = store(temp.path());
+        let other: ImageHash = manifest::address(&[]).parse().unwrap();
+        let lock = store
+            .locks
+            .try_lock(lock_name("image", &other), LockKind::Exclusive, 0o600)
+            .unwrap();
+        let running = temp.path().join(IMAGES).join(format!(".staging-{other}"));
+        fs::create_dir(&running).unwrap();
+        publish(&store);
+        assert!(running.exists());
+        assert_eq!(abandoned_in(temp.path()), 0);
+        drop(lock);
+        assert_eq!(abandoned_in(temp.path()), 1);
+    }
+
+    #[test]
+    fn an_image_that_was_changed_or_put_under_another_name_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = store(temp.path());
+        publish(&store);
+        let directory = temp.path().join(IMAGES).join(hash().as_str());
+        let other: ImageHash = manifest::address(&[]).parse().unwrap();
+        let moved = temp.path().join(IMAGES).join(other.as_str());
+        fs::rename(&directory, &moved).unwrap();
+        assert!(matches!(
+            store.image(&other),
+            Err(ImageError::Damaged { .. })
+        ));
+        fs::rename(&moved, &directory).unwrap();
+        store.image(&hash()).unwrap();
+        fs::remove_file(directory.join(ROOTFS)).unwrap();
+        fs::write(directory.join(ROOTFS), "ROOTFS.erofs").unwrap();
+        assert!(matches!(
+            store.image(&hash()),
+            Err(ImageError::Damaged { .. })
+        ));
+        // Building it anew replaces it.
+        publish(&store);
+        store.image(&hash()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_second_build_waits_for_the_first() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = store(temp.path());
+        let steps = Steps::new();
+        let first = store.lock("image", &hash(), &steps).await.unwrap();
+        let hash = hash();
+        let second = store.lock("image", &hash, &steps);
+        tokio::pin!(second);
+        // Bounded by the poll interval, whatever the machine's speed: while the lock is held it cannot resolve.
+        let early = tokio::time::timeout(LOCK_POLL * 2, &mut second).await;
+        assert!(early.is_err());
+        drop(first);
+        second.await.unwrap();
+    }
+
+    #[test]
+    fn a_full_disk_is_told_as_such() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = store(temp.path());
+        assert!(matches!(
+            store.require_space(u64::MAX),
+            Err(ImageError::DiskFull { .. })
+        ));
+        let error = ImageError::Tool {
+            what: "packing".to_owned(),
+            status: "exit status: 1".to_owned(),
+            last: vec!["write error: No space left on device".to_owned()],
+        };
+        assert!(matches!(
+            store.explain(error, 1),
+            ImageError::DiskFull { .. }
         ));
     }
-    for (name, expected) in files {
-        let file = directory
-            .open_file(name, Access::Read)
-            .map_err(|error: FsError| match error.is_not_found() {
-                true => damaged(directory, name, "it is missing".to_owned()),
-                false => error.into(),
-            })?;
-        let path = directory.display_path(name);
-        let size = file
-            .metadata()
-            .map_err(ImageError::io("examine", &path))?
-            .len();
-        if size != expected.size {
-            return Err(damaged(
-                directory,
-                name,
-                format!("it has {size} bytes, its manifest says {}", expected.size),
-            ));
-        }
-        let found = manifest::measure(&file).map_err(ImageError::io("read", &path))?;
-        if found != *expected {
-            return Err(damaged(
-                directory,
-                name,
-                "its content is not what its manifest says".to_owned(),
-            ));
-        }
+
+    fn abandoned_in(home: &Path) -> usize {
+        staging::abandoned(&Dir::open(home).unwrap()).unwrap().len()
     }
-    Ok(())
 }
