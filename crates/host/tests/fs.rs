@@ -155,6 +155,37 @@ fn a_tree_is_removed_whole_without_following_links() {
 }
 
 #[test]
+fn what_is_mounted_in_a_tree_is_never_removed() {
+    if !rustix::process::geteuid().is_root() {
+        host::test_support::skip("needs root, to mount something");
+        return;
+    }
+    let (temp, dir) = scratch();
+    dir.create_dir_all("t/mounted", 0o700).unwrap();
+    let kept = dir.create_dir("kept", 0o700).unwrap();
+    kept.write_atomic("f", 0o600, b"kept").unwrap();
+    let place = temp.path().to_owned();
+    // In a mount namespace of this thread's own, which goes with it.
+    let in_own_namespace = move || {
+        // SAFETY: gives this thread a file-system context of its own; nothing is shared by it.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0);
+        let private = rustix::mount::MountPropagationFlags::PRIVATE
+            | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        rustix::mount::mount_bind(place.join("kept"), place.join("t/mounted")).unwrap();
+        let dir = Dir::open(&place).unwrap();
+        let error = dir.remove_tree("t").unwrap_err().to_string();
+        assert!(
+            error.contains("another file system is mounted there"),
+            "{error}"
+        );
+    };
+    std::thread::spawn(in_own_namespace).join().unwrap();
+    assert_eq!(dir.read_bounded("kept/f", 4).unwrap(), b"kept");
+    assert!(dir.remove_tree("t").unwrap());
+}
+
+#[test]
 fn a_lock_excludes_and_names_its_holder() {
     let (_temp, dir) = scratch();
     let held = dir.lock("l", LockKind::Exclusive, 0o644).unwrap();

@@ -415,9 +415,82 @@ async fn a_reservation_whose_caller_was_cancelled_is_given_back() {
     launcher.shutdown().await;
 }
 
-fn kill(pid: u32) {
+#[test]
+fn a_daemon_without_privileges_can_do_all_of_it() {
+    let Some(host) = TestHost::new() else { return };
+    let daemon = || {
+        let forked = ForkedLauncher::fork_in_tests(host.config("a")).unwrap();
+        // This thread only, and the ones the runtime makes from it.
+        let nobody = rustix::thread::Uid::from_raw(65534);
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        assert!(std::fs::write(host.run_dir().join("x"), "").is_err());
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let launcher = forked.attach().unwrap();
+            let slot = reserve(&launcher, "a", LeaseKind::Firm).await.unwrap();
+            let (spec, mut output) = shell(slot, "echo up; sleep 1000; true");
+            launcher.launch(spec).await.unwrap();
+            output.read_exact(&mut [0; 3]).unwrap();
+            assert!(launcher.memory(slot).await.unwrap().rss > 1 << 20);
+            assert_eq!(launcher.usage().await.unwrap().firm_count, 1);
+            let killed = launcher.kill(slot).await.unwrap().unwrap();
+            assert_eq!(killed.signal, Some(9));
+            launcher.release(slot).await.unwrap();
+            launcher.shutdown().await;
+        });
+        assert!(held_slots(host.run_dir()).unwrap().is_empty());
+    };
+    std::thread::scope(|scope| scope.spawn(daemon).join().unwrap());
+}
+
+#[tokio::test]
+async fn signals_of_a_terminal_or_a_service_manager_do_not_end_it() {
+    let Some(host) = TestHost::new() else { return };
+    let (launcher, launcher_pid) = start(&host, "a");
+    let slot = reserve(&launcher, "a", LeaseKind::Firm).await.unwrap();
+    use rustix::process::Signal;
+    let signals = [
+        Signal::INT,
+        Signal::TERM,
+        Signal::HUP,
+        Signal::QUIT,
+        Signal::USR1,
+        Signal::USR2,
+    ];
+    for signal in signals {
+        signal_to(launcher_pid, signal);
+    }
+    // What it ignores itself its children do not inherit.
+    let (spec, mut output) = shell(slot, "echo up; exec sleep 1000");
+    let process = launcher.launch(spec).await.unwrap();
+    output.read_exact(&mut [0; 3]).unwrap();
+    signal_to(process.pid, Signal::TERM);
+    let reaped = within_a_second(launcher.wait(slot)).await.unwrap();
+    assert_eq!(reaped.signal, Some(15));
+    launcher.shutdown().await;
+}
+
+#[test]
+fn it_is_not_forked_from_a_process_with_threads() {
+    let Some(host) = TestHost::new() else { return };
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let other = std::thread::spawn(move || stopped.recv());
+    let error = ForkedLauncher::fork(host.config("a")).unwrap_err();
+    assert!(error.to_string().contains("threads run already"), "{error}");
+    drop(stop);
+    assert!(other.join().unwrap().is_err());
+}
+
+fn signal_to(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
+fn kill(pid: u32) {
+    signal_to(pid, rustix::process::Signal::KILL);
 }
 
 /// Resolves when the process is gone or dead and unreaped.

@@ -164,8 +164,8 @@ fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
 
     fs::create_dir(place("/proc")).at("make /proc")?;
     let no_exec = quiet | MountFlags::NOEXEC;
-    // subset=pid leaves only processes, hidepid=2 only one's own. Kernels before 5.8 know neither as mount options of
-    // their own; those before 5.8 are refused by openat2's users long before.
+    // subset=pid leaves only processes, hidepid=2 only one's own: options of this mount alone since Linux 5.8, which
+    // is therefore the oldest that will do.
     rustix::mount::mount(
         "proc",
         place("/proc"),
