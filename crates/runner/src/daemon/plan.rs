@@ -238,20 +238,36 @@ impl Plan {
         {
             return;
         }
-        let Some(head) = self.waiting.next() else {
+        let Some((run, profile, slot)) = self.choose() else {
             return;
         };
-        let (run, profile) = (head.run_id, head.profile.clone());
-        let chosen = self
-            .idle_for(head)
-            .or_else(|| self.warm_for(&profile))
-            .map(|slot| (slot, self.take(slot)));
+        let chosen = slot.map(|slot| (slot, self.take(slot)));
         self.actions.push(Action::Admit {
             run,
             profile,
             slot: chosen.as_ref().map(|(slot, _)| *slot),
         });
         self.admitting = Some((run, chosen));
+    }
+
+    /// The job to admit next, and the VM that is there for it. A job whose VM is being prepared waits for that one:
+    /// another restore would only slow both down.
+    fn choose(&self) -> Option<(RunId, ProfileName, Option<SlotId>)> {
+        let mut spoken_for: BTreeMap<&ProfileName, u32> = BTreeMap::new();
+        for head in self.waiting.candidates() {
+            let profile = &head.profile;
+            let slot = self.idle_for(head).or_else(|| self.warm_for(profile));
+            if slot.is_none() {
+                let coming = self.pools.get(profile).map_or(0, Pool::preparing);
+                let taken = spoken_for.entry(profile).or_default();
+                if *taken < coming {
+                    *taken = taken.saturating_add(1);
+                    continue;
+                }
+            }
+            return Some((head.run_id, profile.clone(), slot));
+        }
+        None
     }
 
     fn reuse_key(&self, head: &JobHead) -> Option<Reuse> {
@@ -548,6 +564,10 @@ impl Plan {
         match outcome {
             Warmed::Ready(slot) => {
                 pool.succeeded();
+                // Somebody waited for it: it came too late.
+                if self.waiting.wants(&profile) {
+                    pool.missed(now);
+                }
                 self.vms.insert(slot, Vm::new(profile, VmState::Warm, now));
                 self.settle(slot, None, now);
             }

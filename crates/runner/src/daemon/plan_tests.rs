@@ -1,1 +1,868 @@
+//! Every order of events we could think of, without a VM, a file or a clock.
 
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use super::*;
+use crate::queue::Job;
+use crate::queue::test_support::fields;
+
+const SMALL: Resources = Resources {
+    vcpu: 1,
+    memory_mb: 256,
+    disk_mb: 100,
+};
+const BIG: Resources = Resources {
+    vcpu: 4,
+    memory_mb: 2048,
+    disk_mb: 100,
+};
+
+/// A plan, a clock, and the launcher's part of the world.
+struct Bench {
+    plan: Plan,
+    now: Instant,
+    slots: u16,
+    submitted: u64,
+    /// Everything the plan asked for and that was not looked at yet.
+    asked: Vec<Action>,
+    answered: Vec<JobResult>,
+}
+
+impl Bench {
+    fn with(change: impl FnOnce(&mut Rules)) -> Self {
+        let profile = |shape| ProfilePlan {
+            shape,
+            image: "image".to_owned(),
+            warm: WarmConfig { low: 0, high: 0 },
+        };
+        let mut rules = Rules {
+            group: "vm0/test".parse().unwrap(),
+            profiles: BTreeMap::from([
+                ("vm0/small".parse().unwrap(), profile(SMALL)),
+                ("vm0/big".parse().unwrap(), profile(BIG)),
+            ]),
+            limits: HostLimits {
+                total: Resources {
+                    vcpu: 4,
+                    memory_mb: 4096,
+                    disk_mb: 10_000,
+                },
+            },
+            max_concurrent: 0,
+            idle_timeout: Duration::from_secs(60),
+            idle_max: 2,
+            stop_timeout: Duration::from_secs(30),
+            parallel: 2,
+        };
+        change(&mut rules);
+        let now = Instant::now();
+        Self {
+            plan: Plan::new(rules, now),
+            now,
+            slots: 0,
+            submitted: 0,
+            asked: Vec::new(),
+            answered: Vec::new(),
+        }
+    }
+
+    fn new() -> Self {
+        Self::with(|_| ())
+    }
+
+    fn warm(low: u32, high: u32) -> Self {
+        Self::with(|rules| {
+            let small = rules.profiles.get_mut(&"vm0/small".parse().unwrap());
+            small.unwrap().warm = WarmConfig { low, high };
+        })
+    }
+
+    fn tell(&mut self, event: Event) {
+        let actions = self.plan.handle(event, self.now);
+        for action in &actions {
+            if let Action::Complete(result) = action {
+                self.answered.push(result.clone());
+            }
+        }
+        self.asked.extend(actions);
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.tell(Event::Time);
+    }
+
+    fn take<T>(&mut self, which: impl Fn(&Action) -> Option<T>) -> T {
+        let found = self.asked.iter().position(|action| which(action).is_some());
+        let Some(found) = found else {
+            panic!("not asked; asked were {:?}", self.asked)
+        };
+        which(&self.asked.remove(found)).unwrap()
+    }
+
+    fn nothing_asked(&self) {
+        assert!(self.asked.is_empty(), "{:?}", self.asked);
+    }
+
+    fn submit_with(&mut self, profile: &str, session: Option<&str>) -> Box<ClaimedJob> {
+        self.submitted += 1;
+        let mut fields = fields(RunId::random());
+        fields.profile = profile.parse().unwrap();
+        fields.session_id = session.map(|s| s.parse().unwrap());
+        let job = ClaimedJob {
+            job: Job::new(fields).unwrap(),
+            submitter: 1000,
+            submitted: SystemTime::UNIX_EPOCH + Duration::from_secs(self.submitted),
+        };
+        let head = JobHead::of(&job.job, job.submitter, job.submitted);
+        self.tell(Event::Found(head));
+        Box::new(job)
+    }
+
+    fn submit(&mut self, profile: &str) -> Box<ClaimedJob> {
+        self.submit_with(profile, None)
+    }
+
+    /// The launcher says yes. Returns the slot, and whether it is a VM that was there.
+    fn admit(&mut self) -> (RunId, SlotId, bool) {
+        let (run, asked) = self.take(|action| match action {
+            Action::Admit { run, slot, .. } => Some((*run, *slot)),
+            _ => None,
+        });
+        let slot = asked.unwrap_or_else(|| self.new_slot());
+        let usage = asked.is_none().then(HostUsage::default);
+        self.tell(Event::Admitted { run, slot, usage });
+        (run, slot, asked.is_some())
+    }
+
+    fn refuse(&mut self) -> RunId {
+        let run = self.take(|action| match action {
+            Action::Admit { run, .. } => Some(*run),
+            _ => None,
+        });
+        let usage = Some(HostUsage::default());
+        self.tell(Event::Refused { run, usage });
+        run
+    }
+
+    fn new_slot(&mut self) -> SlotId {
+        self.slots += 1;
+        SlotId(self.slots)
+    }
+
+    /// From a job in the queue to its executor at work.
+    fn start(&mut self, job: Box<ClaimedJob>) -> SlotId {
+        let run = job.job.run_id;
+        let (admitted, slot, _) = self.admit();
+        assert_eq!(admitted, run);
+        self.claim(job);
+        self.started(run);
+        slot
+    }
+
+    fn claim(&mut self, job: Box<ClaimedJob>) {
+        let run = job.job.run_id;
+        let claim = |a: &Action| matches!(a, Action::Claim(r) if *r == run).then_some(());
+        self.take(claim);
+        self.tell(Event::Claimed(job));
+    }
+
+    fn started(&mut self, run: RunId) -> SlotId {
+        self.take(|action| match action {
+            Action::Start { slot, job, .. } if job.job.run_id == run => Some(*slot),
+            _ => None,
+        })
+    }
+
+    fn end(&mut self, run: RunId, reusable: bool) {
+        let result = JobResult::exited(run, 0);
+        self.tell(Event::Ended { result, reusable });
+        self.complete(run);
+    }
+
+    fn complete(&mut self, run: RunId) {
+        self.take(|action| match action {
+            Action::Complete(result) if result.run_id == run => Some(()),
+            _ => None,
+        });
+        self.tell(Event::Completed(run));
+    }
+
+    fn destroyed(&mut self) -> SlotId {
+        let slot = self.take(|action| match action {
+            Action::Destroy(slot) => Some(*slot),
+            _ => None,
+        });
+        self.tell(Event::Released(slot));
+        slot
+    }
+
+    fn warmed(&mut self) -> SlotId {
+        let profile = self.take(|action| match action {
+            Action::Warm(profile) => Some(profile.clone()),
+            _ => None,
+        });
+        let slot = self.new_slot();
+        let outcome = Warmed::Ready(slot);
+        self.tell(Event::Warmed { profile, outcome });
+        slot
+    }
+
+    fn parked(&mut self) -> SlotId {
+        let slot = self.take(|action| match action {
+            Action::Park(slot) => Some(*slot),
+            _ => None,
+        });
+        self.tell(Event::Parked { slot, parked: true });
+        slot
+    }
+
+    fn cancels(&mut self) -> (RunId, CancelReason) {
+        self.take(|action| match action {
+            Action::Cancel { run, why } => Some((*run, *why)),
+            _ => None,
+        })
+    }
+}
+
+#[test]
+fn a_job_is_admitted_claimed_started_answered_and_its_vm_destroyed_in_this_order() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    let run = job.job.run_id;
+    let slot = bench.start(job);
+    assert_eq!(bench.plan.active_runs().len(), 1);
+    bench.nothing_asked();
+    bench.end(run, true);
+    // Without a session nobody could use the VM again.
+    assert_eq!(bench.destroyed(), slot);
+    bench.nothing_asked();
+    assert!(bench.plan.active_runs().is_empty());
+}
+
+#[test]
+fn every_claim_is_answered_exactly_once_whatever_is_said_twice() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    let run = job.job.run_id;
+    bench.start(job);
+    bench.tell(Event::Cancel(run));
+    bench.tell(Event::Cancel(run));
+    bench.tell(Event::Ended {
+        result: JobResult::cancelled(run),
+        reusable: false,
+    });
+    bench.tell(Event::Ended {
+        result: JobResult::exited(run, 0),
+        reusable: true,
+    });
+    bench.tell(Event::Cancel(run));
+    bench.tell(Event::LauncherGone);
+    assert_eq!(bench.answered, [JobResult::cancelled(run)]);
+}
+
+#[test]
+fn jobs_are_admitted_one_at_a_time_and_oldest_first() {
+    let mut bench = Bench::new();
+    let first = bench.submit("vm0/small");
+    let second = bench.submit("vm0/small");
+    let (run, _, _) = bench.admit();
+    assert_eq!(run, first.job.run_id);
+    let (run, _, _) = bench.admit();
+    assert_eq!(run, second.job.run_id);
+}
+
+#[test]
+fn a_refused_job_is_tried_again_when_room_comes_free_and_never_claimed_before() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/big");
+    bench.refuse();
+    bench.nothing_asked();
+    bench.tell(Event::Usage(HostUsage::default()));
+    let (run, _, _) = bench.admit();
+    assert_eq!(run, job.job.run_id);
+}
+
+#[test]
+fn a_job_that_the_launcher_failed_to_reserve_for_is_tried_again_after_a_while() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    let run = job.job.run_id;
+    bench.take(|a| matches!(a, Action::Admit { .. }).then_some(()));
+    bench.tell(Event::Refused { run, usage: None });
+    bench.nothing_asked();
+    assert_eq!(bench.plan.deadline(bench.now), Some(bench.now + RETRY));
+    bench.pass(RETRY);
+    assert_eq!(bench.admit().0, run);
+}
+
+#[test]
+fn max_concurrent_counts_the_jobs_of_this_runner() {
+    let mut bench = Bench::with(|rules| rules.max_concurrent = 1);
+    let first = bench.submit("vm0/small");
+    let run = first.job.run_id;
+    bench.submit("vm0/small");
+    bench.start(first);
+    bench.nothing_asked();
+    bench.end(run, false);
+    bench.admit();
+}
+
+#[test]
+fn a_job_that_is_withdrawn_while_its_lease_comes_gives_the_lease_back() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    bench.tell(Event::Gone(job.job.run_id));
+    let (_, slot, _) = bench.admit();
+    assert_eq!(bench.destroyed(), slot);
+    bench.nothing_asked();
+}
+
+#[test]
+fn a_lost_claim_returns_a_warm_vm_to_the_pool_and_destroys_a_new_slot() {
+    let mut bench = Bench::warm(1, 1);
+    bench.tell(Event::Time);
+    let warm = bench.warmed();
+    let job = bench.submit("vm0/small");
+    let (run, slot, existing) = bench.admit();
+    assert!(existing);
+    assert_eq!(slot, warm);
+    bench.take(|a| matches!(a, Action::Claim(_)).then_some(()));
+    bench.tell(Event::Lost(run));
+    bench.take(|a| matches!(a, Action::Demote(_)).then_some(()));
+    bench.tell(Event::Demoted { slot });
+    assert_eq!(bench.plan.warm_pools()[1].ready, 1);
+    assert!(bench.plan.active_runs().is_empty());
+    drop(job);
+
+    let big = bench.submit("vm0/big");
+    let (_, slot, existing) = bench.admit();
+    assert!(!existing);
+    bench.tell(Event::Lost(big.job.run_id));
+    assert_eq!(bench.destroyed(), slot);
+}
+
+#[test]
+fn a_job_that_was_rewritten_between_its_discovery_and_its_claim_is_refused() {
+    let mut bench = Bench::new();
+    let mut job = bench.submit("vm0/small");
+    let run = job.job.run_id;
+    bench.admit();
+    let mut changed = fields(run);
+    changed.environment.insert("NEW".to_owned(), String::new());
+    job.job = Job::new(changed).unwrap();
+    bench.claim(job);
+    bench.complete(run);
+    assert_eq!(bench.answered[0].exit_code, 1);
+    bench.destroyed();
+    bench.nothing_asked();
+}
+
+#[test]
+fn a_new_vm_is_made_only_when_the_revoked_ones_are_reaped() {
+    let mut bench = Bench::warm(2, 2);
+    bench.tell(Event::Time);
+    let (old, young) = (bench.warmed(), bench.warmed());
+    let job = bench.submit("vm0/big");
+    let run = job.job.run_id;
+    bench.take(|a| matches!(a, Action::Admit { .. }).then_some(()));
+    let slot = bench.new_slot();
+    // 256 MiB too much: one of the two has to go.
+    let usage = HostUsage {
+        firm: Resources {
+            memory_mb: 4096 - 256,
+            ..BIG
+        },
+        firm_count: 1,
+        revocable: Resources {
+            vcpu: 0,
+            memory_mb: 512,
+            disk_mb: 200,
+        },
+        revocable_count: 2,
+    };
+    bench.tell(Event::Admitted {
+        run,
+        slot,
+        usage: Some(usage),
+    });
+    bench.claim(job);
+    assert!(
+        !bench
+            .asked
+            .iter()
+            .any(|a| matches!(a, Action::Start { .. }))
+    );
+    assert_eq!(bench.destroyed(), old);
+    assert_eq!(bench.started(run), slot);
+    assert!(
+        !bench
+            .asked
+            .iter()
+            .any(|a| matches!(a, Action::Destroy(s) if *s == young))
+    );
+}
+
+#[test]
+fn pressure_of_another_runner_takes_our_paused_vms_once_and_not_the_whole_pool() {
+    let mut bench = Bench::warm(2, 2);
+    bench.tell(Event::Time);
+    let old = bench.warmed();
+    bench.warmed();
+    let pressed = HostUsage {
+        firm: Resources {
+            vcpu: 4,
+            memory_mb: 3700,
+            disk_mb: 0,
+        },
+        firm_count: 1,
+        revocable: Resources {
+            vcpu: 0,
+            memory_mb: 512,
+            disk_mb: 200,
+        },
+        revocable_count: 2,
+    };
+    bench.tell(Event::Usage(pressed));
+    // The same figures again, while the first one is being reaped: nothing more is taken.
+    bench.tell(Event::Usage(pressed));
+    assert_eq!(bench.destroyed(), old);
+    assert!(!bench.asked.iter().any(|a| matches!(a, Action::Destroy(_))));
+}
+
+#[test]
+fn a_vm_is_reused_only_when_everything_about_the_next_job_is_the_same() {
+    let mut bench = Bench::new();
+    let first = bench.submit_with("vm0/small", Some("s"));
+    let run = first.job.run_id;
+    bench.start(first);
+    bench.end(run, true);
+    let idle = bench.parked();
+    assert_eq!(bench.plan.idle_vms().len(), 1);
+
+    let other_session = bench.submit_with("vm0/small", Some("t"));
+    assert!(!bench.admit().2);
+    bench.tell(Event::Lost(other_session.job.run_id));
+    let other_profile = bench.submit_with("vm0/big", Some("s"));
+    assert!(!bench.admit().2);
+    bench.tell(Event::Lost(other_profile.job.run_id));
+
+    for change in [
+        (|head: &mut JobHead| head.submitter = 1001) as fn(&mut JobHead),
+        |head| head.variables.push("SECRET".to_owned()),
+    ] {
+        let mut fields = fields(RunId::random());
+        fields.session_id = Some("s".parse().unwrap());
+        let job = Job::new(fields).unwrap();
+        let mut head = JobHead::of(&job, 1000, SystemTime::UNIX_EPOCH);
+        change(&mut head);
+        let run = head.run_id;
+        bench.tell(Event::Found(head));
+        assert!(!bench.admit().2);
+        bench.tell(Event::Lost(run));
+    }
+
+    let same = bench.submit_with("vm0/small", Some("s"));
+    let (_, slot, existing) = bench.admit();
+    assert!(existing);
+    assert_eq!(slot, idle);
+    assert_eq!(same.job.session_id.as_ref().unwrap().as_str(), "s");
+}
+
+#[test]
+fn idle_vms_expire_and_the_oldest_goes_when_there_are_too_many() {
+    let mut bench = Bench::new();
+    let mut idle = Vec::new();
+    for session in ["a", "b", "c"] {
+        let job = bench.submit_with("vm0/small", Some(session));
+        let run = job.job.run_id;
+        bench.start(job);
+        bench.end(run, true);
+        idle.push(bench.parked());
+        bench.pass(Duration::from_secs(1));
+    }
+    assert_eq!(bench.destroyed(), idle[0]);
+    bench.nothing_asked();
+    bench.pass(Duration::from_secs(60));
+    assert_eq!([bench.destroyed(), bench.destroyed()], idle[1..]);
+    assert!(bench.plan.idle_vms().is_empty());
+}
+
+#[test]
+fn a_failed_job_s_vm_and_a_vm_that_could_not_be_parked_are_destroyed() {
+    let mut bench = Bench::new();
+    let job = bench.submit_with("vm0/small", Some("a"));
+    let run = job.job.run_id;
+    bench.start(job);
+    bench.end(run, false);
+    bench.destroyed();
+
+    let job = bench.submit_with("vm0/small", Some("a"));
+    let run = job.job.run_id;
+    let slot = bench.start(job);
+    bench.end(run, true);
+    bench.take(|a| matches!(a, Action::Park(_)).then_some(()));
+    let parked = false;
+    bench.tell(Event::Parked { slot, parked });
+    assert_eq!(bench.destroyed(), slot);
+}
+
+#[test]
+fn a_pool_is_filled_to_its_mark_grows_with_misses_and_waits_while_a_job_starts() {
+    let mut bench = Bench::warm(1, 2);
+    bench.tell(Event::Time);
+    bench.warmed();
+    bench.nothing_asked();
+    let (first, second) = (bench.submit("vm0/small"), bench.submit("vm0/small"));
+    bench.start(first);
+    let (_, _, existing) = bench.admit();
+    assert!(!existing);
+    bench.claim(second);
+    bench.asked.retain(|a| !matches!(a, Action::Start { .. }));
+    bench.nothing_asked();
+    let deadline = bench.plan.deadline(bench.now);
+    assert_eq!(deadline, Some(bench.now + REFILL_QUIET));
+    bench.pass(REFILL_QUIET);
+    bench.warmed();
+    bench.warmed();
+    bench.nothing_asked();
+    assert_eq!(bench.plan.warm_pools()[1].target, 2);
+}
+
+#[test]
+fn a_job_waits_for_the_vm_that_is_being_prepared_rather_than_making_another() {
+    let mut bench = Bench::warm(1, 2);
+    bench.tell(Event::Time);
+    let job = bench.submit("vm0/small");
+    assert!(
+        !bench
+            .asked
+            .iter()
+            .any(|a| matches!(a, Action::Admit { .. }))
+    );
+    // A second one has nothing to wait for.
+    let second = bench.submit("vm0/small");
+    assert_eq!(bench.admit().0, second.job.run_id);
+    let warm = bench.warmed();
+    let (run, slot, existing) = bench.admit();
+    assert_eq!((run, slot, existing), (job.job.run_id, warm, true));
+}
+
+#[test]
+fn a_preparation_that_fails_does_not_keep_the_job_that_waited_for_it() {
+    let mut bench = Bench::warm(1, 1);
+    bench.tell(Event::Time);
+    let job = bench.submit("vm0/small");
+    bench.take(|a| matches!(a, Action::Warm(_)).then_some(()));
+    bench.tell(Event::Warmed {
+        profile: "vm0/small".parse().unwrap(),
+        outcome: Warmed::Failed("no".to_owned()),
+    });
+    assert_eq!(bench.admit().0, job.job.run_id);
+    assert_eq!(bench.plan.warm_pools()[1].last_error.as_deref(), Some("no"));
+}
+
+#[test]
+fn a_warm_vm_that_dies_is_replaced_later_and_one_that_dies_in_use_is_left_to_its_executor() {
+    let mut bench = Bench::warm(1, 1);
+    bench.tell(Event::Time);
+    let slot = bench.warmed();
+    let reason = "killed".to_owned();
+    bench.tell(Event::VmDied { slot, reason });
+    assert_eq!(bench.destroyed(), slot);
+    bench.nothing_asked();
+    bench.pass(Duration::from_secs(1));
+    let slot = bench.warmed();
+    let job = bench.submit("vm0/small");
+    bench.start(job);
+    let reason = "killed".to_owned();
+    bench.tell(Event::VmDied { slot, reason });
+    bench.nothing_asked();
+}
+
+#[test]
+fn draining_keeps_runs_drops_paused_vms_claims_nothing_and_can_be_resumed() {
+    let mut bench = Bench::warm(1, 1);
+    bench.tell(Event::Time);
+    bench.warmed();
+    let running = bench.submit_with("vm0/big", Some("s"));
+    let run = running.job.run_id;
+    bench.start(running);
+    bench.tell(Event::Drain);
+    bench.destroyed();
+    bench.submit("vm0/small");
+    bench.pass(Duration::from_secs(3600));
+    bench.nothing_asked();
+    // Cancelling works while draining, and nothing is parked.
+    bench.tell(Event::Cancel(run));
+    assert_eq!(bench.cancels(), (run, CancelReason::User));
+    bench.end(run, true);
+    bench.destroyed();
+    assert_eq!(bench.plan.mode(), Mode::Draining);
+    bench.tell(Event::Resume);
+    assert_eq!(bench.plan.mode(), Mode::Running);
+    bench.admit();
+}
+
+#[test]
+fn stopping_finishes_runs_cancels_them_at_the_limit_and_leaves_when_all_is_reaped() {
+    let mut bench = Bench::new();
+    let (first, second) = (bench.submit("vm0/small"), bench.submit("vm0/small"));
+    let waiting = bench.submit("vm0/small");
+    let runs = [first.job.run_id, second.job.run_id];
+    bench.start(first);
+    bench.start(second);
+    // The third is being admitted when the signal comes: its lease is given back.
+    bench.tell(Event::Stop);
+    bench.admit();
+    bench.tell(Event::Lost(waiting.job.run_id));
+    bench.asked.retain(|a| !matches!(a, Action::Claim(_)));
+    bench.destroyed();
+    bench.end(runs[0], true);
+    bench.destroyed();
+    bench.nothing_asked();
+    bench.pass(Duration::from_secs(30));
+    assert_eq!(bench.cancels(), (runs[1], CancelReason::Stopping));
+    assert_eq!(bench.plan.exit(), None);
+    bench.end(runs[1], true);
+    assert_eq!(bench.plan.exit(), None);
+    bench.destroyed();
+    assert_eq!(bench.plan.exit(), Some(0));
+    assert_eq!(bench.plan.mode(), Mode::Stopped);
+}
+
+#[test]
+fn a_second_signal_cancels_at_once() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    let run = job.job.run_id;
+    bench.start(job);
+    bench.tell(Event::Stop);
+    bench.nothing_asked();
+    bench.tell(Event::Stop);
+    assert_eq!(bench.cancels(), (run, CancelReason::Stopping));
+}
+
+#[test]
+fn without_its_launcher_the_daemon_answers_every_run_and_fails() {
+    let mut bench = Bench::new();
+    let (running, claiming) = (bench.submit("vm0/small"), bench.submit("vm0/small"));
+    let (first, second) = (running.job.run_id, claiming.job.run_id);
+    bench.start(running);
+    bench.admit();
+    bench.tell(Event::LauncherGone);
+    assert_eq!(bench.plan.exit(), None);
+    // The second was on its way to being claimed: it is answered as soon as it is ours.
+    bench.tell(Event::Claimed(claiming));
+    bench.complete(first);
+    bench.complete(second);
+    assert_eq!(bench.plan.exit(), Some(1));
+    assert_eq!(bench.answered.len(), 2);
+    assert!(bench.answered.iter().all(|r| r.exit_code == 1));
+    assert!(
+        bench.answered[0]
+            .error
+            .as_ref()
+            .unwrap()
+            .contains("launcher")
+    );
+}
+
+#[test]
+fn a_job_cancelled_while_room_is_made_for_it_never_starts() {
+    let mut bench = Bench::warm(1, 1);
+    bench.tell(Event::Time);
+    bench.warmed();
+    let job = bench.submit("vm0/big");
+    let run = job.job.run_id;
+    bench.take(|a| matches!(a, Action::Admit { .. }).then_some(()));
+    let slot = bench.new_slot();
+    let usage = HostUsage {
+        firm: Resources {
+            memory_mb: 4096,
+            ..BIG
+        },
+        revocable: SMALL,
+        ..HostUsage::default()
+    };
+    bench.tell(Event::Admitted {
+        run,
+        slot,
+        usage: Some(usage),
+    });
+    bench.claim(job);
+    bench.tell(Event::Cancel(run));
+    bench.complete(run);
+    bench.destroyed();
+    bench.destroyed();
+    assert!(
+        !bench
+            .asked
+            .iter()
+            .any(|a| matches!(a, Action::Start { .. }))
+    );
+    assert_eq!(bench.answered, [JobResult::cancelled(run)]);
+}
+
+mod any_order {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Random jobs and random events in any order: every claimed job is answered once, no slot is used by two
+        /// runs, none is destroyed twice, and stopping ends.
+        #[test]
+        fn claims_are_paired_with_answers_and_slots_with_releases(
+            steps in proptest::collection::vec((0u8..16, any::<u8>()), 1..200)
+        ) {
+            let mut bench = Bench::warm(1, 3);
+            bench.plan.rules.max_concurrent = 4;
+            let mut jobs: HashMap<RunId, Box<ClaimedJob>> = HashMap::new();
+            let mut world = World::default();
+            for (step, pick) in steps {
+                match step {
+                    0 | 1 => {
+                        let profile = if pick % 4 == 0 { "vm0/big" } else { "vm0/small" };
+                        let session = (pick % 3 == 0).then_some("s");
+                        let job = bench.submit_with(profile, session);
+                        jobs.insert(job.job.run_id, job);
+                    }
+                    2 => {
+                        if let Some(run) = world.any(pick) { bench.tell(Event::Cancel(run)); }
+                    }
+                    3 => bench.pass(Duration::from_millis(u64::from(pick) * 300)),
+                    4 if pick < 30 => bench.tell(Event::Drain),
+                    4 => bench.tell(Event::Resume),
+                    5 => bench.tell(Event::Usage(HostUsage {
+                        firm: Resources { vcpu: 0, memory_mb: u64::from(pick) * 20, disk_mb: 0 },
+                        ..HostUsage::default()
+                    })),
+                    _ => world.step(&mut bench, &mut jobs, pick)?,
+                }
+            }
+            bench.tell(Event::Stop);
+            bench.tell(Event::Stop);
+            for _ in 0..2000 {
+                if bench.plan.exit().is_some() { break; }
+                if bench.asked.is_empty() && world.executing.is_empty() {
+                    bench.pass(Duration::from_secs(1));
+                } else if bench.asked.is_empty() {
+                    let run = world.any(0).unwrap();
+                    world.end(&mut bench, run, false);
+                } else {
+                    world.step(&mut bench, &mut jobs, 255)?;
+                }
+            }
+            prop_assert_eq!(bench.plan.exit(), Some(0));
+            prop_assert!(world.slots.is_empty(), "{:?}", world.slots);
+            let mut answered: Vec<RunId> = bench.answered.iter().map(|r| r.run_id).collect();
+            answered.sort();
+            world.claimed.sort();
+            prop_assert_eq!(answered, world.claimed);
+        }
+    }
+
+    #[derive(Debug, Default)]
+    struct World {
+        slots: BTreeSet<SlotId>,
+        executing: Vec<(RunId, SlotId)>,
+        claimed: Vec<RunId>,
+    }
+
+    impl World {
+        fn any(&self, pick: u8) -> Option<RunId> {
+            let count = self.executing.len().max(1);
+            self.executing.get(usize::from(pick) % count).map(|e| e.0)
+        }
+
+        fn end(&mut self, bench: &mut Bench, run: RunId, reusable: bool) {
+            self.executing.retain(|(r, _)| *r != run);
+            let result = JobResult::exited(run, 0);
+            bench.tell(Event::Ended { result, reusable });
+        }
+
+        /// Does one of the things that were asked for, or ends a job.
+        fn step(
+            &mut self,
+            bench: &mut Bench,
+            jobs: &mut HashMap<RunId, Box<ClaimedJob>>,
+            pick: u8,
+        ) -> Result<(), TestCaseError> {
+            if bench.asked.is_empty() {
+                if let Some(run) = self.any(pick) {
+                    self.end(bench, run, pick % 2 == 0);
+                }
+                return Ok(());
+            }
+            let chosen = usize::from(pick) % bench.asked.len();
+            match bench.asked.remove(chosen) {
+                Action::Admit { run, slot, .. } => {
+                    if pick % 7 == 0 {
+                        bench.tell(Event::Refused {
+                            run,
+                            usage: Some(HostUsage::default()),
+                        });
+                        return Ok(());
+                    }
+                    let usage = slot.is_none().then(HostUsage::default);
+                    let slot = slot.unwrap_or_else(|| bench.new_slot());
+                    self.slots.insert(slot);
+                    bench.tell(Event::Admitted { run, slot, usage });
+                }
+                Action::Claim(run) => match jobs.remove(&run) {
+                    Some(job) if pick % 5 != 0 => {
+                        self.claimed.push(run);
+                        bench.tell(Event::Claimed(job));
+                    }
+                    _ => bench.tell(Event::Lost(run)),
+                },
+                Action::Start { slot, job, .. } => {
+                    prop_assert!(self.slots.contains(&slot));
+                    prop_assert!(
+                        !self.executing.iter().any(|(_, s)| *s == slot),
+                        "{slot:?} twice"
+                    );
+                    self.executing.push((job.job.run_id, slot));
+                }
+                Action::Cancel { run, why } => {
+                    if self.executing.iter().any(|(r, _)| *r == run) {
+                        self.executing.retain(|(r, _)| *r != run);
+                        let result = why.result(run);
+                        bench.tell(Event::Ended {
+                            result,
+                            reusable: false,
+                        });
+                    }
+                }
+                Action::Complete(result) => bench.tell(Event::Completed(result.run_id)),
+                Action::Warm(profile) => {
+                    let outcome = match pick % 4 {
+                        0 => Warmed::NoRoom,
+                        1 => Warmed::Failed("no".to_owned()),
+                        _ => {
+                            let slot = bench.new_slot();
+                            self.slots.insert(slot);
+                            Warmed::Ready(slot)
+                        }
+                    };
+                    bench.tell(Event::Warmed { profile, outcome });
+                }
+                Action::Park(slot) => bench.tell(Event::Parked {
+                    slot,
+                    parked: pick % 3 != 0,
+                }),
+                Action::Demote(slot) => bench.tell(Event::Demoted { slot }),
+                Action::Destroy(slot) => {
+                    prop_assert!(self.slots.remove(&slot), "{slot:?} destroyed twice");
+                    prop_assert!(
+                        !self.executing.iter().any(|(_, s)| *s == slot),
+                        "{slot:?} in use"
+                    );
+                    bench.tell(Event::Released(slot));
+                }
+            }
+            Ok(())
+        }
+    }
+}

@@ -50,20 +50,21 @@ impl Waiting {
         Some(self.jobs.remove(&(submitted, id))?.head)
     }
 
-    /// Whose turn it is, if anybody's.
-    pub(super) fn next(&self) -> Option<&JobHead> {
+    /// Those that may be admitted now, in the order in which they should be tried.
+    pub(super) fn candidates(&self) -> impl Iterator<Item = &JobHead> {
         let mut too_large: HashSet<&ProfileName> = HashSet::new();
-        for entry in self.jobs.values() {
+        let mut barrier = false;
+        self.jobs.values().filter_map(move |entry| {
             if entry.blocked {
-                if entry.overtaken >= MAX_OVERTAKES {
-                    return None;
-                }
+                barrier |= entry.overtaken >= MAX_OVERTAKES;
                 too_large.insert(&entry.head.profile);
-            } else if !too_large.contains(&entry.head.profile) {
-                return Some(&entry.head);
+                None
+            } else if barrier || too_large.contains(&entry.head.profile) {
+                None
+            } else {
+                Some(&entry.head)
             }
-        }
-        None
+        })
     }
 
     /// It was tried and did not fit.
@@ -96,6 +97,13 @@ impl Waiting {
         self.jobs.values().any(|entry| entry.blocked)
     }
 
+    /// Whether a job of this profile waits.
+    pub(super) fn wants(&self, profile: &ProfileName) -> bool {
+        self.jobs
+            .values()
+            .any(|entry| entry.head.profile == *profile)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.jobs.len()
     }
@@ -121,6 +129,10 @@ mod tests {
         }
     }
 
+    fn first(waiting: &Waiting) -> Option<RunId> {
+        waiting.candidates().next().map(|head| head.run_id)
+    }
+
     #[test]
     fn the_oldest_is_next_whatever_order_they_came_in() {
         let mut waiting = Waiting::default();
@@ -129,9 +141,9 @@ mod tests {
         waiting.add(old.clone());
         waiting.add(old.clone());
         assert_eq!(waiting.len(), 2);
-        assert_eq!(waiting.next().unwrap().run_id, old.run_id);
+        assert_eq!(first(&waiting).unwrap(), old.run_id);
         waiting.admit(old.run_id).unwrap();
-        assert_eq!(waiting.next().unwrap().run_id, young.run_id);
+        assert_eq!(first(&waiting).unwrap(), young.run_id);
     }
 
     #[test]
@@ -146,15 +158,15 @@ mod tests {
             let small = head("vm0/small", 10 + second);
             waiting.add(small.clone());
             // Not the second big one: it would not fit either.
-            assert_eq!(waiting.next().unwrap().run_id, small.run_id);
+            assert_eq!(first(&waiting).unwrap(), small.run_id);
             waiting.admit(small.run_id).unwrap();
             waiting.unblock();
-            assert_eq!(waiting.next().unwrap().run_id, big.run_id);
+            assert_eq!(first(&waiting).unwrap(), big.run_id);
         }
         waiting.block(big.run_id);
         waiting.add(head("vm0/small", 99));
-        assert!(waiting.next().is_none());
+        assert!(first(&waiting).is_none());
         waiting.unblock();
-        assert_eq!(waiting.next().unwrap().run_id, big.run_id);
+        assert_eq!(first(&waiting).unwrap(), big.run_id);
     }
 }
