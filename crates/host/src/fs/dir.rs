@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
@@ -12,9 +12,6 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 
 use super::error::FsError;
-
-/// How deep [`Dir::remove_tree`] goes: each level holds one descriptor open.
-const MAX_TREE_DEPTH: usize = 200;
 
 /// A directory held open by descriptor. Paths given to its methods are relative to it and cannot leave it.
 ///
@@ -165,7 +162,7 @@ impl Dir {
         self.open_dir_with(rel.as_ref(), ResolveFlags::empty())
     }
 
-    fn open_dir_with(&self, rel: &Path, extra: ResolveFlags) -> Result<Dir, FsError> {
+    pub(super) fn open_dir_with(&self, rel: &Path, extra: ResolveFlags) -> Result<Dir, FsError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let fd = self.openat2(rel, flags, 0, extra, "opened")?;
         Ok(Dir {
@@ -432,49 +429,6 @@ impl Dir {
             Err(Errno::NOENT) => Ok(false),
             Err(e) => Err(io_plain(&self.display_path(rel), "removed", e)),
         }
-    }
-
-    /// Removes `rel` and everything below it, without following links and without entering another mount; false if
-    /// it was not there.
-    pub fn remove_tree(&self, rel: impl AsRef<Path>) -> Result<bool, FsError> {
-        self.remove_tree_at(rel.as_ref(), 0)
-    }
-
-    fn remove_tree_at(&self, rel: &Path, depth: usize) -> Result<bool, FsError> {
-        match self.remove_file(rel) {
-            Err(e) if e.kind() == Some(io::ErrorKind::IsADirectory) => {}
-            other => return other,
-        }
-        if depth > MAX_TREE_DEPTH {
-            return Err(FsError::io(
-                &self.display_path(rel),
-                "removed",
-                Errno::NAMETOOLONG,
-            ));
-        }
-        let dir = match self.open_dir_with(rel, ResolveFlags::NO_XDEV) {
-            Ok(dir) => dir,
-            Err(e) if e.is_not_found() => return Ok(false),
-            Err(FsError::Escapes { path }) => {
-                return Err(FsError::Io {
-                    path,
-                    action: "removed",
-                    source: io::Error::other("another file system is mounted there"),
-                });
-            }
-            Err(e) => return Err(e),
-        };
-        // Somebody may be adding names while we remove: a bounded number of passes, then the error stands.
-        for _ in 0..8 {
-            for entry in dir.list()? {
-                dir.remove_tree_at(Path::new(&entry.name), depth.saturating_add(1))?;
-            }
-            match self.remove_dir(rel) {
-                Err(e) if e.kind() == Some(io::ErrorKind::DirectoryNotEmpty) => {}
-                other => return other,
-            }
-        }
-        self.remove_dir(rel)
     }
 
     /// Metadata of whatever stands there (a symbolic link's own), or nothing.

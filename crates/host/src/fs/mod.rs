@@ -9,6 +9,7 @@ mod dir;
 mod error;
 mod lock;
 mod socket;
+mod tree;
 
 pub use dir::{Access, Dir, Entry, EntryKind};
 pub use error::FsError;
