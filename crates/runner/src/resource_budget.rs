@@ -330,11 +330,6 @@ impl Lease {
         self.slot
     }
 
-    /// What it takes.
-    pub(crate) fn resources(&self) -> Resources {
-        self.resources
-    }
-
     /// Turns a warm or idle VM's lease into a job's. `false`: no room for one more job now; nothing changed.
     pub(crate) async fn make_firm(&mut self, run: RunId) -> Result<bool, LauncherError> {
         let Some(shared) = &self.shared else {

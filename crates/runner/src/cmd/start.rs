@@ -122,14 +122,17 @@ fn only_one(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
 const LOCK: &str = "runner.lock";
 
 fn log_to_file(home: &Home, name: &RunnerName) -> Result<(), CliError> {
-    let logs = home.logs()?;
-    let file_name = format!("runner-{name}.log");
-    if let Some(meta) = logs.metadata(&file_name)?
+    home.logs()?;
+    let path = rel::runner_log(name);
+    if let Some(meta) = home.dir().metadata(&path)?
         && meta.len() > LOG_ROTATE
     {
-        logs.rename(&file_name, &logs, format!("{file_name}.1"))?;
+        let old = path.with_extension("log.1");
+        home.dir().rename(&path, home.dir(), old)?;
     }
-    let file: File = logs.open_file(&file_name, Access::Append { mode: 0o600 })?;
+    let file: File = home
+        .dir()
+        .open_file(&path, Access::Append { mode: 0o600 })?;
     let filter =
         EnvFilter::try_from_env("VM0_RUNNER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let _ = tracing_subscriber::fmt()

@@ -26,10 +26,6 @@ use crate::status::{Phase, Status, StatusWriter, Time};
 #[derive(Debug)]
 pub(crate) enum Message {
     /// Nothing changes hands.
-    #[expect(
-        private_interfaces,
-        reason = "only the daemon's own modules make or read messages"
-    )]
     Event(Event),
     /// A job's lease is firm.
     Admitted {

@@ -93,6 +93,21 @@ struct Vm {
     since_time: Time,
 }
 
+/// A VM that was set aside for a job.
+#[derive(Debug)]
+struct Chosen {
+    slot: SlotId,
+    /// What it was kept for, if it goes back there.
+    idle: Option<Reuse>,
+}
+
+/// A job whose lease is on its way.
+#[derive(Debug)]
+struct Admitting {
+    run: RunId,
+    vm: Option<Chosen>,
+}
+
 #[derive(Debug)]
 enum Stage {
     Claiming {
@@ -127,7 +142,7 @@ pub(super) struct Plan {
     mode: Mode,
     waiting: Waiting,
     /// The one job that is being admitted, and the VM that was set aside for it. One at a time keeps the order.
-    admitting: Option<(RunId, Option<(SlotId, Option<Reuse>)>)>,
+    admitting: Option<Admitting>,
     runs: HashMap<RunId, Run>,
     vms: BTreeMap<SlotId, Vm>,
     pools: BTreeMap<ProfileName, Pool>,
@@ -241,13 +256,12 @@ impl Plan {
         let Some((run, profile, slot)) = self.choose() else {
             return;
         };
-        let chosen = slot.map(|slot| (slot, self.take(slot)));
-        self.actions.push(Action::Admit {
-            run,
-            profile,
-            slot: chosen.as_ref().map(|(slot, _)| *slot),
+        self.actions.push(Action::Admit { run, profile, slot });
+        let vm = slot.map(|slot| Chosen {
+            slot,
+            idle: self.take(slot),
         });
-        self.admitting = Some((run, chosen));
+        self.admitting = Some(Admitting { run, vm });
     }
 
     /// The job to admit next, and the VM that is there for it. A job whose VM is being prepared waits for that one:
@@ -309,7 +323,7 @@ impl Plan {
 
     fn on_admitted(&mut self, id: RunId, slot: SlotId, usage: Option<HostUsage>, now: Instant) {
         let chosen = match self.admitting.take() {
-            Some((run, chosen)) if run == id => chosen,
+            Some(admitting) if admitting.run == id => admitting.vm,
             other => {
                 // The provider broke meanwhile, and we are on our way out.
                 self.admitting = other;
@@ -320,7 +334,7 @@ impl Plan {
         // It may have been taken back, or cancelled and answered, while its lease was on its way.
         let Some(head) = self.waiting.admit(id) else {
             match chosen {
-                Some((slot, idle)) => self.give_back(slot, idle, now),
+                Some(vm) => self.give_back(vm.slot, vm.idle, now),
                 None => self.add_vm_for_nobody(slot, now),
             }
             return;
@@ -342,7 +356,7 @@ impl Plan {
                 head,
                 slot,
                 stage: Stage::Claiming {
-                    idle: chosen.and_then(|(_, idle)| idle),
+                    idle: chosen.and_then(|vm| vm.idle),
                     fresh,
                 },
                 evicting,
@@ -363,12 +377,11 @@ impl Plan {
     }
 
     fn on_refused(&mut self, id: RunId, usage: Option<HostUsage>, now: Instant) {
-        if let Some((run, chosen)) = self.admitting.take()
-            && run == id
-            && let Some((slot, idle)) = chosen
+        if let Some(admitting) = self.admitting.take_if(|admitting| admitting.run == id)
+            && let Some(vm) = admitting.vm
         {
             // Its lease was never made firm.
-            self.settle(slot, idle, now);
+            self.settle(vm.slot, vm.idle, now);
         }
         match usage {
             Some(usage) => self.usage = usage,
@@ -777,11 +790,6 @@ impl Plan {
     /// The daemon's exit status, once it is done.
     pub(super) fn exit(&self) -> Option<u8> {
         self.exit
-    }
-
-    /// Why the daemon has failed, if it has.
-    pub(super) fn failure(&self) -> Option<&str> {
-        self.failed.as_deref()
     }
 
     // ── what others see ────────────────────────────────────────────────────────────────────────────────────

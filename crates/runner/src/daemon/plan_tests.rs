@@ -723,8 +723,8 @@ mod any_order {
             for (step, pick) in steps {
                 match step {
                     0 | 1 => {
-                        let profile = if pick % 4 == 0 { "vm0/big" } else { "vm0/small" };
-                        let session = (pick % 3 == 0).then_some("s");
+                        let profile = if pick.is_multiple_of(4) { "vm0/big" } else { "vm0/small" };
+                        let session = (pick.is_multiple_of(3)).then_some("s");
                         let job = bench.submit_with(profile, session);
                         jobs.insert(job.job.run_id, job);
                     }
@@ -791,14 +791,14 @@ mod any_order {
         ) -> Result<(), TestCaseError> {
             if bench.asked.is_empty() {
                 if let Some(run) = self.any(pick) {
-                    self.end(bench, run, pick % 2 == 0);
+                    self.end(bench, run, pick.is_multiple_of(2));
                 }
                 return Ok(());
             }
             let chosen = usize::from(pick) % bench.asked.len();
             match bench.asked.remove(chosen) {
                 Action::Admit { run, slot, .. } => {
-                    if pick % 7 == 0 {
+                    if pick.is_multiple_of(7) {
                         bench.tell(Event::Refused {
                             run,
                             usage: Some(HostUsage::default()),
@@ -811,7 +811,7 @@ mod any_order {
                     bench.tell(Event::Admitted { run, slot, usage });
                 }
                 Action::Claim(run) => match jobs.remove(&run) {
-                    Some(job) if pick % 5 != 0 => {
+                    Some(job) if !pick.is_multiple_of(5) => {
                         self.claimed.push(run);
                         bench.tell(Event::Claimed(job));
                     }
@@ -850,7 +850,7 @@ mod any_order {
                 }
                 Action::Park(slot) => bench.tell(Event::Parked {
                     slot,
-                    parked: pick % 3 != 0,
+                    parked: !pick.is_multiple_of(3),
                 }),
                 Action::Demote(slot) => bench.tell(Event::Demoted { slot }),
                 Action::Destroy(slot) => {

@@ -115,7 +115,8 @@ pub(crate) fn watch_host(mailbox: &Mailbox, launcher: Launcher, run_dir: PathBuf
 fn slot_changes(run_dir: &Path) -> io::Result<AsyncFd<Watch>> {
     let mut watch = Watch::new()?;
     watch.add(&Dir::open(run_dir)?)?;
-    AsyncFd::with_interest(watch, Interest::READABLE)
+    // SAFETY: the inotify descriptor is open, and the `AsyncFd` owns it, until both are dropped together.
+    Ok(unsafe { AsyncFd::register_with_interest(watch, Interest::READABLE) }?)
 }
 
 async fn changed(changes: &mut Option<AsyncFd<Watch>>) {

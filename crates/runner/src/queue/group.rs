@@ -9,6 +9,7 @@ use host::fs::{Access, Dir, EntryKind, FsError};
 use super::job::{Job, JobError};
 use super::registry::{self, LiveRunner};
 use super::result::{JobResult, MAX_RESULT_BYTES};
+#[cfg(test)]
 use super::watch::Watch;
 use crate::names::{ProfileName, RunId};
 
@@ -214,11 +215,6 @@ impl GroupQueue {
         Ok(removed)
     }
 
-    /// Whether the job's file is there.
-    pub(crate) fn has_job(&self, id: RunId) -> Result<bool, QueueError> {
-        Ok(self.dir.metadata(job_name(id))?.is_some())
-    }
-
     /// Whether a runner, alive or not, has taken the job and its answer is not complete.
     pub(crate) fn is_claimed(&self, id: RunId) -> Result<bool, QueueError> {
         Ok(match self.own_dir(CLAIMS)? {
@@ -278,6 +274,7 @@ impl GroupQueue {
         })
     }
 
+    #[cfg(test)]
     /// A watch that wakes when a result appears, or when the runner's directories do. Look once after making it.
     pub(crate) fn watch_results(&self) -> Result<Watch, QueueError> {
         let mut watch = Watch::new().map_err(QueueError::Watch)?;

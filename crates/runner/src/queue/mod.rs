@@ -18,11 +18,8 @@ mod runner;
 mod watch;
 
 pub(crate) use group::{GroupQueue, JobState, Listed, QueueError};
-pub(crate) use job::{
-    Job, JobError, JobFields, MAX_COLLECT, MAX_JOB_BYTES, MAX_PROMPT_BYTES, MAX_STRING_BYTES,
-    is_reserved,
-};
-pub(crate) use registry::{LiveRunner, Registration};
+pub(crate) use job::{Job, JobFields, MAX_PROMPT_BYTES, MAX_STRING_BYTES, is_reserved};
+pub(crate) use registry::LiveRunner;
 pub(crate) use result::JobResult;
 pub(crate) use runner::{Claim, ClaimedJob, JobHead, Look, RunnerQueue, Scan};
 pub(crate) use watch::{Change, Watch};

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use host::fs::Dir;
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// One thing that happened in a watched directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,8 +77,10 @@ impl Watch {
         }
     }
 
+    #[cfg(test)]
     /// Blocks until something happened or `milliseconds` have passed; says whether something did.
     pub(crate) fn wait(&self, milliseconds: u32) -> io::Result<bool> {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let limit = Timespec {
             tv_sec: i64::from(milliseconds / 1000),
             tv_nsec: i64::from(milliseconds % 1000) * 1_000_000,
