@@ -1,6 +1,7 @@
 //! A host of a test's own, with the built runner on it.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -79,6 +80,37 @@ fn link_tree(from: &Path, to: &Path) {
     fs::set_permissions(to, mode).expect("our directory");
 }
 
+/// Bytes of all files below a directory.
+fn size_of(directory: &Path) -> u64 {
+    fs::read_dir(directory)
+        .expect("images can be read")
+        .flatten()
+        .map(|entry| {
+            let kind = entry.file_type().expect("a file type");
+            if kind.is_dir() {
+                size_of(&entry.path())
+            } else {
+                entry.metadata().expect("its size").len()
+            }
+        })
+        .sum()
+}
+
+fn mount_tmpfs(at: &Path, bytes: u64) {
+    let mounted = Command::new("mount")
+        .args([
+            "-t",
+            "tmpfs",
+            "-o",
+            &format!("mode=0700,size={bytes}"),
+            "tmpfs",
+        ])
+        .arg(at)
+        .status()
+        .expect("mount is installed");
+    assert!(mounted.success(), "a tmpfs on {}", at.display());
+}
+
 /// A host being put together.
 pub struct HostBuilder {
     name: String,
@@ -90,6 +122,7 @@ pub struct HostBuilder {
     options: Vec<(&'static str, String)>,
     environment: Vec<(String, String)>,
     owner: Option<u32>,
+    own_file_system: Option<u64>,
     range: Option<Arc<RunRange>>,
 }
 
@@ -105,6 +138,7 @@ impl Default for HostBuilder {
             options: Vec::new(),
             environment: vec![("USE_MOCK_CLAUDE".to_owned(), "true".to_owned())],
             owner: None,
+            own_file_system: None,
             range: None,
         }
     }
@@ -172,6 +206,13 @@ impl HostBuilder {
         self
     }
 
+    /// The home on a file system of its own with this much room beside the images, MiB. Only in a mount namespace of
+    /// the test's own: see [`crate::in_own_mounts`].
+    pub fn own_file_system(mut self, room_mb: u64) -> Self {
+        self.own_file_system = Some(room_mb);
+        self
+    }
+
     /// The same machine as `other`: its run directory, so its slots and its budget.
     pub fn beside(mut self, other: &Host) -> Self {
         self.range = Some(other.range.clone());
@@ -227,6 +268,10 @@ impl HostBuilder {
             .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(&homes)
             .expect("a home can be made");
+        if let Some(room_mb) = self.own_file_system {
+            let size = size_of(&images().join("images")) + (room_mb << 20);
+            mount_tmpfs(home.path(), size);
+        }
         link_tree(&images().join("images"), &home.path().join("images"));
         let queue = home.path().join("groups").join(&self.group);
         let runner = home.path().join("runners").join(&self.name);
@@ -247,6 +292,7 @@ impl HostBuilder {
             profile: self.profile,
             config,
             environment: self.environment,
+            own_file_system: self.own_file_system.is_some(),
             daemon: Mutex::new(None),
             finished: false,
         })
@@ -303,6 +349,7 @@ pub struct Host {
     profile: String,
     config: PathBuf,
     environment: Vec<(String, String)>,
+    own_file_system: bool,
     daemon: Mutex<Option<Daemon>>,
     finished: bool,
 }
@@ -340,6 +387,22 @@ impl Host {
     /// The command `runner ARGS` on this host.
     pub fn runner(&self, args: &[&str]) -> Command {
         self.in_environment(Command::new(binary()), args)
+    }
+
+    /// Fills the home's file system up to `leave_mb` MiB; returns the file whose removal makes room again. Only with
+    /// [`HostBuilder::own_file_system`].
+    pub fn fill_disk(&self, leave_mb: u64) -> PathBuf {
+        assert!(self.own_file_system, "this would fill the machine's disk");
+        let path = self.home().join("filler");
+        let mut filler = File::create(&path).expect("the home can be written");
+        let block = vec![0; 1 << 16];
+        // Until "no space left on device".
+        while filler.write_all(&block).is_ok() {}
+        let length = filler.metadata().expect("our file").len();
+        filler
+            .set_len(length.saturating_sub(leave_mb << 20))
+            .expect("our file");
+        path
     }
 
     /// What `runner ARGS` shows on a terminal, as the terminal gets it.
@@ -531,6 +594,10 @@ impl Host {
             } else {
                 audit::leftovers(&self.range, self.home(), &self.group)
             };
+            if self.own_file_system {
+                // The file system itself is the test's, and goes with its mount namespace.
+                left.retain(|one| !one.contains(" - tmpfs tmpfs "));
+            }
             left.is_empty()
         };
         let begin = std::time::Instant::now();

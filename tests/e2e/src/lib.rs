@@ -16,6 +16,7 @@
 
 mod audit;
 mod host;
+mod mounts;
 mod process;
 mod queue;
 mod range;
@@ -25,6 +26,7 @@ mod text;
 mod wait;
 
 pub use host::{Host, HostBuilder};
+pub use mounts::in_own_mounts;
 pub use process::{Proc, processes_of_uids};
 pub use queue::Job;
 pub use skip::skip;

@@ -114,3 +114,55 @@ fn garbage_on_the_control_channel_harms_only_the_guest_that_sent_it() {
     assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
     still_works(host);
 }
+
+#[test]
+fn a_vm_s_process_has_no_privileges_no_network_and_a_limit() {
+    let Some(host) = Host::new().start() else {
+        return;
+    };
+    let job = host.submit("sleep 1000").spawn();
+    let run = job.reaches("sleep 1000");
+    let vms = host.vms();
+    assert_eq!(vms.len(), 1, "{vms:?}");
+    let read =
+        |file: &str| std::fs::read_to_string(format!("/proc/{}/{file}", vms[0].pid)).unwrap();
+    let status = read("status");
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_once(':').unwrap().1.trim().to_owned()
+    };
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(field(set), "0000000000000000", "{set}");
+    }
+    assert_eq!(field("NoNewPrivs"), "1");
+    assert_eq!(field("Seccomp"), "2", "a filter");
+    assert_eq!(field("Groups"), "");
+    let uids: Vec<String> = field("Uid").split_whitespace().map(str::to_owned).collect();
+    assert!(
+        uids.iter().all(|uid| *uid == uids[0] && uid != "0"),
+        "{uids:?}"
+    );
+    let devices = read("net/dev");
+    let names: Vec<&str> = devices
+        .lines()
+        .skip(2)
+        .filter_map(|line| Some(line.split_once(':')?.0.trim()))
+        .collect();
+    assert_eq!(names, ["lo"], "its network namespace");
+    let namespace =
+        |pid: &str, kind: &str| std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+    for kind in ["net", "mnt"] {
+        assert_ne!(
+            namespace(&vms[0].pid.to_string(), kind),
+            namespace("self", kind),
+            "{kind}"
+        );
+    }
+    assert!(read("cgroup").contains("/vm0/"), "{}", read("cgroup"));
+    // Nothing of the home can be reached by path.
+    let home = format!("/proc/{}/root{}", vms[0].pid, host.home().display());
+    assert!(!std::path::Path::new(&home).exists(), "{home}");
+    assert!(host.runner(&["kill", &run]).status().unwrap().success());
+    job.wait();
+    host.finish();
+}

@@ -3,6 +3,7 @@
 mod bad_jobs;
 mod budget;
 mod crashes;
+mod full_disk;
 mod guests;
 mod jobs;
 mod operators;

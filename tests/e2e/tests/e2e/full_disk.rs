@@ -1,0 +1,63 @@
+//! A host whose disk is full: every submitter is answered, and room makes everything work again.
+
+use e2e::{Host, LONG, eventually};
+use std::fs;
+
+/// The home on a small file system of this test's own, in a mount namespace of its own.
+fn small_disk() -> Option<Host> {
+    e2e::in_own_mounts("full_disk")?;
+    Host::new().own_file_system(40).start()
+}
+
+#[test]
+fn a_result_that_finds_no_room_is_written_when_there_is_some() {
+    let Some(host) = small_disk() else { return };
+    let job = host
+        .submit("until test -e /tmp/go; do sleep 0.2; done")
+        .spawn();
+    let run = job.reaches("until");
+    let filler = host.fill_disk(0);
+    let go = host
+        .runner(&["exec", &run, "--", "touch /tmp/go"])
+        .output()
+        .unwrap();
+    assert!(go.status.success(), "{go:?}");
+    eventually("the VM is gone or waits", LONG, || {
+        host.vms().is_empty() || host.daemon().ends_within(std::time::Duration::ZERO)
+    });
+    fs::remove_file(filler).unwrap();
+    job.wait().expect_exit(0);
+    host.submit("true").run().expect_exit(0);
+    host.finish();
+}
+
+#[test]
+fn submit_says_that_the_disk_is_full_and_leaves_nothing() {
+    let Some(host) = small_disk() else { return };
+    let filler = host.fill_disk(0);
+    let outcome = host.submit("true").run();
+    if outcome.stdout.is_empty() {
+        assert!(!outcome.status.success());
+        assert!(outcome.stderr.contains("No space left"), "{outcome:?}");
+    } else {
+        outcome.result();
+    }
+    fs::remove_file(filler).unwrap();
+    eventually("the queue is empty", LONG, || host.jobs().is_empty());
+    host.submit("true").run().expect_exit(0);
+    host.finish();
+}
+
+#[test]
+fn a_vm_whose_disk_finds_no_room_on_the_host_is_answered() {
+    let Some(host) = small_disk() else { return };
+    let filler = host.fill_disk(8);
+    let outcome = host
+        .submit("dd if=/dev/urandom of=$HOME/big bs=1M count=60 && sync $HOME/big && echo 3 | sudo tee /proc/sys/vm/drop_caches && md5sum $HOME/big")
+        .timeout_secs(60)
+        .run();
+    assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
+    fs::remove_file(filler).unwrap();
+    host.submit("true").run().expect_exit(0);
+    host.finish();
+}
