@@ -58,10 +58,16 @@ pub(crate) fn leftovers(range: &RunRange, home: &Path, group: &str) -> Vec<Strin
     let queue = home.join("groups").join(group);
     walk(&queue, &mut |path, kind| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let done =
-            name.ends_with(".result") || path.parent().is_some_and(|p| p.ends_with(".runners"));
-        // What waits for a submitter to fetch it may stay; jobs, claims, markers and temporaries may not.
-        if kind != FileType::Directory && !done {
+        let in_directory = |directory: &str| {
+            path.parent()
+                .is_some_and(|parent| parent.ends_with(directory))
+        };
+        // Answers wait for their submitters, and lock files are never removed; jobs, claims, markers and temporaries
+        // must be gone.
+        let may_stay = name.ends_with(".result")
+            || in_directory(".runners")
+            || (in_directory(".claims") && name == ".recovery");
+        if kind != FileType::Directory && !may_stay {
             left.push(format!("queue file {}", path.display()));
         }
     });

@@ -24,7 +24,10 @@ const GONE: Duration = Duration::from_secs(20);
 
 /// The checkout.
 fn top() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .nth(2)
+        .expect("tests/e2e is two levels down")
 }
 
 fn target() -> PathBuf {
@@ -78,6 +81,22 @@ fn link_tree(from: &Path, to: &Path) {
         }
     }
     fs::set_permissions(to, mode).expect("our directory");
+}
+
+/// How the names of a range's homes begin.
+fn home_prefix(range: &RunRange) -> String {
+    format!("home-{}-", range.number)
+}
+
+/// Removes the homes and logs that killed tests left: whoever holds a range is the only one with such names.
+fn sweep(homes: &Path, prefix: &str) {
+    for entry in fs::read_dir(homes).expect("our directory").flatten() {
+        if entry.file_name().to_string_lossy().starts_with(prefix) {
+            // A log is a file, a home a directory; one of the two calls fits.
+            let _ = fs::remove_dir_all(entry.path());
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Bytes of all files below a directory.
@@ -263,8 +282,13 @@ impl HostBuilder {
         };
         let homes = target().join("test-homes");
         fs::create_dir_all(&homes).expect("the target directory can be written");
+        let range = self.range.clone().unwrap_or_else(|| {
+            let range = RunRange::take();
+            sweep(&homes, &home_prefix(&range));
+            Arc::new(range)
+        });
         let home = tempfile::Builder::new()
-            .prefix("home-")
+            .prefix(&home_prefix(&range))
             .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(&homes)
             .expect("a home can be made");
@@ -286,7 +310,7 @@ impl HostBuilder {
             give(home.path(), uid);
         }
         Some(Host {
-            range: self.range.unwrap_or_else(|| Arc::new(RunRange::take())),
+            range,
             home,
             group: self.group,
             profile: self.profile,

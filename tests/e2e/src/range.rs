@@ -18,6 +18,7 @@ const RANGES: u32 = 256;
 
 /// Held as long as the test runs.
 pub(crate) struct RunRange {
+    pub(crate) number: u32,
     pub(crate) run_dir: PathBuf,
     pub(crate) uids: Range<u32>,
     _lock: File,
@@ -35,6 +36,7 @@ impl RunRange {
             }
             let first = FIRST_UID + number * UIDS;
             let range = Self {
+                number,
                 run_dir: format!("{ROOT}/{number}").into(),
                 uids: first..first + UIDS,
                 _lock: lock,
