@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use crate::emulation::is_emulated;
 use crate::env::{AgentEnv, NOT_FOR_THE_CLI, Prompt};
 
 /// Switches off what the CLI would otherwise do over the network when it starts, about two seconds of it.
@@ -19,6 +20,10 @@ const CLI_ENVIRONMENT: &[&str] = &[
     "DISABLE_INSTALLATION_CHECKS",
     "DISABLE_TELEMETRY",
 ];
+
+/// Switches the JavaScript compiler of the CLI's runtime off: an emulator translates compiled code a second time, and again
+/// whenever it changes, so that interpreting is three times faster up to the CLI's first answer.
+const NO_COMPILER: &str = "BUN_JSC_useJIT";
 
 /// Why the CLI could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +82,9 @@ pub(crate) fn start(env: &AgentEnv) -> Result<Child, LaunchError> {
     }
     for name in CLI_ENVIRONMENT {
         command.env(name, "1");
+    }
+    if is_emulated() && std::env::var_os(NO_COMPILER).is_none() {
+        command.env(NO_COMPILER, "0");
     }
     command
         .stdout(Stdio::piped())

@@ -12,6 +12,7 @@
 //! (`log`). It sits on the path between a claim and the prompt, often under emulation: no async runtime, and
 //! nothing allocated or asked of the kernel that is not used.
 
+mod emulation;
 mod env;
 mod events;
 mod launch;
