@@ -59,12 +59,13 @@ fn available_memory() -> Result<u64, OsError> {
     Ok(crate::stats::kilobytes(&meminfo, "MemAvailable:") * 1024)
 }
 
-/// Processes the agent may have: three quarters of what the kernel can manage.
+/// Processes the agent may have: a quarter of what the kernel can manage, which is below the limit of processes a user
+/// may have (half of it), so that a fork bomb meets the limit that is counted.
 fn pids_limit() -> u64 {
     let threads = fs::read_to_string("/proc/sys/kernel/threads-max")
         .ok()
         .and_then(|text| text.trim().parse::<u64>().ok());
-    threads.map_or(PIDS_MAX, |threads| (threads / 4 * 3).min(PIDS_MAX))
+    threads.map_or(PIDS_MAX, |threads| (threads / 4).min(PIDS_MAX))
 }
 
 fn set(path: &str, value: &str) -> Result<(), OsError> {

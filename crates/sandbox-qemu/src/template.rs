@@ -36,7 +36,6 @@ struct Shared {
     machine: Machine,
     image: OpenImage,
     ram: File,
-    resident_mb: u64,
     state: File,
     blank: File,
 }
@@ -64,7 +63,6 @@ impl QemuTemplate {
                 program,
                 machine,
                 image: OpenImage::open(image)?,
-                resident_mb: ram::resident_mb(&ram)?,
                 ram,
                 state: open(STATE)?,
                 blank: open(BLANK)?,
@@ -108,8 +106,10 @@ impl Template for QemuTemplate {
         overhead_mb(self.shared.machine.accel)
     }
 
+    /// All of it, although it starts with little: clones fill its holes, and nothing empties them again (see
+    /// `guest_charge_mb`).
     fn resident_mb(&self) -> u64 {
-        self.shared.resident_mb
+        self.shared.machine.shape.memory_mb
     }
 
     async fn restore(&self, slot: SlotId) -> Result<Box<dyn Vm>, SandboxError> {

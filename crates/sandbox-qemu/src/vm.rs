@@ -36,6 +36,19 @@ pub(crate) fn overhead_mb(accel: Accel) -> u64 {
     }
 }
 
+/// Guest memory that may be charged to the process's cgroup.
+///
+/// A clone's first touch of a page that is a hole in the template's memfd makes the kernel fill the hole with a zero
+/// page, for good, and then copy it for the clone; both are charged to whoever came first. The holes are filled once
+/// for all clones, which is why [`Template::resident_mb`](sandbox::Template::resident_mb) counts the template whole;
+/// but any one clone may be the one that fills them all.
+fn guest_charge_mb(start: Start, memory_mb: u64) -> u64 {
+    match start {
+        Start::Boot => memory_mb,
+        Start::Clone => memory_mb.saturating_mul(2),
+    }
+}
+
 /// The files of an image, opened once and lent to every process.
 #[derive(Debug)]
 pub(crate) struct OpenImage {
@@ -173,7 +186,8 @@ impl Starting {
         ]);
         fds.extend(plan.state.map(|state| (state.into(), fd::STATE)));
         let shape = plan.machine.shape;
-        let memory_mb = shape.memory_mb + overhead_mb(plan.machine.accel);
+        let memory_mb = guest_charge_mb(plan.start, shape.memory_mb)
+            .saturating_add(overhead_mb(plan.machine.accel));
         let process = plan
             .launcher
             .launch(LaunchSpec {

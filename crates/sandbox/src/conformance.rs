@@ -68,11 +68,22 @@ impl Case {
             .await
             .unwrap_or_else(|_| Err(format!("not done within {PATIENCE:?}").into()));
         let slots = std::mem::take(&mut *room.taken.lock().await);
+        let mut deaths = String::new();
         for (slot, sandbox) in slots {
+            // A lost channel is one cause of failures, and what it is about becomes known a moment later.
+            let closed = sandbox.client().closed();
+            let own = async {
+                closed.await;
+                sandbox.died().await
+            };
+            let moment = Duration::from_millis(if outcome.is_err() { 3000 } else { 0 });
+            if let Ok(death) = tokio::time::timeout(moment, own).await {
+                deaths.push_str(&format!(" (a VM had died: {})", death.reason));
+            }
             sandbox.destroy().await;
             subject.slots.give_back(slot).await?;
         }
-        outcome
+        outcome.map_err(|error| format!("{error}{deaths}").into())
     }
 }
 

@@ -31,6 +31,21 @@ pub(super) const CASES: &[Entry] = &[
         Box::pin(shape(room))
     }),
     (
+        "a guest that eats its memory loses the process, not the VM",
+        true,
+        |room| Box::pin(out_of_memory(room)),
+    ),
+    (
+        "a guest that forks without end is held back and stays controllable",
+        true,
+        |room| Box::pin(fork_bomb(room)),
+    ),
+    (
+        "a guest that fills its disk is told so and stays controllable",
+        true,
+        |room| Box::pin(full_disk(room)),
+    ),
+    (
         "there is no network device but the loopback",
         true,
         |room| Box::pin(no_network(room)),
@@ -144,5 +159,58 @@ async fn no_network(room: Room) -> Outcome {
     let sandbox = room.restore().await?;
     let devices = stdout_of(&sandbox, "ls /sys/class/net").await?;
     ensure!(devices == "lo", "{devices}");
+    Ok(())
+}
+
+/// The agent's own user, as a job has it.
+fn as_user(spec: ExecSpec) -> ExecSpec {
+    ExecSpec {
+        user: UserSpec::User,
+        ..spec
+    }
+}
+
+async fn out_of_memory(room: Room) -> Outcome {
+    let sandbox = room.restore().await?;
+    // Fills page cache and code cache first: all that a VM may take of the host's memory, at once.
+    let eat = "for program in ps ls git python3; do command -v $program > /dev/null && $program --version; done \
+               > /dev/null 2>&1; dd if=/dev/zero of=big bs=1M count=100 status=none; tail /dev/zero";
+    let (report, printed) = run(&sandbox, as_user(script(eat))).await?;
+    ensure!(report.oom_kills > 0, "{report:?}, {printed:?}");
+    ensure!(
+        stdout_of(&sandbox, "echo there").await? == "there",
+        "no exec"
+    );
+    Ok(())
+}
+
+async fn fork_bomb(room: Room) -> Outcome {
+    let sandbox = room.restore().await?;
+    let bomb = "bomb() { bomb | bomb & }; bomb; sleep 1000";
+    let session = sandbox.client().exec(as_user(script(bomb))).await?;
+    let mut output = session.attach(0, false);
+    // The first complaint is bash's, that it may not fork.
+    let complaint = output.next().await;
+    ensure!(complaint.is_some(), "no complaint");
+    sandbox.client().ping().await?;
+    session.kill().await?;
+    let report = session.wait().await?;
+    ensure!(report.pids_limit_hits > 0, "{report:?} after {complaint:?}");
+    ensure!(
+        stdout_of(&sandbox, "echo there").await? == "there",
+        "no exec"
+    );
+    Ok(())
+}
+
+async fn full_disk(room: Room) -> Outcome {
+    let sandbox = room.restore().await?;
+    let fill = "cat /dev/zero > big";
+    let (report, printed) = run(&sandbox, as_user(script(fill))).await?;
+    ensure!(report.status != ExitStatus::Exited(0), "{report:?}");
+    ensure!(report.disk_free_bytes < 1 << 20, "{report:?}");
+    let said = String::from_utf8_lossy(&printed.stderr).into_owned();
+    ensure!(said.contains("No space left"), "{said}");
+    sandbox.client().ping().await?;
     Ok(())
 }
