@@ -35,18 +35,6 @@ impl Context {
         Ok(Home::open_as_guest(&self.home_path()?)?)
     }
 
-    /// Sends `tracing` events to stderr. `default` applies where `VM0_RUNNER_LOG` is not set
-    /// (a filter such as `info` or `runner=debug`).
-    pub(crate) fn log_to_stderr(&self, default: &str) {
-        let filter = tracing_subscriber::EnvFilter::try_from_env("VM0_RUNNER_LOG")
-            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-        // Only the first call of a process takes effect, which is what a second caller wants too.
-        let _ = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(io::stderr)
-            .try_init();
-    }
-
     /// Writes a result to stdout. A reader that went away ends the command silently.
     pub(crate) fn print(&self, text: impl Display) -> Result<(), CliError> {
         let mut stdout = io::stdout().lock();

@@ -43,13 +43,6 @@ macro_rules! name_type {
         #[serde(transparent)]
         pub(crate) struct $name(String);
 
-        impl $name {
-            /// The text.
-            pub(crate) fn as_str(&self) -> &str {
-                &self.0
-            }
-        }
-
         impl FromStr for $name {
             type Err = NameError;
             fn from_str(text: &str) -> Result<Self, NameError> {
@@ -118,6 +111,19 @@ name_type!(
     "it is 16 to 64 lowercase hex digits",
     |text| (16..=64).contains(&text.len()) && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 );
+
+macro_rules! as_str {
+    ($($name:ident),+) => {
+        $(impl $name {
+            /// The text.
+            pub(crate) fn as_str(&self) -> &str {
+                &self.0
+            }
+        })+
+    };
+}
+
+as_str!(ProfileName, GroupName, RunnerName, ImageHash);
 
 /// A run (and its job): a UUID in its canonical lowercase form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

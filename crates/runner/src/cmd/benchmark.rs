@@ -1,17 +1,214 @@
-//! Measures this host and engine.
+//! `runner benchmark`: what this host, engine and build of the runner cost, in one run.
+//!
+//! Three parts, one after the other, so that none disturbs another:
+//!
+//! 1. `vms`: VMs of the engine, alternating with a process driven by hand with the same arguments, so that both see
+//!    the same host;
+//! 2. `idle`: what VMs that only wait take of the host's memory;
+//! 3. `jobs`: a daemon of its own, in a group of its own, and the commands a user types, timed from outside.
+//!
+//! What is waited for between two measurements (a pool that fills up again) is asked for now and then; nothing that is
+//! measured is.
+
+mod idle;
+mod jobs;
+mod samples;
+mod vms;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use crate::context::{CliError, Context};
+use host::launcher::{ForkedLauncher, LauncherConfig};
+use serde::Serialize;
+
+use crate::context::{CliError, Context, block_on};
+use crate::image::{self, Store, StoredSnapshot};
+use crate::profile::ProfileSpec;
+use samples::Figures;
 
 /// Command line.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  runner benchmark")]
-pub(crate) struct Args {}
+#[command(
+    after_help = "Needs root and a built profile; takes minutes and wants an idle host. It runs beside other runners, \
+but they would disturb the figures.\n\n\
+Examples:\n  \
+    sudo runner benchmark\n  \
+    sudo runner benchmark --json --pickups 1000\n  \
+    sudo runner benchmark --profile vm0/default --runs 10"
+)]
+pub(crate) struct Args {
+    /// The profile whose VMs are measured
+    #[arg(
+        long,
+        value_name = "ORG/NAME[:KEY=VALUE,…]",
+        default_value = "vm0/small"
+    )]
+    profile: ProfileSpec,
+    /// How often VMs are restored, claimed and jobs run
+    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    runs: u32,
+    /// How often VMs are cold booted
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    boots: u32,
+    /// How many jobs are put into the queue to see how soon they are claimed
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pickups: u32,
+    /// How many VMs wait at once when their memory is measured
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    idle: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is printed. Keys and units are documented in docs/performance.md.
+#[derive(Serialize)]
+struct Report {
+    cold_boot_ms: Figures,
+    raw_restore_ms: Figures,
+    restore_ms: Figures,
+    raw_claim_ms: Figures,
+    warm_claim_ms: Figures,
+    pickup_ms: Figures,
+    exec_ms: Figures,
+    ping_us: Figures,
+    submit_to_result_ms: Figures,
+    idle_private_mib: f64,
+    host: Host,
+    engine: sandbox::EngineKind,
+    commit: &'static str,
+}
+
+/// The machine the figures belong to.
+#[derive(Serialize)]
+struct Host {
+    cpus: usize,
+    cpu: String,
+    memory_mb: u64,
+    kernel: String,
+    arch: &'static str,
+}
+
+impl Host {
+    fn look() -> Self {
+        let first = |file: &str, key: &str| {
+            let text = std::fs::read_to_string(file).unwrap_or_default();
+            let line = text.lines().find(|line| line.starts_with(key));
+            line.and_then(|line| line.split_once(':'))
+                .map_or_else(String::new, |(_, value)| value.trim().to_owned())
+        };
+        let memory_kb = first("/proc/meminfo", "MemTotal");
+        let memory_kb = memory_kb.split(' ').next().and_then(|kb| kb.parse().ok());
+        Self {
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            cpu: first("/proc/cpuinfo", "model name"),
+            memory_mb: memory_kb.unwrap_or(0_u64) / 1024,
+            kernel: rustix::system::uname()
+                .release()
+                .to_string_lossy()
+                .into_owned(),
+            arch: std::env::consts::ARCH,
+        }
+    }
+}
 
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
-    let Args {} = args;
-    let _ = context;
-    Err(CliError::failed("`runner benchmark` is not there yet"))
+    if !rustix::process::geteuid().is_root() {
+        return Err(
+            CliError::failed("`runner benchmark` needs root, to start VMs")
+                .with_hint("sudo runner benchmark"),
+        );
+    }
+    let home = Arc::new(context.home()?);
+    let build = image::newest_build(&home, &args.profile.profile)?;
+    let (rootfs, snapshot) = build.ok_or_else(|| {
+        let name = &args.profile.name;
+        CliError::failed(format_args!("profile {name} has not been built"))
+            .with_hint(format_args!("sudo runner build --profile {name}"))
+    })?;
+    let stored = Store::open(Arc::clone(&home))?.snapshot(&rootfs, &snapshot)?;
+    // Before any thread exists.
+    let instance = format!("benchmark-{}", std::process::id());
+    let forked = ForkedLauncher::fork(LauncherConfig::from_env(instance.clone())?)?;
+    block_on(async {
+        let launcher = forked.attach()?;
+        let bench = vms::Bench::open(launcher.clone(), instance, &stored).await?;
+        eprintln!("VMs: {} rounds", args.runs);
+        let engine = bench.measure(args.runs, args.boots).await?;
+        eprintln!("memory of {} idle VMs", args.idle);
+        let idle_private_mib =
+            idle::measure(&bench, args.profile.profile.flavour, args.idle).await?;
+        drop(bench);
+        launcher.shutdown().await;
+        eprintln!("jobs: {} runs, {} pickups", args.runs, args.pickups);
+        let jobs = jobs::Jobs::start(&home, &args.profile, rootfs, snapshot).await?;
+        let figures = jobs.measure(args.runs, args.pickups).await?;
+        let report = Report {
+            cold_boot_ms: engine.cold_boot.milliseconds(),
+            raw_restore_ms: engine.raw_restore.milliseconds(),
+            restore_ms: engine.restore.milliseconds(),
+            raw_claim_ms: engine.raw_claim.milliseconds(),
+            warm_claim_ms: engine.warm_claim.milliseconds(),
+            pickup_ms: figures.pickup.milliseconds(),
+            exec_ms: figures.exec.milliseconds(),
+            ping_us: engine.ping.microseconds(),
+            submit_to_result_ms: figures.submit.milliseconds(),
+            idle_private_mib,
+            host: Host::look(),
+            engine: stored.manifest.engine,
+            commit: crate::cli::VERSION,
+        };
+        if args.json {
+            context.print_json(&report)?;
+        } else {
+            context.print(report.table())?;
+        }
+        Ok(ExitCode::SUCCESS)
+    })
 }
+
+impl Report {
+    fn table(&self) -> String {
+        use std::fmt::Write;
+        let mut text = String::new();
+        let host = &self.host;
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "{} CPUs ({}), {} MiB, Linux {} {}; engine {:?}; runner {}\n",
+            host.cpus, host.cpu, host.memory_mb, host.kernel, host.arch, self.engine, self.commit
+        );
+        let _ = writeln!(
+            text,
+            "{:<22} {:>9} {:>9} {:>9} {:>6}",
+            "", "p50", "p95", "p99", "n"
+        );
+        for (name, figures) in [
+            ("cold_boot_ms", &self.cold_boot_ms),
+            ("raw_restore_ms", &self.raw_restore_ms),
+            ("restore_ms", &self.restore_ms),
+            ("raw_claim_ms", &self.raw_claim_ms),
+            ("warm_claim_ms", &self.warm_claim_ms),
+            ("pickup_ms", &self.pickup_ms),
+            ("exec_ms", &self.exec_ms),
+            ("ping_us", &self.ping_us),
+            ("submit_to_result_ms", &self.submit_to_result_ms),
+        ] {
+            let _ = writeln!(
+                text,
+                "{name:<22} {:>9.2} {:>9.2} {:>9.2} {:>6}",
+                figures.p50, figures.p95, figures.p99, figures.n
+            );
+        }
+        let _ = writeln!(
+            text,
+            "{:<22} {:>9.2}",
+            "idle_private_mib", self.idle_private_mib
+        );
+        text
+    }
+}
+
+/// A stored snapshot's engine-facing parts, which every part of the benchmark needs.
+type Stored = StoredSnapshot;

@@ -46,6 +46,9 @@ pub(crate) struct Args {
     /// Take jobs from the local file queue
     #[arg(long)]
     local: bool,
+    /// Set a variable of the runner's own environment; USE_MOCK_CLAUDE=true makes jobs run the mock agent
+    #[arg(long, value_name = "NAME=VALUE", value_parser = crate::cmd::parse::variable)]
+    env: Vec<(String, String)>,
 }
 
 /// Runs it.
@@ -62,6 +65,10 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             CliError::usage("this runner takes jobs from the local file queue only")
                 .with_hint("add --local"),
         );
+    }
+    for (name, value) in &args.env {
+        // SAFETY: the process has one thread, so nobody reads the environment meanwhile.
+        unsafe { std::env::set_var(name, value) };
     }
     let config = config::load(&args.config)?;
     if config.engine == EngineChoice::Firecracker {

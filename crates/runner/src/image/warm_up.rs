@@ -26,7 +26,7 @@ pub(crate) fn job() -> ExecSpec {
 
 /// Everything that runs before a snapshot: the flavour's own command lines, then the chain, which is what a job needs
 /// soonest and the cache must not lose to anything.
-pub(super) fn all(flavour: Flavour) -> Vec<ExecSpec> {
+pub(crate) fn all(flavour: Flavour) -> Vec<ExecSpec> {
     let lines = flavour.warm_up().into_iter().map(|line| ExecSpec {
         argv: [&b"/bin/bash"[..], b"-c", line.as_bytes()]
             .map(<[u8]>::to_vec)

@@ -1,0 +1,73 @@
+//! What VMs of 2048 MB that only wait take of the host's memory, with many of them up.
+
+use std::time::Duration;
+
+use sandbox::{Engine, Progress, Sandbox, Shape, SnapshotInputs};
+
+use super::vms::Bench;
+use crate::context::CliError;
+use crate::executor;
+use crate::image::warm_up;
+use crate::profile::Flavour;
+
+/// The size that the figure is stated for: that of `vm0/default`.
+const SHAPE: Shape = Shape {
+    vcpu: 2,
+    memory_mb: 2048,
+    disk_mb: 1024,
+};
+
+/// Limit of the boot and of each warm-up process.
+const LIMIT: Duration = Duration::from_secs(300);
+
+struct Quiet;
+
+impl Progress for Quiet {
+    fn step(&self, _: &str) {}
+}
+
+/// Mean private dirty memory of `count` warmed and paused VMs that are up together, MiB. They are clones of a
+/// snapshot of the measured image that is made for this and thrown away.
+pub(super) async fn measure(
+    bench: &Bench<'_>,
+    flavour: Flavour,
+    count: u32,
+) -> Result<f64, CliError> {
+    let snapshot = tempfile::Builder::new()
+        .prefix("runner-benchmark-")
+        .tempdir()?;
+    let inputs = SnapshotInputs {
+        image: bench.stored.image.clone(),
+        shape: SHAPE,
+        dir: snapshot.path().to_owned(),
+        warm_up: warm_up::all(flavour),
+        limit: LIMIT,
+    };
+    let slot = bench.take(SHAPE).await?;
+    let outcome = bench.engine.create_snapshot(slot, inputs, &Quiet).await;
+    bench.release(slot).await?;
+    let outcome = outcome?;
+    let image = bench.stored.image.clone();
+    let template = bench
+        .engine
+        .open(image, SHAPE, snapshot.path(), &outcome)
+        .await?;
+    let mut waiting: Vec<Sandbox> = Vec::new();
+    for _ in 0..count {
+        let slot = bench.take(SHAPE).await?;
+        waiting.push(executor::warm_up(&template, slot).await?);
+    }
+    let mut sum = 0.0;
+    for sandbox in &waiting {
+        let bytes = sandbox.memory().await?.private_dirty;
+        // Exact up to 8 PiB.
+        #[expect(clippy::cast_precision_loss, reason = "a mean for people")]
+        let bytes = bytes as f64;
+        sum += bytes;
+    }
+    for sandbox in waiting {
+        bench.end(sandbox).await?;
+    }
+    let mean = sum / f64::from(count) / f64::from(1 << 20);
+    Ok((mean * 100.0).round() / 100.0)
+}
