@@ -26,8 +26,13 @@ const AGENT: &str = "/sys/fs/cgroup/agent";
 /// never more than those can use.
 const RESERVE_MIN: u64 = 24 << 20;
 const RESERVE_MAX: u64 = 128 << 20;
-/// Most processes and threads of all sessions together; a guest with little memory has fewer (`threads-max`).
+/// Most processes and threads of all sessions together, whatever the guest's size.
 const PIDS_MAX: u64 = 8192;
+/// Fewest.
+const PIDS_MIN: u64 = 256;
+/// Memory that even a small process takes with its page tables and stacks. With more processes than that a fork bomb
+/// would not be refused but starve itself, and everybody beside it, of memory.
+const BYTES_PER_PROCESS: u64 = 512 * 1024;
 
 /// Mounts the hierarchy and limits the agent's part of it.
 pub(crate) fn prepare() -> Result<(), OsError> {
@@ -43,7 +48,10 @@ pub(crate) fn prepare() -> Result<(), OsError> {
     set(&format!("{AGENT}/cgroup.subtree_control"), "+memory +pids")?;
     let memory = agent_memory(available_memory()?);
     set(&format!("{AGENT}/memory.max"), &memory.to_string())?;
-    set(&format!("{AGENT}/pids.max"), &pids_limit().to_string())
+    set(
+        &format!("{AGENT}/pids.max"),
+        &agent_processes(memory).to_string(),
+    )
 }
 
 /// Memory the agent may have of the bytes that are `available` at boot. With a limit above that, it would be the whole
@@ -59,13 +67,10 @@ fn available_memory() -> Result<u64, OsError> {
     Ok(crate::stats::kilobytes(&meminfo, "MemAvailable:") * 1024)
 }
 
-/// Processes the agent may have: a quarter of what the kernel can manage, which is below the limit of processes a user
-/// may have (half of it), so that a fork bomb meets the limit that is counted.
-fn pids_limit() -> u64 {
-    let threads = fs::read_to_string("/proc/sys/kernel/threads-max")
-        .ok()
-        .and_then(|text| text.trim().parse::<u64>().ok());
-    threads.map_or(PIDS_MAX, |threads| (threads / 4).min(PIDS_MAX))
+/// Processes and threads the agent may have with so many bytes of memory. That is below the kernel's own limit of a user's
+/// processes (one for each 256 KiB), so that a fork bomb meets the limit that is counted.
+fn agent_processes(memory: u64) -> u64 {
+    (memory / BYTES_PER_PROCESS).clamp(PIDS_MIN, PIDS_MAX)
 }
 
 fn set(path: &str, value: &str) -> Result<(), OsError> {
@@ -109,11 +114,11 @@ impl Cgroup {
                 .map_err(|error| OsError::new(format_args!("opening {path}/{name}"), error))
         };
         // A little below the limit of all sessions, so that one that forks without end leaves room for an operator's.
-        let limit = pids_limit();
-        set(
-            &format!("{path}/pids.max"),
-            &(limit - limit / 10).to_string(),
-        )?;
+        let all = fs::read_to_string(format!("{AGENT}/pids.max"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(PIDS_MIN);
+        set(&format!("{path}/pids.max"), &(all - all / 10).to_string())?;
         Ok(Self {
             kill: open("cgroup.kill", OFlags::WRONLY)?,
             events: open("cgroup.events", OFlags::RDONLY)?,
@@ -275,6 +280,9 @@ mod tests {
         assert_eq!(agent_memory(2000 << 20), 1900 << 20);
         assert_eq!(agent_memory(64_000 << 20), 63_872 << 20);
         assert_eq!(agent_memory(1 << 20), 0);
+        assert_eq!(agent_processes(0), PIDS_MIN);
+        assert_eq!(agent_processes(160 << 20), 320);
+        assert_eq!(agent_processes(64 << 30), PIDS_MAX);
     }
 
     #[test]

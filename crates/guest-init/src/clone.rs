@@ -107,8 +107,8 @@ unsafe fn clone3(args: *const CloneArgs, child: *mut Child) -> i64 {
             inlateout("rax") libc::SYS_clone3 => result,
             in("rdi") args,
             in("rsi") size_of::<CloneArgs>(),
-            lateout("rcx") _,
-            lateout("r11") _,
+            out("rcx") _,
+            out("r11") _,
         );
     }
     result
@@ -134,7 +134,7 @@ unsafe fn clone3(args: *const CloneArgs, child: *mut Child) -> i64 {
             inlateout("x0") args => result,
             in("x1") size_of::<CloneArgs>(),
             in("x8") libc::SYS_clone3,
-            lateout("x30") _,
+            out("x30") _,
         );
     }
     result
