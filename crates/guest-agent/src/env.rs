@@ -100,6 +100,16 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// What is said when a web tool takes too long.
+    pub(crate) fn tool_timeout(&self, tool: &str) -> String {
+        format!(
+            "Tool timeout: {tool} exceeded {}s without returning a result",
+            self.stuck_tool.as_secs_f64()
+        )
+    }
+}
+
 impl AgentEnv {
     /// Reads the process's environment.
     pub(crate) fn from_process() -> Result<Self, EnvError> {

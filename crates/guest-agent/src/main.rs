@@ -13,6 +13,7 @@
 //! nothing allocated or asked of the kernel that is not used.
 
 mod emulation;
+mod end;
 mod env;
 mod events;
 mod launch;
@@ -26,6 +27,7 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, ExitCode};
 use std::time::Instant;
 
+use end::End;
 use env::AgentEnv;
 use launch::LaunchError;
 use log::Log;
@@ -33,18 +35,22 @@ use supervisor::Supervisor;
 
 fn main() -> ExitCode {
     let mut log = Log::new();
-    let code = run(&mut log);
+    let end = run(&mut log);
     log.flush();
-    ExitCode::from(code)
+    if let Some(reason) = end.reason.filter(|reason| !reason.is_empty()) {
+        // The host takes the last line of standard error as the reason that it answers with.
+        eprintln!("{reason}");
+    }
+    ExitCode::from(end.code)
 }
 
-fn run(log: &mut Log) -> u8 {
+fn run(log: &mut Log) -> End {
     let started = Instant::now();
     let env = match AgentEnv::from_process() {
         Ok(env) => env,
         Err(error) => {
             log.line(format_args!("✗ The agent cannot start: {error}"));
-            return 1;
+            return End::failed(1, error);
         }
     };
     log.line(format_args!("▶ VM0 Sandbox {}", env.run_id));
@@ -53,7 +59,7 @@ fn run(log: &mut Log) -> u8 {
         Ok(initialized) => initialized,
         Err(error) => {
             log.line(format_args!("✗ Initialization failed: {error}"));
-            return finish(log, error.exit_code());
+            return finish(log, End::failed(error.exit_code(), error));
         }
     };
     log.line(format_args!(
@@ -62,21 +68,19 @@ fn run(log: &mut Log) -> u8 {
     ));
     log.line(format_args!("▷ Execution"));
 
-    let outcome = Supervisor::new(cli, env.limits, &signalled, log).run();
-    match outcome {
-        Ok(0) => {
-            log.line(format_args!("✓ Execution complete"));
-            finish(log, 0)
-        }
-        Ok(code) => {
-            log.line(format_args!("✗ Execution failed (exit code {code})"));
-            finish(log, code)
-        }
+    let end = match Supervisor::new(cli, env.limits, &signalled, log).run() {
+        Ok(end) => end,
         Err(error) => {
-            log.line(format_args!("✗ Execution failed: {error}"));
-            finish(log, 1)
+            log.line(format_args!("✗ The agent CLI cannot be watched: {error}"));
+            End::failed(1, error)
         }
+    };
+    if end.code == 0 {
+        log.line(format_args!("✓ Execution complete"));
+    } else {
+        log.line(format_args!("✗ Execution failed (exit code {})", end.code));
     }
+    finish(log, end)
 }
 
 /// From here on a signal is forwarded instead of ending the agent, and the CLI runs.
@@ -87,12 +91,12 @@ fn initialize(env: &AgentEnv) -> Result<(OwnedFd, Child), LaunchError> {
 }
 
 /// The last lines of every run that got as far as its first.
-fn finish(log: &mut Log, code: u8) -> u8 {
+fn finish(log: &mut Log, end: End) -> End {
     log.line(format_args!("▷ Cleanup"));
-    if code == 0 {
+    if end.code == 0 {
         log.line(format_args!("✓ Sandbox finished successfully"));
     } else {
-        log.line(format_args!("✗ Sandbox failed (exit code {code})"));
+        log.line(format_args!("✗ Sandbox failed (exit code {})", end.code));
     }
-    code
+    end
 }

@@ -22,6 +22,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
+use crate::end::{self, End};
 use crate::env::Limits;
 use crate::events::{self, Event};
 use crate::lines::{Line, Lines, MAX_LINE};
@@ -60,8 +61,8 @@ enum Phase {
 #[derive(Clone, Copy)]
 enum Reason {
     Signal(i32),
-    StuckTool,
-    LeftAfterResult { is_error: bool },
+    StuckTool(&'static str),
+    LeftAfterResult,
 }
 
 impl<'a> Supervisor<'a> {
@@ -88,22 +89,33 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// Runs to the end and says the exit code: the CLI's, 128 + n when signal n ended it or us.
-    pub(crate) fn run(mut self) -> io::Result<u8> {
+    /// Runs to the end. The exit code is the CLI's, 128 + n when signal n ended it or us.
+    pub(crate) fn run(mut self) -> io::Result<End> {
         let watched = self.watch_to_the_end();
         // Also when watching failed: nothing the CLI started may stay.
         self.signal_group(Signal::KILL);
         let status = self.child.wait()?;
         watched?;
+        let said = self.watch.result.and_then(|result| result.failure);
         Ok(match self.reason {
-            Some(Reason::Signal(signal)) => signal_code(signal),
-            Some(Reason::StuckTool) => 1,
-            Some(Reason::LeftAfterResult { is_error }) => u8::from(is_error),
-            None => match (status.code(), status.signal()) {
-                (Some(code), _) => u8::try_from(code).unwrap_or(1),
-                (None, Some(signal)) => signal_code(signal),
-                (None, None) => 1,
+            Some(Reason::Signal(signal)) => End::failed(
+                signal_code(signal),
+                format_args!("ended by signal {signal}"),
+            ),
+            Some(Reason::StuckTool(tool)) => End::failed(1, self.limits.tool_timeout(tool)),
+            Some(Reason::LeftAfterResult) => End {
+                code: u8::from(said.is_some()),
+                reason: said,
             },
+            None => {
+                let code = match (status.code(), status.signal()) {
+                    (Some(code), _) => u8::try_from(code).unwrap_or(1),
+                    (None, Some(signal)) => signal_code(signal),
+                    (None, None) => 1,
+                };
+                let reason = said.filter(|_| code != 0);
+                End { code, reason }
+            }
         })
     }
 
@@ -165,20 +177,17 @@ impl<'a> Supervisor<'a> {
                 if let Some((at, tool)) = self.watch.tools.deadline(self.limits.stuck_tool)
                     && at <= now
                 {
-                    self.watch.log.line(format_args!(
-                        "✗ Tool timeout: {tool} exceeded {}s without returning a result",
-                        self.limits.stuck_tool.as_secs_f64()
-                    ));
-                    self.terminate(Reason::StuckTool);
-                } else if let Some(result) = self.watch.result
+                    let timeout = self.limits.tool_timeout(tool);
+                    self.watch.log.line(format_args!("✗ {timeout}"));
+                    self.terminate(Reason::StuckTool(tool));
+                } else if let Some(result) = &self.watch.result
                     && result.deadline(self.limits.post_result) <= now
                 {
                     self.watch.log.line(format_args!(
                         "The agent CLI is still there {}s after its result and is ended",
                         now.duration_since(result.first).as_secs()
                     ));
-                    let is_error = result.is_error;
-                    self.terminate(Reason::LeftAfterResult { is_error });
+                    self.terminate(Reason::LeftAfterResult);
                 }
             }
             Phase::Terminating { kill_at } if kill_at <= now => {
@@ -194,7 +203,7 @@ impl<'a> Supervisor<'a> {
         match self.phase {
             Phase::Running => {
                 let tool = self.watch.tools.deadline(self.limits.stuck_tool);
-                let result = self.watch.result;
+                let result = self.watch.result.as_ref();
                 let result = result.map(|result| result.deadline(self.limits.post_result));
                 tool.map(|(at, _)| at).into_iter().chain(result).min()
             }
@@ -208,7 +217,7 @@ impl<'a> Supervisor<'a> {
         self.reason = Some(reason);
         let signal = match reason {
             Reason::Signal(signal) => Signal::from_named_raw(signal).unwrap_or(Signal::TERM),
-            Reason::StuckTool | Reason::LeftAfterResult { .. } => Signal::TERM,
+            Reason::StuckTool(_) | Reason::LeftAfterResult => Signal::TERM,
         };
         self.signal_group(signal);
         let kill_at = later(Instant::now(), self.limits.term);
@@ -272,11 +281,11 @@ struct Watch<'a> {
 }
 
 /// A result has been printed.
-#[derive(Clone, Copy)]
 struct Finished {
     first: Instant,
     last_event: Instant,
-    is_error: bool,
+    /// Its last line, if it is a failure.
+    failure: Option<String>,
 }
 
 impl Finished {
@@ -321,11 +330,11 @@ impl Watch<'_> {
             }
             Event::Result { text, is_error } => {
                 self.log.text(&text);
-                let first = self.result.map_or(now, |finished| finished.first);
+                let first = self.result.as_ref().map_or(now, |finished| finished.first);
                 self.result = Some(Finished {
                     first,
                     last_event: now,
-                    is_error,
+                    failure: is_error.then(|| end::last_line(&text).unwrap_or_default()),
                 });
             }
             Event::Other => {}

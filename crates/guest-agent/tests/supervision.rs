@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -54,8 +54,10 @@ impl Run {
         let bin = home.path().join("bin");
         fs::create_dir(&bin).unwrap();
         symlink(mock(), bin.join("claude")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_guest-agent"));
+        // Should the test be killed, the agent is told to end, and ends what it started.
+        let mut command = Command::new("/usr/bin/setpriv");
         command
+            .args(["--pdeathsig", "TERM", env!("CARGO_BIN_EXE_guest-agent")])
             .env_clear()
             .env("PATH", format!("{}:/usr/bin:/bin", bin.display()))
             .env("HOME", home.path())
@@ -76,6 +78,14 @@ impl Run {
     fn with(mut self, name: &str, value: &str) -> Self {
         self.command.env(name, value);
         self
+    }
+
+    /// Another CLI instead of the mock.
+    fn replace_cli(&self, script: &str) {
+        let path = self.home.path().join("bin/claude");
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
     fn spawn(mut self) -> (Child, tempfile::TempDir) {
@@ -136,15 +146,33 @@ fn the_log_of_a_good_run_reads_like_this() {
 }
 
 #[test]
-fn the_exit_code_is_the_prompts() {
-    Run::of("echo no >&2; exit 9").end().assert(
+fn the_exit_code_is_the_prompts_and_the_reason_its_last_words() {
+    let ended = Run::of("echo some; echo no >&2; exit 9").end().assert(
         9,
         &[
-            "no\n",
+            "some\nno\n",
             "✗ Execution failed (exit code 9)",
             "✗ Sandbox failed (exit code 9)",
         ],
     );
+    assert_eq!(ended.stderr, b"no\n");
+    let ended = Run::of("exit 9").end().assert(9, &[]);
+    assert!(ended.stderr.is_empty());
+}
+
+#[test]
+fn the_real_cli_without_credentials_says_so() {
+    let run = Run::of("hi");
+    let fixture = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../guest-mock-claude/tests/fixtures/real-not-logged-in.jsonl"
+    );
+    run.replace_cli(&format!("cat {fixture}; exit 1"));
+    let reason = "Not logged in · Please run /login\n";
+    let ended = run
+        .end()
+        .assert(1, &[&format!("\n{reason}✗ Execution failed")]);
+    assert_eq!(ended.stderr, reason.as_bytes());
 }
 
 #[test]
@@ -253,13 +281,12 @@ fn records_need_not_arrive_in_one_piece() {
 
 #[test]
 fn a_stuck_tool_ends_the_run() {
-    Run::of("@stuck-tool")
+    let why = "Tool timeout: WebFetch exceeded 0.1s without returning a result\n";
+    let ended = Run::of("@stuck-tool")
         .with("VM0_STUCK_TOOL_TIMEOUT_SECS", "0.1")
         .end()
-        .assert(
-            1,
-            &["✗ Tool timeout: WebFetch exceeded 0.1s without returning a result"],
-        );
+        .assert(1, &[&format!("✗ {why}")]);
+    assert_eq!(ended.stderr, why.as_bytes());
 }
 
 #[test]
@@ -448,19 +475,11 @@ fn a_reader_that_stalls_stops_nothing() {
     let mut run = Run::of("")
         .with("VM0_PROMPT_STDIN", "1")
         .with("VM0_POST_RESULT_GRACE_SECS", LONG);
-    let wrapper = run.home.path().join("bin/claude");
-    fs::remove_file(&wrapper).unwrap();
-    fs::write(
-        &wrapper,
-        format!(
-            "#!/bin/sh\n{} \"$@\"\necho $$ > {}\n",
-            mock().display(),
-            file.path().display()
-        ),
-    )
-    .unwrap();
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(&wrapper, executable).unwrap();
+    run.replace_cli(&format!(
+        "{} \"$@\"; echo $$ > {}",
+        mock().display(),
+        file.path().display()
+    ));
     run.command.stdin(Stdio::piped());
     let (mut child, _home) = run.spawn();
     child

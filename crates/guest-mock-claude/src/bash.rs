@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn a_background_process_that_holds_the_pipe_does_not_delay_the_answer() {
-        let outcome = run(b"sleep 600 & echo $!");
+        let outcome = run(b"sleep 60 & echo $!");
         let pid = outcome.text().trim().parse().unwrap();
         assert_eq!(outcome.code, 0);
         // Still alive, so the answer did not wait for it; then it is ours to end.
