@@ -34,5 +34,5 @@ pub(crate) use progress::Steps;
 pub(crate) use snapshot::SnapshotPlan;
 pub(crate) use sources::host_suite;
 pub(crate) use staging::abandoned;
-pub(crate) use store::Store;
+pub(crate) use store::{Store, StoredSnapshot};
 pub(crate) use tools::Tool;

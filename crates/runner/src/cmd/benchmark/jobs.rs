@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use host::fs::Dir;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::samples::Samples;
@@ -310,7 +311,11 @@ impl Jobs {
 fn appeared(claims: &mut Watch, run: RunId, start: Instant) -> Result<Duration, CliError> {
     let name = format!("{run}.claim");
     while start.elapsed() < LIMIT {
-        claims.wait(1000)?;
+        let limit = Timespec {
+            tv_sec: 1,
+            tv_nsec: 0,
+        };
+        poll(&mut [PollFd::new(claims, PollFlags::IN)], Some(&limit))?;
         let took = start.elapsed();
         for change in claims.changes()? {
             if matches!(&change, Change::Appeared { name: appeared, .. } if *appeared == *name) {
