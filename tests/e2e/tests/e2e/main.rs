@@ -2,6 +2,7 @@
 
 mod bad_jobs;
 mod budget;
+mod builds;
 mod crashes;
 mod full_disk;
 mod guests;

@@ -1,13 +1,15 @@
 //! The checks, each a small function of the host.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use host::cgroup::Cgroups;
 use host::fs::Dir;
+use sandbox_qemu::{Kvm, QemuEngine};
 
 use super::{Check, Outcome, Subject};
 use crate::cmd::setup;
-use crate::image::{self, GuestBinaries, Tool};
+use crate::image::{self, GuestBinaries, ImageError, Store, StoredSnapshot, Tool};
 use crate::names::ImageHash;
 
 /// All of them, in the order in which somebody would fix them.
@@ -23,6 +25,14 @@ pub(super) const ALL: &[Check] = &[
     Check {
         name: "packages",
         run: packages,
+    },
+    Check {
+        name: "qemu",
+        run: qemu,
+    },
+    Check {
+        name: "kvm",
+        run: kvm,
     },
     Check {
         name: "package sources",
@@ -93,13 +103,41 @@ fn version(release: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-fn packages(_: &Subject<'_>) -> Outcome {
-    let missing = setup::missing(&[]);
+fn packages(subject: &Subject<'_>) -> Outcome {
+    let missing = setup::missing(&[subject.profile.profile.flavour]);
     if missing.is_empty() {
         return Outcome::pass("everything is installed");
     }
     let names = setup::packages(&missing).join(", ");
-    Outcome::fail(format_args!("missing: {names}"), "sudo runner setup")
+    Outcome::fail(
+        format_args!("missing: {names}"),
+        format_args!("sudo runner setup --profile {}", subject.profile.name),
+    )
+}
+
+fn qemu(_: &Subject<'_>) -> Outcome {
+    match QemuEngine::probe().qemu {
+        Ok(qemu) => Outcome::pass(format_args!("{} {}", qemu.path.display(), qemu.version)),
+        Err(why) => Outcome::fail(why, "sudo runner setup"),
+    }
+}
+
+fn kvm(_: &Subject<'_>) -> Outcome {
+    match QemuEngine::probe().kvm {
+        kvm @ Kvm::Hardware => Outcome::pass(format_args!("{kvm}; `build` proves it with a boot")),
+        kvm @ (Kvm::Missing | Kvm::NotHardware) => Outcome::warn(
+            format_args!("{kvm}; VMs are emulated in software, 10 to 30 times slower"),
+            "use a machine with hardware virtualization, or turn nested virtualization on",
+        ),
+        kvm @ Kvm::Denied(_) if rustix::process::geteuid().is_root() => Outcome::warn(
+            format_args!("{kvm}; VMs are emulated in software, 10 to 30 times slower"),
+            "let this machine use /dev/kvm (its container or sandbox forbids it)",
+        ),
+        kvm @ Kvm::Denied(_) => Outcome::warn(
+            format_args!("{kvm} (as this user; the runner opens it as root)"),
+            "look as root: sudo runner doctor",
+        ),
+    }
 }
 
 fn package_sources(_: &Subject<'_>) -> Outcome {
@@ -237,27 +275,48 @@ fn guest_binaries(_: &Subject<'_>) -> Outcome {
 fn built(subject: &Subject<'_>) -> Outcome {
     let name = &subject.profile.name;
     let build = format!("sudo runner build --profile {name}");
-    let none = || Outcome::fail(format_args!("{name} has not been built"), &build);
     if !subject.home.join(crate::home::rel::IMAGES).is_dir() {
-        return none();
+        return Outcome::fail(format_args!("{name} has not been built"), &build);
     }
-    let newest = subject
-        .context
-        .home()
-        .map(|home| image::newest_build(&home, &subject.profile.profile));
-    match newest {
-        Ok(Ok(Some((rootfs, snapshot)))) => {
-            let short = |hash: &ImageHash| hash.as_str().get(..12).unwrap_or_default().to_owned();
-            Outcome::pass(format_args!(
-                "{name}: image {}, snapshot {}",
-                short(&rootfs),
-                short(&snapshot)
-            ))
+    let home = match subject.context.home() {
+        Ok(home) => home,
+        Err(error) => return Outcome::fail(&error, "use another home with --home DIR"),
+    };
+    let (rootfs, snapshot) = match image::newest_build(&home, &subject.profile.profile) {
+        Ok(Some(newest)) => newest,
+        Ok(None) => return Outcome::fail(format_args!("{name} has not been built"), &build),
+        Err(error) => return Outcome::fail(&error, &build),
+    };
+    let verified = Store::open(Arc::new(home))
+        .map_err(ImageError::from)
+        .and_then(|store| store.snapshot(&rootfs, &snapshot));
+    let qemu = QemuEngine::probe().qemu.map(|qemu| qemu.version);
+    match (verified, qemu) {
+        (Ok(found), Ok(version)) if made_with(&found).is_some_and(|made| *made != version) => {
+            Outcome::fail(
+                format_args!(
+                    "{name}: its snapshot was made with another QEMU than this host's {version}"
+                ),
+                &build,
+            )
         }
-        Ok(Ok(None)) => none(),
-        Ok(Err(error)) => Outcome::fail(&error, &build),
-        Err(error) => Outcome::fail(&error, "use another home with --home DIR"),
+        (Ok(found), _) => Outcome::pass(format_args!(
+            "{name}: image {}, snapshot {}, every byte as built ({})",
+            short(&rootfs),
+            short(&snapshot),
+            found.manifest.built_at
+        )),
+        (Err(error), _) => Outcome::fail(&error, &build),
     }
+}
+
+/// The QEMU a snapshot was made with; it can be restored by no other.
+fn made_with(snapshot: &StoredSnapshot) -> Option<&String> {
+    snapshot.outcome.facts.get("qemu_version")
+}
+
+fn short(hash: &ImageHash) -> &str {
+    hash.as_str().get(..12).unwrap_or_default()
 }
 
 fn leftovers(subject: &Subject<'_>) -> Outcome {
