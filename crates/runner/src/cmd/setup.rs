@@ -162,7 +162,6 @@ async fn install(packages: &[&str], from: Option<&Path>) -> Result<(), CliError>
         let files = debs(directory)?;
         steps.begin("installing packages from files");
         apt(&install)
-            .arg("--no-download")
             .args(files)
             .run("installing packages from files", &steps)
             .await?;
