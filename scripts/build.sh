@@ -40,11 +40,11 @@ fi
 
 say "building the guest's binaries for $guest_target"
 # +crt-static is musl's default; for glibc it makes the difference. The flags of the caller are for host programs.
-RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile guest --target "$guest_target" \
+RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile guest --target "$guest_target" \
   -p guest-init -p guest-agent -p guest-mock-claude >&2
 guest=$(cd "$target_root/$guest_target/guest" && pwd)
 
 say "building the runner"
 GUEST_INIT_PATH=$guest/guest-init GUEST_AGENT_PATH=$guest/guest-agent GUEST_MOCK_CLAUDE_PATH=$guest/guest-mock-claude \
-  cargo build --profile "$profile" -p runner >&2
+  cargo build --locked --profile "$profile" -p runner >&2
 printf '%s\n' "$(cd "$target_root/$directory" && pwd)/runner"

@@ -124,10 +124,17 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         block_on(install(&wanted, args.from.as_deref()))?;
         let left = packages(&missing(&flavours));
         if !left.is_empty() {
-            return Err(CliError::failed(format_args!(
+            let failed = CliError::failed(format_args!(
                 "still missing after the installation: {}",
                 left.join(", ")
-            )));
+            ));
+            return Err(match &args.from {
+                Some(directory) => failed.with_hint(format_args!(
+                    "put their .deb files, with what they depend on, into {}",
+                    directory.display()
+                )),
+                None => failed,
+            });
         }
     }
     prepare_run_dir()?;
