@@ -28,8 +28,8 @@ const SLOW_SCAN: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(2100);
 /// How often an answer that could not be written (a full disk) is tried again.
 const RETRY_ANSWER: Duration = Duration::from_secs(1);
-/// How often old answers are looked for.
-const EXPIRE: Duration = Duration::from_secs(3600);
+/// How often what nobody fetched is looked for.
+const EXPIRE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 enum Command {

@@ -24,7 +24,7 @@ const STILL_BEING_WRITTEN: Duration = Duration::from_secs(2);
 /// Results that nobody fetched are removed after this long.
 const RESULT_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Cancel markers without a job are removed after this long: they may be early, not lost.
-const MARKER_LIFE: Duration = Duration::from_secs(600);
+const MARKER_LIFE: Duration = Duration::from_secs(60);
 /// Largest claim, bytes.
 const MAX_CLAIM_BYTES: u64 = 4096;
 
