@@ -4,9 +4,10 @@
 //! one every [`INTERVAL`] (a burst of 200 jobs is not 1000 files), and never an older one after a newer: readers
 //! see time go forward only. The file is replaced atomically, so it is always whole.
 
+use std::io::Write;
 use std::time::Duration;
 
-use host::fs::Dir;
+use host::fs::{Access, Dir};
 use host::slot::{HostUsage, Resources};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,9 @@ use crate::names::{GroupName, ProfileName, RunId, RunnerName, SessionId};
 
 /// Shortest time between two writes.
 const INTERVAL: Duration = Duration::from_millis(50);
+
+/// How long a change is left to be followed by others before it is written.
+const SETTLE: Duration = Duration::from_millis(10);
 
 /// File name in the instance's directory.
 pub(crate) const STATUS_FILE: &str = "status.json";
@@ -214,6 +218,17 @@ impl StatusWriter {
     }
 }
 
+/// Replaces the file as a whole, without making it durable: after a power loss it means nothing, and every fsync
+/// would hold up those of claims and answers, which share its file system's journal.
+fn replace(instance: &Dir, json: &[u8]) -> std::io::Result<()> {
+    let temporary = format!(".{STATUS_FILE}");
+    instance.remove_file(&temporary)?;
+    let mut file = instance.open_file(&temporary, Access::CreateNew { mode: 0o600 })?;
+    file.write_all(json)?;
+    instance.rename(&temporary, instance, STATUS_FILE)?;
+    Ok(())
+}
+
 /// Writes until the sender is gone and its last snapshot is written.
 async fn write_all(mut instance: Dir, mut newest: watch::Receiver<Status>) {
     let mut failed = false;
@@ -224,7 +239,7 @@ async fn write_all(mut instance: Dir, mut newest: watch::Receiver<Status>) {
                 .map_err(std::io::Error::other)
                 .and_then(|mut json| {
                     json.push(b'\n');
-                    Ok(instance.write_atomic(STATUS_FILE, 0o600, &json)?)
+                    Ok(replace(&instance, &json)?)
                 });
             (instance, result)
         });
@@ -249,6 +264,10 @@ async fn write_all(mut instance: Dir, mut newest: watch::Receiver<Status>) {
         // What was sent last is still seen after the sender is gone; only then this is an error.
         if newest.changed().await.is_err() {
             return;
+        }
+        // What changed is a job on its way, most likely: the CPU is its own first.
+        if newest.has_changed().is_ok() {
+            tokio::time::sleep(SETTLE).await;
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use host::fs::Dir;
 use host::launcher::Launcher;
-use host::slot::HostUsage;
+use host::slot::{CHANGES_FILE, HostUsage};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -16,7 +16,7 @@ use tokio::time::sleep;
 use super::event::Event;
 use super::owner::Message;
 use crate::provider::ProviderEvent;
-use crate::queue::Watch;
+use crate::queue::{Change, Watch};
 
 /// How often the host's slots are looked at whatever inotify says.
 const LOOK_AT_HOST: Duration = Duration::from_secs(5);
@@ -119,18 +119,24 @@ fn slot_changes(run_dir: &Path) -> io::Result<AsyncFd<Watch>> {
     Ok(unsafe { AsyncFd::register_with_interest(watch, Interest::READABLE) }?)
 }
 
+/// Resolves when somebody has published new figures. The launcher's own lock beside them is opened by every look at
+/// the host, ours included: listening to that would make us hear ourselves for ever.
 async fn changed(changes: &mut Option<AsyncFd<Watch>>) {
     let Some(watch) = changes else {
         return std::future::pending().await;
     };
-    match watch.readable_mut().await {
-        Ok(mut ready) => {
-            let read = ready.get_inner_mut().changes();
-            ready.clear_ready();
-            if read.is_err() {
-                *changes = None;
-            }
+    let published = |change: &Change| match change {
+        Change::Appeared { name, .. } => name == CHANGES_FILE,
+        Change::Overflow => true,
+    };
+    while let Ok(mut ready) = watch.readable_mut().await {
+        let heard = ready.get_inner_mut().changes();
+        ready.clear_ready();
+        match heard {
+            Ok(heard) if heard.iter().any(published) => return,
+            Ok(_) => {}
+            Err(_) => break,
         }
-        Err(_) => *changes = None,
     }
+    *changes = None;
 }
