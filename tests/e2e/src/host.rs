@@ -292,11 +292,12 @@ impl HostBuilder {
             .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(&homes)
             .expect("a home can be made");
+        let image = images().join("images").join(&rootfs);
         if let Some(room_mb) = self.own_file_system {
-            let size = size_of(&images().join("images")) + (room_mb << 20);
+            let size = size_of(&image) + (room_mb << 20);
             mount_tmpfs(home.path(), size);
         }
-        link_tree(&images().join("images"), &home.path().join("images"));
+        link_tree(&image, &home.path().join("images").join(&rootfs));
         let queue = home.path().join("groups").join(&self.group);
         let runner = home.path().join("runners").join(&self.name);
         for directory in [&queue, &runner] {

@@ -73,6 +73,15 @@ impl Host {
         serde_json::from_slice(&fs::read(path).ok()?).ok()
     }
 
+    /// Waits until a run's agent has been started, which its log says.
+    pub fn until_runs(&self, id: &str) {
+        let log = self.log_path(id);
+        eventually_some(&format!("the agent of {id} runs"), LONG, || {
+            let text = fs::read_to_string(&log).ok()?;
+            text.contains("▷ Execution").then_some(())
+        });
+    }
+
     /// The ids of the jobs that are queued or running.
     pub fn jobs(&self) -> Vec<String> {
         fs::read_dir(self.queue())

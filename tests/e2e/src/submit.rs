@@ -1,6 +1,5 @@
 //! `runner local submit`, as a user calls it.
 
-use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -109,14 +108,10 @@ impl Pending<'_> {
         eventually_some(&what, LONG, || self.host.queued(&self.prompt))
     }
 
-    /// Waits until the job's log holds `text`: the job has come that far.
-    pub fn reaches(&self, text: &str) -> String {
+    /// Waits until the agent runs in its VM; gives the run's id.
+    pub fn running(&self) -> String {
         let run = self.run_id();
-        let log = self.host.log_path(&run);
-        eventually_some(&format!("{text:?} in {}", log.display()), LONG, || {
-            let bytes = fs::read(&log).ok()?;
-            String::from_utf8_lossy(&bytes).contains(text).then_some(())
-        });
+        self.host.until_runs(&run);
         run
     }
 

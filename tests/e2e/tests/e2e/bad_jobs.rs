@@ -109,7 +109,7 @@ fn links_fifos_and_directories_are_refused_without_being_opened() {
     )
     .unwrap();
     fs::hard_link(&held, host.queue().join(format!("{id}.job"))).unwrap();
-    refused(&host.answer(&id), &["link"]);
+    refused(&host.answer(&id), &["link", "second name"]);
     fs::remove_file(held).unwrap();
 
     let id = new_id();

@@ -11,7 +11,7 @@ fn max_concurrent_caps_the_jobs_and_the_rest_wait() {
         return;
     };
     let first = host.submit("echo first; sleep 1000").spawn();
-    let run = first.reaches("first");
+    let run = first.running();
     let mut second = host.submit("exit 0").spawn();
     second.run_id();
     assert!(second.is_running());
@@ -29,7 +29,7 @@ fn the_first_job_is_admitted_even_above_the_budget_and_the_second_waits_for_it()
         return;
     };
     let first = host.submit("echo first; sleep 1000").spawn();
-    let run = first.reaches("first");
+    let run = first.running();
     let second = host.submit("exit 0").spawn();
     second.run_id();
     let status = host.until_status("one run is active", |status| {
@@ -59,7 +59,7 @@ fn two_runners_of_one_host_share_its_budget() {
         return;
     };
     let first = one.submit("echo first; sleep 1000").spawn();
-    let run = first.reaches("first");
+    let run = first.running();
     let second = two.submit("exit 0").spawn();
     second.run_id();
     let status = two.until_status("the other runner's job counts", |status| {
@@ -115,7 +115,7 @@ fn two_hundred_jobs_at_once_are_each_answered_once_and_the_budget_holds() {
         assert_eq!(answer["exit_code"], number % 2, "{answer}");
         let log = host.log(&job.run_id());
         assert_eq!(
-            log.matches("\"subtype\":\"init\"").count(),
+            log.matches("▷ Execution").count(),
             1,
             "run {} ran twice: {log}",
             job.run_id()

@@ -15,7 +15,7 @@ fn a_killed_vm_is_answered_and_the_runner_goes_on() {
         return;
     };
     let job = host.submit("sleep 1000").spawn();
-    job.reaches("sleep 1000");
+    job.running();
     for vm in host.vms() {
         vm.kill();
     }
@@ -30,7 +30,7 @@ fn a_killed_launcher_takes_its_vms_along_and_every_submitter_is_answered() {
         return;
     };
     let job = host.submit("sleep 1000").spawn();
-    job.reaches("sleep 1000");
+    job.running();
     host.launcher().kill();
     eventually("every VM is gone", SECOND, || host.vms().is_empty());
     let outcome = job.wait();
@@ -48,7 +48,7 @@ fn a_killed_runner_s_job_is_answered_by_the_next_start() {
         return;
     };
     let job = host.submit("sleep 1000").spawn();
-    job.reaches("sleep 1000");
+    job.running();
     host.kill_daemon();
     host.start_runner();
     job.wait().expect_error(&["stopped while"]);
@@ -109,7 +109,8 @@ fn a_runner_killed_when_the_agent_writes_loses_nothing() {
 #[test]
 fn a_runner_killed_when_the_job_ends_loses_nothing() {
     killed_in("job ends", |host, id| {
-        std::fs::read_to_string(host.log_path(id)).is_ok_and(|log| log.contains("\"result\""))
+        std::fs::read_to_string(host.log_path(id))
+            .is_ok_and(|log| log.contains("Execution complete"))
     });
 }
 
@@ -133,7 +134,7 @@ fn a_killed_submit_leaves_nothing() {
         return;
     };
     let job = host.submit("sleep 3").spawn();
-    job.reaches("sleep 3");
+    job.running();
     job.signal(Signal::KILL);
     drop(job);
     eventually("the job is gone from the queue", LONG, || {

@@ -15,7 +15,7 @@ fn a_result_that_finds_no_room_is_written_when_there_is_some() {
     let job = host
         .submit("until test -e /tmp/go; do sleep 0.2; done")
         .spawn();
-    let run = job.reaches("until");
+    let run = job.running();
     let filler = host.fill_disk(0);
     let go = host
         .runner(&["exec", &run, "--", "touch /tmp/go"])

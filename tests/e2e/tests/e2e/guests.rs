@@ -47,7 +47,7 @@ fn a_fork_bomb_ends_with_its_job_and_leaves_the_operator_in_control() {
         .submit("bomb() { bomb | bomb & }; bomb; sleep 1000")
         .timeout_secs(30)
         .spawn();
-    let run = job.reaches("bomb");
+    let run = job.running();
     let exec = host
         .runner(&["exec", &run, "--", "echo in control"])
         .output()
@@ -121,7 +121,7 @@ fn a_vm_s_process_has_no_privileges_no_network_and_a_limit() {
         return;
     };
     let job = host.submit("sleep 1000").spawn();
-    let run = job.reaches("sleep 1000");
+    let run = job.running();
     let vms = host.vms();
     assert_eq!(vms.len(), 1, "{vms:?}");
     let read =

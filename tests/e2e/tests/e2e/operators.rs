@@ -22,7 +22,7 @@ fn exec_runs_beside_the_job_with_streams_and_exit_code() {
         return;
     };
     let job = host.submit("sleep 1000").spawn();
-    let run = job.reaches("sleep 1000");
+    let run = job.running();
     let prefix = &run[..8];
 
     let output = host
@@ -78,7 +78,7 @@ fn files_are_copied_in_and_out_unchanged() {
         return;
     };
     let job = host.submit("sleep 1000").spawn();
-    let run = job.reaches("sleep 1000");
+    let run = job.running();
     let here = tempfile::tempdir().unwrap();
     let sent = here.path().join("sent");
     let bytes: Vec<u8> = (0..3_000_000_u32)
@@ -169,7 +169,7 @@ fn exec_it_is_a_real_terminal_that_follows_resizes() {
         return host.finish();
     }
     let job = host.submit("sleep 1000").spawn();
-    let run = job.reaches("sleep 1000");
+    let run = job.running();
     let tmux = Tmux {
         socket: tempfile::tempdir().unwrap(),
     };
@@ -219,7 +219,7 @@ fn a_draining_runner_finishes_what_it_has_and_takes_nothing_new_until_resumed() 
     let first = host
         .submit("until test -e /tmp/go; do sleep 0.2; done")
         .spawn();
-    let run = first.reaches("until");
+    let run = first.running();
     host.daemon().signal(Signal::USR1);
     host.until_status("it drains", |status| status["mode"] == "draining");
     let mut second = host.submit("exit 0").spawn();
@@ -244,7 +244,7 @@ fn a_stopped_runner_answers_the_jobs_it_cannot_finish() {
         return;
     };
     let job = host.submit("sleep 1000").spawn();
-    job.reaches("sleep 1000");
+    job.running();
     assert!(host.stop().success());
     let outcome = job.wait();
     assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
