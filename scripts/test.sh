@@ -141,7 +141,10 @@ if [ "$tier" != soak ] && [ ${#filters[@]} = 0 ]; then
 fi
 
 if [ "$tier" != lint ] && [ "$tier" != soak ]; then
-    rust_tests "unit tests" --workspace --exclude e2e --locked "${filters[@]+"${filters[@]}"}"
+    # The engine's conformance suite wants the image that the full tier builds below.
+    exclude=(--exclude e2e)
+    [ "$tier" = fast ] || exclude+=(--exclude sandbox-qemu)
+    rust_tests "unit tests" --workspace "${exclude[@]}" --locked "${filters[@]+"${filters[@]}"}"
 fi
 
 # What the end-to-end tests need: the release binary and the images, in a home that each test links them from.
@@ -163,7 +166,11 @@ case $tier in full | slow | soak)
     if ! is_root; then
         # Test binaries start the daemon, which needs root.
         triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
-        export "CARGO_TARGET_${triple}_RUNNER=sudo --preserve-env=VM0_RUNNER_BIN,VM0_TEST_IMAGES,VM0_TEST_SLOW --"
+        export "CARGO_TARGET_${triple}_RUNNER=sudo --preserve-env=VM0_RUNNER_BIN,VM0_TEST_IMAGES,VM0_TEST_IMAGE_DIR,VM0_TEST_SLOW --"
+    fi
+    if [ "$tier" != soak ]; then
+        small=$(as_root env VM0_RUNNER_HOME="$VM0_TEST_IMAGES" "$VM0_RUNNER_BIN" build --profile vm0/small --dry-run 2>/dev/null | sed -n 's/^rootfs_hash=//p')
+        VM0_TEST_IMAGE_DIR=$VM0_TEST_IMAGES/images/$small rust_tests "QEMU engine" --package sandbox-qemu --locked "${filters[@]+"${filters[@]}"}"
     fi
     [ "$tier" != slow ] || export VM0_TEST_SLOW=1
     for ((round = 1; round <= rounds; round++)); do

@@ -53,7 +53,7 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
             }
             Some(error) => {
                 failed += 1;
-                println!("test {name} ... FAILED ({took:.1?}): {error}");
+                println!("{name}: after {took:.1?}: {error}\ntest {name} ... FAILED");
             }
         }
     };
@@ -97,7 +97,8 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
     let now = open_descriptors()?;
     let left = (now > descriptors).then(|| format!("{descriptors} before, {now} after"));
     report("no descriptor is left", left, start);
-    println!("test result: {passed} passed; {failed} failed");
+    let word = if failed == 0 { "ok" } else { "FAILED" };
+    println!("test result: {word}. {passed} passed; {failed} failed");
     Ok(failed == 0)
 }
 
