@@ -84,10 +84,11 @@ impl Reaper {
                 return;
             };
             let mut buffer = [0; 1024];
-            // Signals merge, so their number says nothing; that there was one is enough.
+            // What was read says nothing that waiting does not say: signals merge. Nor is there ever more than fits, so
+            // the next one raises readiness again.
             match rustix::io::read(&self.signals, &mut buffer) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(_) => ready.clear_ready(),
+                Err(Errno::INTR) => {}
+                Ok(_) | Err(_) => ready.clear_ready(),
             }
             self.reap();
         }

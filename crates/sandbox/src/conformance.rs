@@ -3,6 +3,7 @@
 //! A test program makes a [`Subject`], asks for the [`cases`] that fit it, and runs them one after another. A case
 //! takes the slots it needs and gives them back whatever happens. Nothing waits by sleeping.
 
+mod agent_root;
 mod guest;
 mod isolation;
 mod life;
@@ -92,6 +93,7 @@ pub fn cases(subject: &Subject) -> Vec<Case> {
     life::CASES
         .iter()
         .chain(guest::CASES)
+        .chain(agent_root::CASES)
         .chain(isolation::CASES)
         .map(|(name, needs_guest, body)| Case {
             name,
