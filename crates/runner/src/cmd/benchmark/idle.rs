@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sandbox::{Engine, Progress, Sandbox, Shape, SnapshotInputs};
+use sandbox::{Engine, PausedAs, Progress, Sandbox, Shape, SnapshotInputs};
 
 use super::vms::Bench;
 use crate::context::CliError;
@@ -26,8 +26,9 @@ impl Progress for Quiet {
     fn step(&self, _: &str) {}
 }
 
-/// Mean private dirty memory of `count` warmed and paused VMs that are up together, MiB. They are clones of a
-/// snapshot of the measured image that is made for this and thrown away.
+/// Mean private dirty memory of `count` restored and paused VMs that are up together, MiB. They are clones of a
+/// snapshot of the measured image that is made for this and thrown away. What the same VMs take once their warm-up
+/// job has run is told on stderr.
 pub(super) async fn measure(
     bench: &Bench<'_>,
     flavour: Flavour,
@@ -55,17 +56,33 @@ pub(super) async fn measure(
     let mut waiting: Vec<Sandbox> = Vec::new();
     for _ in 0..count {
         let slot = bench.take(SHAPE).await?;
+        let sandbox = Sandbox::adopt(template.restore(slot).await?, slot);
+        sandbox.pause(PausedAs::Warm).await?;
+        waiting.push(sandbox);
+    }
+    let restored = mean(bench, waiting).await?;
+    let mut waiting = Vec::new();
+    for _ in 0..count {
+        let slot = bench.take(SHAPE).await?;
         waiting.push(executor::warm_up(&template, slot).await?);
     }
+    let warmed = mean(bench, waiting).await?;
+    eprintln!("  after their warm-up job: {warmed} MiB each");
+    Ok(restored)
+}
+
+/// Mean private dirty memory, MiB with two decimals; the VMs are ended.
+async fn mean(bench: &Bench<'_>, vms: Vec<Sandbox>) -> Result<f64, CliError> {
+    let count = u32::try_from(vms.len()).unwrap_or(u32::MAX).max(1);
     let mut sum = 0.0;
-    for sandbox in &waiting {
+    for sandbox in &vms {
         let bytes = sandbox.memory().await?.private_dirty;
         // Exact up to 8 PiB.
         #[expect(clippy::cast_precision_loss, reason = "a mean for people")]
         let bytes = bytes as f64;
         sum += bytes;
     }
-    for sandbox in waiting {
+    for sandbox in vms {
         bench.end(sandbox).await?;
     }
     let mean = sum / f64::from(count) / f64::from(1 << 20);
