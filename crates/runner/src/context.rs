@@ -54,6 +54,11 @@ impl Context {
     }
 }
 
+/// Tells a person something on stderr. Unlike `eprintln!` it does not panic when nobody reads that any more.
+pub(crate) fn note(text: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
 /// Runs a command's asynchronous part on this thread.
 pub(crate) fn block_on<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use host::launcher::{ForkedLauncher, LauncherConfig};
 use serde::Serialize;
 
-use crate::context::{CliError, Context, block_on};
+use crate::context::{CliError, Context, block_on, note};
 use crate::image::{self, Store, StoredSnapshot};
 use crate::profile::ProfileSpec;
 use samples::Figures;
@@ -134,14 +134,17 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     block_on(async {
         let launcher = forked.attach()?;
         let bench = vms::Bench::open(launcher.clone(), instance, &stored).await?;
-        eprintln!("VMs: {} rounds", args.runs);
+        note(format_args!("VMs: {} rounds", args.runs));
         let engine = bench.measure(args.runs, args.boots).await?;
-        eprintln!("memory of {} idle VMs", args.idle);
+        note(format_args!("memory of {} idle VMs", args.idle));
         let idle_private_mib =
             idle::measure(&bench, args.profile.profile.flavour, args.idle).await?;
         drop(bench);
         launcher.shutdown().await;
-        eprintln!("jobs: {} runs, {} pickups", args.runs, args.pickups);
+        note(format_args!(
+            "jobs: {} runs, {} pickups",
+            args.runs, args.pickups
+        ));
         let jobs = jobs::Jobs::start(&home, &args.profile, rootfs, snapshot).await?;
         let figures = jobs.measure(args.runs, args.pickups).await?;
         let report = Report {

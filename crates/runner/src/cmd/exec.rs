@@ -11,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::cmd::parse;
-use crate::context::{CliError, Context, block_on};
+use crate::context::{CliError, Context, block_on, note};
 use crate::control::client::{self, RunPrefix};
 use crate::control::protocol::{self, CHUNK, Connection, Failure, Input, Reply, Request};
 use crate::terminal::{self, RawMode};
@@ -120,9 +120,9 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             End::Exited(report) => Ok(exit_code(&report)),
             End::Interrupted(signal) => Ok(ExitCode::from(128_u8.saturating_add(signal))),
             End::Detached => {
-                eprintln!(
+                note(format_args!(
                     "left running; attach again with `runner exec {run} -it --attach {session}`"
-                );
+                ));
                 Ok(ExitCode::SUCCESS)
             }
         }
@@ -173,7 +173,7 @@ async fn receive(connection: &mut Connection) -> Result<Reply, CliError> {
 
 /// A command that could not be started: as in a shell, 127 when it was not found, 126 when it could not be run.
 fn cannot_start(failure: &Failure) -> ExitCode {
-    eprintln!("error: {}", failure.message);
+    note(format_args!("error: {}", failure.message));
     ExitCode::from(match failure.errno {
         Some(libc::ENOENT | libc::ENOTDIR) => 127,
         Some(_) => 126,
@@ -183,7 +183,7 @@ fn cannot_start(failure: &Failure) -> ExitCode {
 
 fn exit_code(report: &ExitReport) -> ExitCode {
     if report.oom_kills > 0 {
-        eprintln!("note: the guest ran out of memory and killed a process of this command");
+        note("note: the guest ran out of memory and killed a process of this command");
     }
     match report.status {
         ExitStatus::Exited(code) => ExitCode::from(u8::try_from(code & 0xff).unwrap_or(1)),
@@ -191,7 +191,7 @@ fn exit_code(report: &ExitReport) -> ExitCode {
             ExitCode::from(u8::try_from(128 + (signal & 0x7f)).unwrap_or(128))
         }
         ExitStatus::TimedOut => {
-            eprintln!("error: the command ran longer than its --timeout and was killed");
+            note("error: the command ran longer than its --timeout and was killed");
             ExitCode::from(124)
         }
     }

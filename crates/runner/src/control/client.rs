@@ -6,7 +6,7 @@ use std::time::Duration;
 use host::fs::Dir;
 
 use super::protocol::{self, Connection, Failure, Reply, Request, RunInfo};
-use crate::context::CliError;
+use crate::context::{CliError, note};
 use crate::home::{Home, HomeError, rel};
 use crate::names::{RunId, RunnerName};
 
@@ -98,11 +98,14 @@ pub(crate) async fn active_runs(home: &Home) -> Result<Vec<ActiveRun>, CliError>
                     });
                 }
             }
-            Ok(_) => eprintln!("warning: runner {} gave an odd answer", instance.runner),
-            Err(error) => eprintln!(
+            Ok(_) => note(format_args!(
+                "warning: runner {} gave an odd answer",
+                instance.runner
+            )),
+            Err(error) => note(format_args!(
                 "warning: runner {} does not answer: {error}",
                 instance.runner
-            ),
+            )),
         }
     }
     Ok(active)

@@ -351,6 +351,9 @@ impl Daemon {
         }
     }
 
+    pub(super) fn lookup(&self) -> Arc<dyn RunLookup> {
+        Arc::clone(&self.lookup) as Arc<_>
+    }
     pub(super) fn run(&self) -> RunId {
         self.lookup.info.run_id
     }

@@ -351,3 +351,42 @@ async fn garbage_ends_one_connection_and_nothing_else() {
     }
     only_run(&daemon).await;
 }
+
+#[tokio::test]
+async fn a_stranger_is_not_heard() {
+    use std::os::unix::fs::PermissionsExt;
+    let temp = tempfile::tempdir().unwrap();
+    let socket = temp.path().join("control.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    // Wide open, so that only the credentials decide.
+    for path in [temp.path(), &socket] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    let daemon = Daemon::start();
+    let me = rustix::process::geteuid();
+    let (owner, stranger) = if me.is_root() {
+        (0, Some(rustix::process::Uid::from_raw(65534)))
+    } else {
+        // Root is always heard, so somebody else plays the owner and we the stranger.
+        (me.as_raw() + 1, None)
+    };
+    let server = tokio::spawn(super::server::serve(listener, owner, daemon.lookup()));
+    let stream = std::thread::spawn(move || {
+        if let Some(uid) = stranger {
+            // This thread's own: the kernel keeps credentials by thread, and the thread ends with this closure.
+            rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+        }
+        std::os::unix::net::UnixStream::connect(&socket).unwrap()
+    });
+    let stream = stream.join().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    let mut connection = protocol::frame(tokio::net::UnixStream::from_std(stream).unwrap());
+    // It may be closed before or after this arrives; it is never answered.
+    let _ = protocol::send(&mut connection, &Request::Runs).await;
+    let answer = tokio::time::timeout(
+        Duration::from_secs(20),
+        protocol::receive::<Reply, _>(&mut connection),
+    );
+    assert!(!matches!(answer.await.expect("the end"), Ok(Some(_))));
+    server.abort();
+}

@@ -5,7 +5,7 @@ use std::time::Duration;
 use sandbox::{Engine, PausedAs, Progress, Sandbox, Shape, SnapshotInputs};
 
 use super::vms::Bench;
-use crate::context::CliError;
+use crate::context::{CliError, note};
 use crate::executor;
 use crate::image::warm_up;
 use crate::profile::Flavour;
@@ -67,7 +67,7 @@ pub(super) async fn measure(
         waiting.push(executor::warm_up(&template, slot).await?);
     }
     let warmed = mean(bench, waiting).await?;
-    eprintln!("  after their warm-up job: {warmed} MiB each");
+    note(format_args!("  after their warm-up job: {warmed} MiB each"));
     Ok(restored)
 }
 

@@ -17,7 +17,7 @@ use crate::config::{
     Config, EngineChoice, JOB_TIMEOUT_SECS, LOG_MAX_MB, ProfileConfig, Rendered, SandboxConfig,
     WarmConfig,
 };
-use crate::context::CliError;
+use crate::context::{CliError, note};
 use crate::control::client::{self, Instance};
 use crate::control::protocol::{Reply, Request};
 use crate::home::{Home, rel};
@@ -346,11 +346,15 @@ impl Drop for Jobs {
             }
         }
         if let Err(error) = self.daemon.wait() {
-            eprintln!("warning: the benchmark's daemon cannot be waited for: {error}");
+            note(format_args!(
+                "warning: the benchmark's daemon cannot be waited for: {error}"
+            ));
         }
         for tree in [rel::runner(&self.runner), rel::group(&self.group)] {
             if let Err(error) = remove(self.home.dir(), tree) {
-                eprintln!("warning: what the benchmark left cannot be removed: {error}");
+                note(format_args!(
+                    "warning: what the benchmark left cannot be removed: {error}"
+                ));
             }
         }
         for run in &self.runs {

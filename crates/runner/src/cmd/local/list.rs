@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use crate::context::{CliError, Context};
+use crate::context::{CliError, Context, note};
 use crate::names::{GroupName, ProfileName, RunId};
 use crate::queue::{GroupQueue, JobState, Listed, LiveRunner};
 use crate::terminal;
@@ -80,7 +80,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     } else {
         context.print(table(&report))?;
         if runners.is_empty() {
-            eprintln!("no runner watches group {}", args.group);
+            note(format_args!("no runner watches group {}", args.group));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -100,7 +100,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             .iter()
             .map(|collect| collect.guest_path().to_owned())
             .collect(),
-    })?;
+    })
+    .map_err(CliError::usage)?;
     let collect = args
         .collect
         .into_iter()

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::notice::Notice;
 use crate::cmd::logs::tail::Tail;
-use crate::context::CliError;
+use crate::context::{CliError, note};
 use crate::names::GroupName;
 use crate::queue::{GroupQueue, Job, JobResult};
 use crate::terminal::Escaper;
@@ -89,13 +89,17 @@ impl<'a> Waiter<'a> {
         let mut deadline = limit.map(|limit| Instant::now() + limit);
         let mut leaving = None;
         loop {
-            if let Some(log) = &mut self.log {
-                log.print()?;
+            // Somebody who stopped reading the log still wants the result.
+            if let Some(Err(error)) = self.log.as_mut().map(Log::print) {
+                if error.kind() != io::ErrorKind::BrokenPipe {
+                    return Err(error.into());
+                }
+                self.log = None;
             }
             if let Some(mut result) = self.queue.result(run)? {
                 if let Some(log) = &mut self.log {
-                    log.print()?;
-                    log.finish()?;
+                    // The result is worth more than the log's last lines.
+                    let _ = log.print().and_then(|()| log.finish());
                 }
                 if let Some(Leaving::TimedOut(limit)) = leaving
                     && result.exit_code != 0
@@ -147,14 +151,18 @@ impl<'a> Waiter<'a> {
             if self.queue.result(run)?.is_none() {
                 self.queue.cancel(run)?;
             }
-            eprintln!("cancelling run {run}; press Ctrl-C again to leave at once");
+            note(format_args!(
+                "cancelling run {run}; press Ctrl-C again to leave at once"
+            ));
         }
     }
 
     /// Leaves a cancelled job to its runner.
     fn abandon(self, leaving: Option<Leaving>) -> Result<Outcome, CliError> {
         let run = self.job.run_id;
-        eprintln!("run {run} was told to stop and has not answered; left it to its runner");
+        note(format_args!(
+            "run {run} was told to stop and has not answered; left it to its runner"
+        ));
         Ok(Outcome {
             result: match leaving {
                 Some(Leaving::TimedOut(limit)) => timed_out(self.job, limit),
@@ -169,12 +177,12 @@ impl<'a> Waiter<'a> {
             return Ok(());
         }
         let group = self.group;
-        eprintln!("waiting: no runner watches group {group}");
-        eprintln!(
+        note(format_args!("waiting: no runner watches group {group}"));
+        note(format_args!(
             "hint: start one with `sudo runner start --local --config FILE`; \
              `runner config --name NAME --group {group} --profile {}` writes FILE",
             self.job.profile
-        );
+        ));
         Ok(())
     }
 }
