@@ -100,6 +100,8 @@ impl OpenImage {
     }
 }
 
+const STDERR: RawFd = 2;
+
 /// What one process is started with.
 pub(crate) struct Plan<'a> {
     pub(crate) launcher: &'a Launcher,
@@ -176,7 +178,10 @@ impl Starting {
         let (agent, their_agent) = pair().map_err(&wiring)?;
         let (console, their_console) = pair().map_err(&wiring)?;
         let mut fds = plan.image.lend()?;
+        // What QEMU itself complains of belongs to the same tail as the guest's last words.
+        let complaints = their_console.try_clone().map_err(&wiring)?;
         fds.extend([
+            (complaints, STDERR),
             (their_qmp, fd::QMP),
             (their_agent, fd::AGENT),
             (their_console, fd::CONSOLE),

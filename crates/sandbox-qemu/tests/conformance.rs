@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use common::{Fixture, with_engine};
 use sandbox::conformance::{Subject, cases};
 use sandbox::{Engine, Shape};
+use sandbox_qemu::{Accel, Kvm, Proof, QemuEngine};
 
 const SHAPE: Shape = Shape {
     vcpu: 1,
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
 
 async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
     let dir = fixture.snapshot.path();
+    let image = fixture.image;
     let before = fingerprint(dir, &fixture.outcome.files)?;
     let subject = Subject {
         template: fixture.template,
@@ -73,7 +75,7 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
     let limit = Duration::from_secs(120);
     let booted = fixture
         .engine
-        .cold_boot(slot, fixture.image, fixture.shape, limit)
+        .cold_boot(slot, image.clone(), fixture.shape, limit)
         .await;
     let error = match booted {
         Ok(vm) => {
@@ -85,6 +87,27 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
     };
     subject.slots.give_back(slot).await?;
     report("an image boots without a snapshot", error, start);
+
+    if fixture.findings.kvm == Kvm::Missing {
+        println!(
+            "test a boot proves KVM or says why not ... SKIPPED: {}",
+            Kvm::Missing
+        );
+    } else {
+        let start = Instant::now();
+        let kvm = QemuEngine::new(fixture.launcher.clone(), &fixture.findings, Accel::Kvm)?;
+        let slot = subject.slots.take().await?;
+        let proof = kvm.prove(slot, image, Duration::from_secs(20)).await;
+        subject.slots.give_back(slot).await?;
+        println!("     {proof:?}");
+        let hardware = fixture.findings.kvm == Kvm::Hardware;
+        let error = match proof {
+            Proof::Boots(_) => None,
+            Proof::Fails(why) if hardware || !why.contains("/dev/kvm") => Some(why),
+            Proof::Fails(_) => None,
+        };
+        report("a boot proves KVM or says why not", error, start);
+    }
 
     let start = Instant::now();
     let same = before == fingerprint(dir, &fixture.outcome.files)?;

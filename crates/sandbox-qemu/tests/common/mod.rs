@@ -13,7 +13,7 @@ use sandbox::conformance::Slots;
 use sandbox::{
     Engine, ImageFiles, Progress, SandboxError, Shape, SnapshotInputs, SnapshotOutcome, Template,
 };
-use sandbox_qemu::{Accel, QemuEngine};
+use sandbox_qemu::{Accel, Findings, QemuEngine};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -22,6 +22,7 @@ const INSTANCE: &str = "engine-test";
 /// An engine, a snapshot made with it, and slots.
 pub(crate) struct Fixture {
     pub(crate) engine: QemuEngine,
+    pub(crate) findings: Findings,
     pub(crate) launcher: Launcher,
     pub(crate) slots: Arc<dyn Slots>,
     pub(crate) image: ImageFiles,
@@ -61,13 +62,14 @@ where
     runtime.block_on(async {
         let launcher = forked.attach()?;
         let engine = QemuEngine::new(launcher.clone(), &findings, Accel::Tcg)?;
-        body(Fixture::new(engine, launcher, &image, shape).await?).await
+        body(Fixture::new(engine, findings, launcher, &image, shape).await?).await
     })
 }
 
 impl Fixture {
     async fn new(
         engine: QemuEngine,
+        findings: Findings,
         launcher: Launcher,
         dir: &Path,
         shape: Shape,
@@ -104,6 +106,7 @@ impl Fixture {
             .await?;
         Ok(Fixture {
             engine,
+            findings,
             launcher,
             slots,
             image,
