@@ -123,7 +123,7 @@ macro_rules! as_str {
     };
 }
 
-as_str!(ProfileName, GroupName, RunnerName, SessionId, ImageHash);
+as_str!(ProfileName, GroupName, RunnerName, ImageHash);
 
 /// A run (and its job): a UUID in its canonical lowercase form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -239,7 +239,7 @@ async fn write_all(mut instance: Dir, mut newest: watch::Receiver<Status>) {
                 .map_err(std::io::Error::other)
                 .and_then(|mut json| {
                     json.push(b'\n');
-                    Ok(replace(&instance, &json)?)
+                    replace(&instance, &json)
                 });
             (instance, result)
         });

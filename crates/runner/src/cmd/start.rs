@@ -32,9 +32,6 @@ use crate::status::{STATUS_FILE, StatusWriter};
 /// A log larger than this is put aside (one is kept) when the daemon starts, bytes.
 const LOG_ROTATE: u64 = 64 << 20;
 
-/// The daemon goes before what it runs; its work is short.
-const DAEMON_NICE: i32 = -10;
-
 /// Command line.
 #[derive(Debug, clap::Args)]
 #[command(

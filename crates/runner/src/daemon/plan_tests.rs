@@ -467,7 +467,7 @@ fn a_vm_is_reused_only_when_everything_about_the_next_job_is_the_same() {
     let (_, slot, existing) = bench.admit();
     assert!(existing);
     assert_eq!(slot, idle);
-    assert_eq!(same.job.session_id.as_ref().unwrap().as_str(), "s");
+    assert_eq!(same.job.session_id.as_ref().unwrap().to_string(), "s");
 }
 
 #[test]

@@ -104,7 +104,8 @@ fn files_that_can_never_be_jobs_are_answered_with_the_reason() {
     let group = Group::new();
     let runner = group.runner();
     let outside = tempfile::NamedTempFile::new().unwrap();
-    let make: Vec<(&str, Box<dyn Fn(&std::path::Path)>)> = vec![
+    type Make<'a> = Box<dyn Fn(&std::path::Path) + 'a>;
+    let make: Vec<(&str, Make<'_>)> = vec![
         (
             "link",
             Box::new(|path| symlink(outside.path(), path).unwrap()),
