@@ -623,3 +623,7 @@ impl std::fmt::Debug for Owner {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+#[path = "owner_tests.rs"]
+mod tests;
