@@ -3,18 +3,24 @@
 //! The executor never decides about VMs or leases and never answers: it returns what happened, and the daemon does
 //! the rest. Dropping it at any point is safe; whatever it had started goes with the VM's slot.
 
+mod collect;
+mod last_line;
+
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use guest_control::{
-    Client, ControlError, ExecSpec, ExitReport, ExitStatus, Session, Stream, UserSpec, Wake,
+    ControlError, ExecSpec, ExitReport, ExitStatus, Session, Stream, UserSpec, Wake,
 };
-use host::fs::{Access, Dir};
+use host::fs::Dir;
 use host::slot::SlotId;
 use sandbox::{Sandbox, SandboxError, Template};
 use tokio::sync::watch;
 use tokio::time::timeout;
+
+use collect::collect;
+use last_line::LastLine;
 
 use crate::daemon::CancelReason;
 use crate::names::RunId;
@@ -31,16 +37,12 @@ const TIMEOUT_GRACE: Duration = Duration::from_secs(30);
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long a VM whose control channel ended may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(5);
-/// Most of one file copied out of the guest, bytes.
-const MAX_COLLECTED: u64 = 1 << 30;
 /// Limit on copying all of a job's files out.
 const COLLECT_LIMIT: Duration = Duration::from_secs(300);
 /// A disk with less than this free is what a failed job failed of, most likely.
 const DISK_FULL_BYTES: u64 = 1 << 20;
 /// Limit on the warm-up job: an emulated guest on a busy host.
 const WARM_UP_LIMIT: Duration = Duration::from_secs(120);
-/// Most of stderr's last line that goes into a result, bytes.
-const LAST_LINE: usize = 500;
 
 /// Where the job's VM comes from.
 pub(crate) enum VmSource {
@@ -374,102 +376,6 @@ async fn explain(sandbox: &Sandbox, error: SandboxError) -> String {
         Ok(death) if death.oom => format!("VM died: out of memory on the host ({})", death.reason),
         Ok(death) => format!("VM died: {}", death.reason),
         Err(_) => error.to_string(),
-    }
-}
-
-/// Copies the files the job named to where its submitter finds them.
-async fn collect(setting: &Setting, job: &Job, client: &Client) -> Result<(), String> {
-    let dir = setting
-        .provider
-        .collect_dir(job.run_id)
-        .map_err(|error| format!("cannot collect files: {error}"))?;
-    let mut failures = Vec::new();
-    for (number, path) in job.collect.iter().enumerate() {
-        let name = number.to_string();
-        let file = match dir.open_file(&name, Access::CreateNew { mode: 0o644 }) {
-            Ok(file) => file,
-            Err(error) => return Err(format!("cannot collect {path}: {error}")),
-        };
-        let mut sink = BoundedFile {
-            file,
-            room: MAX_COLLECTED,
-        };
-        if let Err(error) = client.read_file(path, &mut sink).await {
-            let _ = dir.remove_file(&name);
-            failures.push(format!("cannot collect {path}: {error}"));
-        }
-    }
-    if failures.is_empty() {
-        Ok(())
-    } else {
-        Err(failures.join("; "))
-    }
-}
-
-/// Writes to the host's page cache; refuses what is beyond its room.
-struct BoundedFile {
-    file: std::fs::File,
-    room: u64,
-}
-
-impl tokio::io::AsyncWrite for BoundedFile {
-    fn poll_write(
-        mut self: std::pin::Pin<&mut Self>,
-        _: &mut std::task::Context<'_>,
-        data: &[u8],
-    ) -> std::task::Poll<std::io::Result<usize>> {
-        let length = u64::try_from(data.len()).unwrap_or(u64::MAX);
-        let written = if length > self.room {
-            Err(std::io::Error::other(format!(
-                "the file is larger than {MAX_COLLECTED} bytes"
-            )))
-        } else {
-            std::io::Write::write(&mut self.file, data)
-        };
-        self.room = self.room.saturating_sub(length);
-        std::task::Poll::Ready(written)
-    }
-    fn poll_flush(
-        self: std::pin::Pin<&mut Self>,
-        _: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        std::task::Poll::Ready(Ok(()))
-    }
-    fn poll_shutdown(
-        self: std::pin::Pin<&mut Self>,
-        _: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        std::task::Poll::Ready(Ok(()))
-    }
-}
-
-/// The last line of stderr that says something: an agent that fails says there why.
-#[derive(Debug, Default)]
-struct LastLine {
-    complete: Vec<u8>,
-    current: Vec<u8>,
-}
-
-impl LastLine {
-    fn push(&mut self, data: &[u8]) {
-        for piece in data.split_inclusive(|byte| *byte == b'\n') {
-            let room = LAST_LINE.saturating_sub(self.current.len());
-            self.current.extend(piece.iter().take(room));
-            if piece.ends_with(b"\n") {
-                let line = std::mem::take(&mut self.current);
-                if !line.trim_ascii().is_empty() {
-                    self.complete = line;
-                }
-            }
-        }
-    }
-
-    fn text(&self) -> String {
-        let line = match self.current.trim_ascii() {
-            b"" => self.complete.trim_ascii(),
-            current => current,
-        };
-        String::from_utf8_lossy(line).into_owned()
     }
 }
 

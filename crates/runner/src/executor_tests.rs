@@ -7,6 +7,7 @@ use sandbox::fake::{FakeEngine, FakeEvent, FakeExec, FakeGuest, Gate};
 use sandbox::{Death, Shape};
 use tokio::sync::{Semaphore, mpsc};
 
+use super::last_line::LAST_LINE;
 use super::*;
 use crate::queue::test_support::fields;
 use crate::queue::{JobFields, QueueError};

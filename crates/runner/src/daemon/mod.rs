@@ -13,6 +13,8 @@
 
 mod directory;
 mod event;
+mod leases;
+mod message;
 mod owner;
 mod plan;
 mod waiting;

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use host::launcher::LauncherError;
-use host::slot::{HostUsage, LeaseKind, Resources, SlotId};
+use host::slot::{Resources, SlotId};
 use sandbox::{EngineKind, Sandbox, Template};
 use tokio::sync::watch;
 
 use super::directory::Directory;
 use super::event::{Action, CancelReason, Event, Warmed};
+use super::message::Message;
 use super::plan::{Plan, ProfilePlan, Rules};
 use super::watchers::{Inbox, Mailbox};
 use crate::config::{Config, WarmConfig};
@@ -21,68 +21,6 @@ use crate::provider::Provider;
 use crate::queue::{ClaimedJob, JobResult};
 use crate::resource_budget::{Budget, Lease};
 use crate::status::{Phase, Status, StatusWriter, Time};
-
-/// What the owner hears: events, some of them with a thing that changes hands.
-#[derive(Debug)]
-pub(crate) enum Message {
-    /// Nothing changes hands.
-    Event(Event),
-    /// A job's lease is firm.
-    Admitted {
-        /// Whose.
-        run: RunId,
-        /// The lease.
-        lease: Lease,
-        /// What the host's slots take, if the slot is new.
-        usage: Option<HostUsage>,
-    },
-    /// A job got no lease; that of the VM it was to have comes back.
-    Refused {
-        /// Whose.
-        run: RunId,
-        /// The VM's.
-        lease: Option<Lease>,
-        /// `None`: it failed for another reason than room.
-        usage: Option<HostUsage>,
-    },
-    /// A run's VM is up.
-    VmUp {
-        /// Whose.
-        run: RunId,
-        /// The VM.
-        sandbox: Sandbox,
-    },
-    /// A warm VM is ready.
-    Warm {
-        /// Of which profile.
-        profile: ProfileName,
-        /// Its lease.
-        lease: Lease,
-        /// The VM.
-        sandbox: Sandbox,
-    },
-    /// A VM is parked, or was not.
-    Parked {
-        /// Its lease.
-        lease: Lease,
-        /// Whether it is.
-        parked: bool,
-    },
-    /// A VM's lease is revocable again.
-    Demoted {
-        /// Its lease.
-        lease: Lease,
-    },
-    /// A VM died. The process id tells it from others in the same slot.
-    Died {
-        /// Its slot.
-        slot: SlotId,
-        /// Its process.
-        pid: u32,
-        /// Why.
-        reason: String,
-    },
-}
 
 /// Who this daemon is.
 #[derive(Clone, Debug)]
@@ -125,16 +63,16 @@ struct Held {
     sandbox: Option<Sandbox>,
 }
 
-struct Owner {
+pub(super) struct Owner {
     identity: Identity,
     started_at: Time,
     plan: Plan,
-    templates: BTreeMap<ProfileName, Arc<dyn Template>>,
-    shapes: BTreeMap<ProfileName, Resources>,
-    budget: Budget,
+    pub(super) templates: BTreeMap<ProfileName, Arc<dyn Template>>,
+    pub(super) shapes: BTreeMap<ProfileName, Resources>,
+    pub(super) budget: Budget,
     provider: Arc<dyn Provider>,
-    setting: Setting,
-    mailbox: Mailbox,
+    pub(super) setting: Setting,
+    pub(super) mailbox: Mailbox,
     held: HashMap<SlotId, Held>,
     /// To be destroyed as soon as their lease is back from its task.
     doomed: HashSet<SlotId>,
@@ -325,11 +263,11 @@ impl Owner {
         }
     }
 
-    fn take_lease(&mut self, slot: SlotId) -> Option<Lease> {
+    pub(super) fn take_lease(&mut self, slot: SlotId) -> Option<Lease> {
         self.held.get_mut(&slot)?.lease.take()
     }
 
-    fn sandbox(&self, slot: SlotId) -> Option<Sandbox> {
+    pub(super) fn sandbox(&self, slot: SlotId) -> Option<Sandbox> {
         self.held.get(&slot)?.sandbox.clone()
     }
 
@@ -362,59 +300,6 @@ impl Owner {
             }
             Action::Destroy(slot) => self.destroy(slot),
         }
-    }
-
-    fn admit(&mut self, run: RunId, profile: &ProfileName, slot: Option<SlotId>) {
-        let mailbox = self.mailbox.clone();
-        let budget = self.budget.clone();
-        if let Some(mut lease) = slot.and_then(|slot| self.take_lease(slot)) {
-            tokio::spawn(async move {
-                mailbox.send(match lease.make_firm(run).await {
-                    Ok(true) => Message::Admitted {
-                        run,
-                        lease,
-                        usage: None,
-                    },
-                    Ok(false) => Message::Refused {
-                        run,
-                        lease: Some(lease),
-                        usage: budget.usage().await.ok(),
-                    },
-                    Err(error) => {
-                        tell_refusal(run, &error);
-                        Message::Refused {
-                            run,
-                            lease: Some(lease),
-                            usage: None,
-                        }
-                    }
-                });
-            });
-            return;
-        }
-        let resources = self.shapes.get(profile).copied().unwrap_or_default();
-        tokio::spawn(async move {
-            let reserved = budget
-                .try_reserve(resources, LeaseKind::Firm, Some(run))
-                .await;
-            let usage = budget.usage().await.ok();
-            mailbox.send(match reserved {
-                Ok(Some(lease)) => Message::Admitted { run, lease, usage },
-                Ok(None) => Message::Refused {
-                    run,
-                    lease: None,
-                    usage,
-                },
-                Err(error) => {
-                    tell_refusal(run, &error);
-                    Message::Refused {
-                        run,
-                        lease: None,
-                        usage: None,
-                    }
-                }
-            });
-        });
     }
 
     fn start(&mut self, slot: SlotId, profile: &ProfileName, job: Box<ClaimedJob>) {
@@ -459,76 +344,6 @@ impl Owner {
             mailbox.event(Event::Ended {
                 result: ended.result,
                 reusable: ended.reusable,
-            });
-        });
-    }
-
-    fn warm(&mut self, profile: ProfileName) {
-        let mailbox = self.mailbox.clone();
-        let budget = self.budget.clone();
-        let restores = Arc::clone(&self.setting.restores);
-        let Some(template) = self.templates.get(&profile).cloned() else {
-            return;
-        };
-        let resources = self.shapes.get(&profile).copied().unwrap_or_default();
-        tokio::spawn(async move {
-            let making = async {
-                let _turn = restores.acquire().await;
-                let lease = match budget
-                    .try_reserve(resources, LeaseKind::Revocable, None)
-                    .await
-                {
-                    Ok(Some(lease)) => lease,
-                    Ok(None) => return Err(Warmed::NoRoom),
-                    Err(error) => return Err(Warmed::Failed(error.to_string())),
-                };
-                match executor::warm_up(&template, lease.slot()).await {
-                    Ok(sandbox) => Ok((lease, sandbox)),
-                    Err(error) => {
-                        // What was started is reaped before another try.
-                        if let Err(error) = lease.release().await {
-                            tracing::warn!(%error, "the slot of a failed warm VM is not released");
-                        }
-                        Err(Warmed::Failed(error.to_string()))
-                    }
-                }
-            };
-            mailbox.send(match making.await {
-                Ok((lease, sandbox)) => Message::Warm {
-                    profile,
-                    lease,
-                    sandbox,
-                },
-                Err(outcome) => Message::Event(Event::Warmed { profile, outcome }),
-            });
-        });
-    }
-
-    fn park(&mut self, slot: SlotId) {
-        let mailbox = self.mailbox.clone();
-        let (lease, sandbox) = (self.take_lease(slot), self.sandbox(slot));
-        let Some(mut lease) = lease else {
-            return;
-        };
-        tokio::spawn(async move {
-            let parked = match &sandbox {
-                Some(sandbox) => executor::park(sandbox).await.map_err(|e| e.to_string()),
-                None => Err("it has no VM".to_owned()),
-            };
-            let parked = match parked {
-                Ok(()) => lease.make_revocable().await.map_err(|e| e.to_string()),
-                failed => failed,
-            };
-            if let Err(error) = &parked {
-                tracing::warn!(
-                    slot = slot.0,
-                    error,
-                    "a VM could not be kept for its session"
-                );
-            }
-            mailbox.send(Message::Parked {
-                lease,
-                parked: parked.is_ok(),
             });
         });
     }
@@ -589,10 +404,6 @@ impl Owner {
             updated_at: Time::now(),
         }
     }
-}
-
-fn tell_refusal(run: RunId, error: &LauncherError) {
-    tracing::error!(%run, %error, "a job's slot cannot be reserved");
 }
 
 /// An executor's way of telling the owner how far it is.

@@ -4,7 +4,7 @@
 use std::sync::Mutex;
 
 use host::launcher::ForkedLauncher;
-use host::slot::HostLimits;
+use host::slot::{HostLimits, HostUsage};
 use host::test_support::TestHost;
 use sandbox::Shape;
 use sandbox::fake::FakeEngine;

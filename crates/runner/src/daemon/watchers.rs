@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 
 use super::event::Event;
-use super::owner::Message;
+use super::message::Message;
 use crate::provider::ProviderEvent;
 use crate::queue::{Change, Watch};
 

@@ -1,0 +1,359 @@
+//! The daemon's decisions, without anything that does them.
+//!
+//! [`Plan`] owns all state about jobs and VMs. It is told what happened and when, and says what to do; it never
+//! waits, sleeps or touches the system, so every order of events can be tried in a test.
+//!
+//! ```text
+//! a run:   waiting ─Admit─▶ admitting ─Claim─▶ claiming ─┬▶ making room ─Start─▶ preparing ▶ running ▶ finishing
+//!             ▲                │ Refused       │ Lost    │     (revoked VMs are reaped first)       │ Complete
+//!             └────────────────┘               ▼         └──────────────────────────────────────────┤
+//!                                         its VM returns                                      Completed
+//!
+//! a VM:    (Warm) ─▶ warm ─▶ used ─▶ parking ─▶ idle ─▶ used …
+//!                      │       │        │         │
+//!                      └───────┴────────┴─────────┴─▶ dying ─▶ released
+//! ```
+
+mod runs;
+mod view;
+mod vms;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use host::slot::{HostLimits, HostUsage, Resources, SlotId};
+
+use super::event::{Action, CancelReason, Event};
+use super::waiting::Waiting;
+use crate::config::WarmConfig;
+use crate::names::{GroupName, ProfileName, RunId, SessionId};
+use crate::pool::Pool;
+use crate::queue::{ClaimedJob, JobHead, JobResult};
+use crate::status::{Mode, Phase, Time};
+
+/// A pool is not refilled while a job that started less than this ago is likely to be still starting: the CPU is
+/// worth more to the job.
+const REFILL_QUIET: Duration = Duration::from_millis(100);
+/// A job that was refused for another reason than room is tried again after this.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long a stopping daemon waits for its VMs to be reaped; the launcher kills what is left.
+const REAP_LIMIT: Duration = Duration::from_secs(15);
+
+/// One profile we serve.
+#[derive(Clone, Debug)]
+pub(super) struct ProfilePlan {
+    /// What one of its VMs takes.
+    pub(super) shape: Resources,
+    /// The snapshot's address: part of what decides whether an idle VM fits.
+    pub(super) image: String,
+    /// Marks of its pool.
+    pub(super) warm: WarmConfig,
+}
+
+/// What does not change while the daemon runs.
+#[derive(Clone, Debug)]
+pub(super) struct Rules {
+    pub(super) group: GroupName,
+    pub(super) profiles: BTreeMap<ProfileName, ProfilePlan>,
+    pub(super) limits: HostLimits,
+    /// 0: no cap.
+    pub(super) max_concurrent: u32,
+    pub(super) idle_timeout: Duration,
+    pub(super) idle_max: usize,
+    pub(super) stop_timeout: Duration,
+    /// Warm VMs prepared at the same time.
+    pub(super) parallel: u32,
+}
+
+/// Whose next job may have an idle VM: all of it has to be equal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Reuse {
+    group: GroupName,
+    submitter: u32,
+    session: SessionId,
+    profile: ProfileName,
+    image: String,
+    variables: Vec<String>,
+}
+
+#[derive(Clone, Debug)]
+enum VmState {
+    Warm,
+    Used,
+    Parking(Reuse),
+    Idle(Reuse),
+    /// On its way back to what it was.
+    Demoting(Option<Reuse>),
+    Dying,
+}
+
+#[derive(Debug)]
+struct Vm {
+    profile: ProfileName,
+    state: VmState,
+    /// Since when it is in this state: the least recently used go first.
+    since: Instant,
+    since_time: Time,
+}
+
+/// A VM that was set aside for a job.
+#[derive(Debug)]
+struct Chosen {
+    slot: SlotId,
+    /// What it was kept for, if it goes back there.
+    idle: Option<Reuse>,
+}
+
+/// A job whose lease is on its way.
+#[derive(Debug)]
+struct Admitting {
+    run: RunId,
+    vm: Option<Chosen>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Claiming {
+        /// What the VM was kept for, if it goes back there.
+        idle: Option<Reuse>,
+        fresh: bool,
+    },
+    MakingRoom(Box<ClaimedJob>),
+    Executing,
+    Completing {
+        reusable: bool,
+    },
+}
+
+#[derive(Debug)]
+struct Run {
+    head: JobHead,
+    slot: SlotId,
+    stage: Stage,
+    /// VMs that have to be reaped before its own is made.
+    evicting: BTreeSet<SlotId>,
+    phase: Phase,
+    phase_since: Time,
+    started: Instant,
+    admitted_at: u64,
+}
+
+/// All of the daemon's state.
+#[derive(Debug)]
+pub(super) struct Plan {
+    rules: Rules,
+    mode: Mode,
+    waiting: Waiting,
+    /// The one job that is being admitted, and the VM that was set aside for it. One at a time keeps the order.
+    admitting: Option<Admitting>,
+    runs: HashMap<RunId, Run>,
+    vms: BTreeMap<SlotId, Vm>,
+    pools: BTreeMap<ProfileName, Pool>,
+    usage: HostUsage,
+    retry_at: Option<Instant>,
+    stop_at: Option<Instant>,
+    give_up_at: Option<Instant>,
+    exit: Option<u8>,
+    failed: Option<String>,
+    admitted: u64,
+    actions: Vec<Action>,
+}
+
+impl Plan {
+    pub(super) fn new(rules: Rules, now: Instant) -> Self {
+        let pools = rules
+            .profiles
+            .iter()
+            .map(|(name, profile)| (name.clone(), Pool::new(profile.warm, now)))
+            .collect();
+        Self {
+            rules,
+            mode: Mode::Running,
+            waiting: Waiting::default(),
+            admitting: None,
+            runs: HashMap::new(),
+            vms: BTreeMap::new(),
+            pools,
+            usage: HostUsage::default(),
+            retry_at: None,
+            stop_at: None,
+            give_up_at: None,
+            exit: None,
+            failed: None,
+            admitted: 0,
+            actions: Vec::new(),
+        }
+    }
+
+    /// What follows from an event.
+    pub(super) fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        self.digest(event, now);
+        self.keep_time(now);
+        self.admit_next();
+        self.refill(now);
+        self.finish(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    fn digest(&mut self, event: Event, now: Instant) {
+        match event {
+            Event::Found(head) => self.waiting.add(head),
+            Event::Gone(id) => drop(self.waiting.remove(id)),
+            Event::Admitted { run, slot, usage } => self.on_admitted(run, slot, usage, now),
+            Event::Refused { run, usage } => self.on_refused(run, usage, now),
+            Event::Claimed(job) => self.on_claimed(job, now),
+            Event::Lost(run) => self.on_lost(run, now),
+            Event::Progress { run, phase } => {
+                if let Some(run) = self.runs.get_mut(&run)
+                    && matches!(run.stage, Stage::Executing)
+                {
+                    run.enter(phase);
+                }
+            }
+            Event::Ended { result, reusable } => self.on_ended(result, reusable),
+            Event::Completed(run) => self.on_completed(run, now),
+            Event::Cancel(run) => self.cancel(run, CancelReason::User),
+            Event::Warmed { profile, outcome } => self.on_warmed(profile, outcome, now),
+            Event::Parked { slot, parked } => self.on_parked(slot, parked, now),
+            Event::Demoted { slot } => self.on_demoted(slot, now),
+            Event::Released(slot) => self.on_released(slot),
+            Event::VmDied { slot, reason } => self.on_vm_died(slot, reason, now),
+            // Pressure on the host, ours or another runner's, is answered; room that came free is tried.
+            Event::Usage(usage) => {
+                self.revoke_for(usage);
+                self.waiting.unblock();
+            }
+            Event::LauncherGone => self.fail(
+                "the launcher process has ended; every VM of this runner was stopped with it",
+                now,
+            ),
+            Event::ProviderBroken(reason) => {
+                // Nobody can be answered by us any more; the next runner does it.
+                self.fail(&reason, now);
+                self.runs.clear();
+                self.admitting = None;
+            }
+            Event::Drain if self.mode == Mode::Running => self.mode = Mode::Draining,
+            Event::Resume if self.mode == Mode::Draining => self.mode = Mode::Running,
+            Event::Drain | Event::Resume => {}
+            Event::Stop if self.mode == Mode::Stopping => self.cancel_all(CancelReason::Stopping),
+            Event::Stop => {
+                self.mode = Mode::Stopping;
+                self.stop_at = Some(now + self.rules.stop_timeout);
+            }
+            Event::Time => {}
+        }
+    }
+
+    fn keep_time(&mut self, now: Instant) {
+        for pool in self.pools.values_mut() {
+            pool.settle(now);
+        }
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_at = None;
+            self.waiting.unblock();
+        }
+        if self.stop_at.is_some_and(|at| at <= now) {
+            self.stop_at = None;
+            self.cancel_all(CancelReason::Stopping);
+        }
+        let timeout = self.rules.idle_timeout;
+        let running = self.mode == Mode::Running;
+        let useless = |vm: &Vm| match vm.state {
+            VmState::Idle(_) => !running || vm.since + timeout <= now,
+            VmState::Warm => !running,
+            _ => false,
+        };
+        for slot in self.slots_where(useless) {
+            self.destroy(slot);
+        }
+    }
+
+    /// When [`Event::Time`] is due.
+    pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
+        let idle = self
+            .vms
+            .values()
+            .filter(|vm| matches!(vm.state, VmState::Idle(_)))
+            .map(|vm| vm.since + self.rules.idle_timeout);
+        let pools = self
+            .pools
+            .iter()
+            .filter_map(|(profile, pool)| pool.deadline(self.ready(profile)));
+        let short = self.pools.iter().any(|(profile, pool)| {
+            self.ready(profile).saturating_add(pool.preparing()) < pool.target()
+        });
+        let quiet = self.quiet_until().filter(|until| short && *until > now);
+        idle.chain(pools)
+            .chain(quiet)
+            .chain(self.retry_at)
+            .chain(self.stop_at)
+            .chain(self.give_up_at)
+            .min()
+    }
+
+    /// Something that the daemon cannot be without is gone: every run is answered as failed, and we leave.
+    fn fail(&mut self, reason: &str, now: Instant) {
+        tracing::error!(reason, "the runner cannot go on");
+        self.failed = Some(reason.to_owned());
+        self.mode = Mode::Stopping;
+        self.stop_at = None;
+        self.give_up_at = Some(now + REAP_LIMIT);
+        self.admitting = None;
+        let ids: Vec<RunId> = self.runs.keys().copied().collect();
+        for id in ids {
+            let claimed = |run: &Run| !matches!(run.stage, Stage::Claiming { .. });
+            if self.runs.get(&id).is_some_and(claimed) {
+                self.complete(JobResult::failed(id, 1, reason), false);
+            }
+        }
+    }
+
+    fn finish(&mut self, now: Instant) {
+        if self.mode != Mode::Stopping || !self.runs.is_empty() || self.exit.is_some() {
+            return;
+        }
+        if self.failed.is_some() {
+            self.exit = Some(1);
+            return;
+        }
+        let limit = *self.give_up_at.get_or_insert(now + REAP_LIMIT);
+        let preparing: u32 = self.pools.values().map(Pool::preparing).sum();
+        let busy = self.admitting.is_some() || preparing > 0 || !self.vms.is_empty();
+        if !busy || limit <= now {
+            self.exit = Some(0);
+        }
+    }
+
+    /// The daemon's exit status, once it is done.
+    pub(super) fn exit(&self) -> Option<u8> {
+        self.exit
+    }
+}
+
+impl Run {
+    fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.phase_since = Time::now();
+    }
+}
+
+impl Vm {
+    fn new(profile: ProfileName, state: VmState, now: Instant) -> Self {
+        Self {
+            profile,
+            state,
+            since: now,
+            since_time: Time::now(),
+        }
+    }
+
+    fn enter(&mut self, state: VmState, now: Instant) {
+        self.state = state;
+        self.since = now;
+        self.since_time = Time::now();
+    }
+}
+
+#[cfg(test)]
+mod tests;
