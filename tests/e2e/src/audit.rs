@@ -66,6 +66,8 @@ pub(crate) fn leftovers(range: &RunRange, home: &Path, group: &str) -> Vec<Strin
         // must be gone.
         let may_stay = name.ends_with(".result")
             || in_directory(".runners")
+            // What somebody planted in the runner's place is set aside, not destroyed.
+            || name.starts_with(".refused-")
             || (in_directory(".claims") && name == ".recovery");
         if kind != FileType::Directory && !may_stay {
             left.push(format!("queue file {}", path.display()));

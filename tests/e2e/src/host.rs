@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -68,7 +68,7 @@ fn hashes(profile: &str) -> Option<(String, String)> {
         .then_some((rootfs, snapshot))
 }
 
-/// Hard links of a whole tree; copies where the target is on another file system.
+/// Hard links of a whole tree.
 fn link_tree(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("a directory can be made");
     let mode = fs::metadata(from).expect("it was listed").permissions();
@@ -76,16 +76,27 @@ fn link_tree(from: &Path, to: &Path) {
         let (source, target) = (entry.path(), to.join(entry.file_name()));
         if entry.file_type().expect("a file type").is_dir() {
             link_tree(&source, &target);
-        } else if fs::hard_link(&source, &target).is_err() {
-            fs::copy(&source, &target).expect("images can be copied");
+        } else {
+            fs::hard_link(&source, &target).expect("images and homes are on one file system");
         }
     }
     fs::set_permissions(to, mode).expect("our directory");
 }
 
+/// A copy of a whole tree that keeps holes: the saved memory is mostly holes.
+fn copy_tree(from: &Path, to: &Path) {
+    fs::create_dir_all(to.parent().expect("below a home")).expect("a directory can be made");
+    let copied = Command::new("cp")
+        .args(["--archive", "--sparse=always"])
+        .args([from, to])
+        .status()
+        .expect("cp is installed");
+    assert!(copied.success(), "a copy of {}", from.display());
+}
+
 /// How the names of a range's homes begin.
 fn home_prefix(range: &RunRange) -> String {
-    format!("home-{}-", range.number)
+    format!("vm0-e2e-home-{}-", range.number)
 }
 
 /// Removes the homes and logs that killed tests left: whoever holds a range is the only one with such names.
@@ -109,25 +120,33 @@ fn size_of(directory: &Path) -> u64 {
             if kind.is_dir() {
                 size_of(&entry.path())
             } else {
-                entry.metadata().expect("its size").len()
+                // What it takes, not what it spans: the saved memory is mostly holes.
+                entry.metadata().expect("its size").blocks() * 512
             }
         })
         .sum()
 }
 
-fn mount_tmpfs(at: &Path, bytes: u64) {
-    let mounted = Command::new("mount")
-        .args([
-            "-t",
-            "tmpfs",
-            "-o",
-            &format!("mode=0700,size={bytes}"),
-            "tmpfs",
-        ])
-        .arg(at)
-        .status()
-        .expect("mount is installed");
-    assert!(mounted.success(), "a tmpfs on {}", at.display());
+/// An ext4 of its own, on a file beside the mount point that is already unlinked when a test can fail.
+fn mount_ext4(at: &Path, bytes: u64) {
+    let backing = at.with_extension("ext4");
+    File::create(&backing)
+        .and_then(|file| file.set_len(bytes))
+        .expect("the target directory can be written");
+    for (program, args) in [
+        ("mkfs.ext4", &["-q", "-m", "0"][..]),
+        ("mount", &["-o", "loop"]),
+    ] {
+        let mut command = Command::new(program);
+        command.args(args).arg(&backing);
+        if program == "mount" {
+            command.arg(at);
+        }
+        let status = command.status().expect("e2fsprogs and mount are installed");
+        assert!(status.success(), "{program} for {}", at.display());
+    }
+    fs::remove_file(&backing).expect("our file");
+    fs::set_permissions(at, fs::Permissions::from_mode(0o700)).expect("our directory");
 }
 
 /// A host being put together.
@@ -135,7 +154,6 @@ pub struct HostBuilder {
     name: String,
     group: String,
     profile: String,
-    shape: Option<(u32, u32, u32)>,
     warm: (u32, u32),
     sandbox: Vec<(&'static str, String)>,
     options: Vec<(&'static str, String)>,
@@ -151,7 +169,6 @@ impl Default for HostBuilder {
             name: "e2e".to_owned(),
             group: "vm0/e2e".to_owned(),
             profile: "vm0/small".to_owned(),
-            shape: None,
             warm: (0, 0),
             sandbox: Vec::new(),
             options: Vec::new(),
@@ -179,12 +196,6 @@ impl HostBuilder {
     /// The group of jobs it takes; `vm0/e2e` if not called.
     pub fn group(mut self, group: &str) -> Self {
         self.group = group.to_owned();
-        self
-    }
-
-    /// Other sizes than the profile's own: CPUs, memory MB, disk MB.
-    pub fn shape(mut self, vcpu: u32, memory_mb: u32, disk_mb: u32) -> Self {
-        self.shape = Some((vcpu, memory_mb, disk_mb));
         self
     }
 
@@ -280,7 +291,11 @@ impl HostBuilder {
             ));
             return None;
         };
-        let homes = target().join("test-homes");
+        let homes = match self.owner {
+            None => target().join("test-homes"),
+            // Where a user who is not root can get at it, whoever owns the checkout.
+            Some(_) => PathBuf::from("/var/tmp"),
+        };
         fs::create_dir_all(&homes).expect("the target directory can be written");
         let range = self.range.clone().unwrap_or_else(|| {
             let range = RunRange::take();
@@ -294,10 +309,25 @@ impl HostBuilder {
             .expect("a home can be made");
         let image = images().join("images").join(&rootfs);
         if let Some(room_mb) = self.own_file_system {
-            let size = size_of(&image) + (room_mb << 20);
-            mount_tmpfs(home.path(), size);
+            // ext4's own tables take a few more.
+            let size = size_of(&image) + ((room_mb + 40) << 20);
+            mount_ext4(home.path(), size);
         }
-        link_tree(&image, &home.path().join("images").join(&rootfs));
+        let linked = home.path().join("images").join(&rootfs);
+        // A hard link would give the shared files away, or cannot cross file systems.
+        if self.owner.is_some() || self.own_file_system.is_some() {
+            copy_tree(&image, &linked);
+        } else {
+            link_tree(&image, &linked);
+        }
+        let mut runs = binary();
+        if self.owner.is_some() {
+            let directory = home.path().join("bin").join(&self.name);
+            fs::create_dir_all(&directory).expect("a home can be filled");
+            let copy = directory.join("runner");
+            fs::copy(&runs, &copy).expect("the binary can be copied");
+            runs = copy;
+        }
         let queue = home.path().join("groups").join(&self.group);
         let runner = home.path().join("runners").join(&self.name);
         for directory in [&queue, &runner] {
@@ -316,6 +346,7 @@ impl HostBuilder {
             group: self.group,
             profile: self.profile,
             config,
+            binary: runs,
             environment: self.environment,
             own_file_system: self.own_file_system.is_some(),
             daemon: Mutex::new(None),
@@ -325,11 +356,11 @@ impl HostBuilder {
 
     fn yaml(&self, rootfs: &str, snapshot: &str) -> String {
         let small = self.profile == "vm0/small";
-        let (vcpu, memory, disk) = self.shape.unwrap_or(if small {
+        let (vcpu, memory, disk) = if small {
             (1, 256, 1024)
         } else {
             (2, 2048, 8192)
-        });
+        };
         let mut yaml = format!("name: {}\ngroup: {}\n", self.name, self.group);
         for (key, value) in &self.options {
             yaml += &format!("{key}: {value}\n");
@@ -351,10 +382,10 @@ impl HostBuilder {
     }
 }
 
-/// Hands directories to a user, and the files in them but for the shared images.
+/// Gives a whole tree to a user.
 fn give(path: &Path, uid: u32) {
     chown(path, Some(uid), Some(uid)).expect("root may chown");
-    if path.is_dir() && !path.ends_with("images") {
+    if path.is_dir() {
         for entry in fs::read_dir(path).expect("our home").flatten() {
             give(&entry.path(), uid);
         }
@@ -373,6 +404,7 @@ pub struct Host {
     group: String,
     profile: String,
     config: PathBuf,
+    binary: PathBuf,
     environment: Vec<(String, String)>,
     own_file_system: bool,
     daemon: Mutex<Option<Daemon>>,
@@ -411,7 +443,7 @@ impl Host {
 
     /// The command `runner ARGS` on this host.
     pub fn runner(&self, args: &[&str]) -> Command {
-        self.in_environment(Command::new(binary()), args)
+        self.in_environment(Command::new(&self.binary), args)
     }
 
     /// Fills the home's file system up to `leave_mb` MiB; returns the file whose removal makes room again. Only with
@@ -433,7 +465,7 @@ impl Host {
     /// What `runner ARGS` shows on a terminal, as the terminal gets it.
     pub fn on_a_terminal(&self, args: &[&str]) -> String {
         // script(1) of bsdutils, which every Debian has; quoting for the shell it starts.
-        let line: Vec<String> = std::iter::once(binary().display().to_string())
+        let line: Vec<String> = std::iter::once(self.binary.display().to_string())
             .chain(args.iter().map(|argument| (*argument).to_owned()))
             .map(|word| format!("'{}'", word.replace('\'', "'\\''")))
             .collect();
@@ -460,7 +492,9 @@ impl Host {
     pub fn start_command(&self) -> Command {
         // A killed test takes its runner along.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(binary());
+        command
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(&self.binary);
         let config = self.config.to_str().expect("test paths are text");
         let mut command = self.in_environment(command, &["start", "--config", config, "--local"]);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
@@ -621,7 +655,7 @@ impl Host {
             };
             if self.own_file_system {
                 // The file system itself is the test's, and goes with its mount namespace.
-                left.retain(|one| !one.contains(" - tmpfs tmpfs "));
+                left.retain(|one| !one.contains(" - ext4 "));
             }
             left.is_empty()
         };

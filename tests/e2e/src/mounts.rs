@@ -1,6 +1,5 @@
 //! Tests in mount namespaces of their own: what they mount vanishes with them, however they end.
 
-use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use crate::skip::{skip, test_name};
@@ -26,16 +25,17 @@ pub fn in_own_mounts(module: &str) -> Option<()> {
         .arg("setpriv")
         .args(["--pdeathsig", "KILL", "--"])
         .arg(std::env::current_exe().expect("a test binary"))
-        .args(["--exact", &name, "--nocapture"])
+        .args(["--exact", &name])
         .env(INSIDE, "1")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .process_group(0)
         .spawn()
         .expect("unshare is installed");
     let output = Text::collect(child.stdout.take().expect("piped"));
     let status = child.wait().expect("our child");
     let output = output.all(crate::LONG);
+    // What libtest says of the inner run must not be counted as if it stood for the outer one.
+    let quoted: String = output.lines().map(|line| format!("| {line}\n")).collect();
     if let Some(at) = output.find("SKIP ") {
         let reason = output[at..]
             .lines()
@@ -43,6 +43,6 @@ pub fn in_own_mounts(module: &str) -> Option<()> {
             .and_then(|line| line.split_once(": "));
         skip(reason.map_or("it says so inside", |(_, reason)| reason));
     }
-    assert!(status.success(), "inside: {output}");
+    assert!(status.success(), "inside:\n{quoted}");
     None
 }

@@ -6,7 +6,7 @@ use std::fs;
 /// The home on a small file system of this test's own, in a mount namespace of its own.
 fn small_disk() -> Option<Host> {
     e2e::in_own_mounts("full_disk")?;
-    Host::new().own_file_system(40).start()
+    Host::new().own_file_system(200).start()
 }
 
 #[test]

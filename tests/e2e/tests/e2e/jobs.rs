@@ -217,6 +217,11 @@ fn a_session_s_next_job_finds_the_files_of_the_last_and_another_session_does_not
         .session("s-1")
         .run()
         .expect_exit(0);
+    host.until_status("the VM is kept", |status| {
+        status["idle_vms"]
+            .as_array()
+            .is_some_and(|kept| !kept.is_empty())
+    });
     host.submit("grep -q kept ~/note")
         .session("s-1")
         .run()
