@@ -137,7 +137,8 @@ impl RawMode {
         let before = rustix::termios::tcgetattr(&stdin)?;
         let mut raw = before.clone();
         raw.make_raw();
-        rustix::termios::tcsetattr(&stdin, OptionalActions::Flush, &raw)?;
+        // Drain, not flush: what was typed while the command connected belongs to the guest.
+        rustix::termios::tcsetattr(&stdin, OptionalActions::Drain, &raw)?;
         Ok(Self { before })
     }
 }

@@ -193,6 +193,7 @@ fn exec_it_is_a_real_terminal_that_follows_resizes() {
         "30",
         &line,
     ]));
+    tmux.shows("$");
     ok(tmux.run(&["send-keys", "tty && echo size=$(stty size)", "Enter"]));
     tmux.shows("size=30 90");
     tmux.shows("/dev/pts/");
