@@ -695,6 +695,10 @@ impl Drop for Host {
                 self.range.clear();
             }
         }
+        if self.own_file_system {
+            // Else the mount point could not be removed. The runner is dead; if this fails the directory is swept later.
+            let _ = Command::new("umount").arg(self.home()).status();
+        }
         if std::env::var_os("VM0_TEST_KEEP").is_some() {
             self.home.disable_cleanup(true);
             eprintln!("{}: kept {}", test_name(), self.home().display());
