@@ -103,13 +103,13 @@ async fn identity(room: Room) -> Outcome {
 async fn working_directory(room: Room) -> Outcome {
     let sandbox = room.restore().await?;
     let spec = ExecSpec {
-        cwd: Some("/work/a b/c".to_owned()),
+        cwd: Some("/jobs/a b/c".to_owned()),
         ..as_user("pwd; stat -c '%u %a' . ..; touch here")
     };
     let (report, printed) = run(&sandbox, spec).await?;
     let stdout = String::from_utf8_lossy(&printed.stdout).into_owned();
     ensure!(
-        stdout == "/work/a b/c\n1000 755\n1000 755\n",
+        stdout == "/jobs/a b/c\n1000 755\n1000 755\n",
         "{report:?} {printed:?}"
     );
     for bad in ["/etc/passwd", "/etc/passwd/below"] {
