@@ -60,7 +60,12 @@ one_runc() {
     runc --root "$work/runc" run --bundle "$work/bundle" "vm0-bench-$$-$number"
 }
 # The systrap and ptrace platforms need no KVM; ptrace is what the distribution's release carries.
-one_runsc() { runsc --root "$work/runsc" --network=none --ignore-cgroups --platform=ptrace "do" /bin/true; }
+# It gives its standard streams to the user it drops to, so they must not be /dev/null.
+: >"$work/empty"
+one_runsc() {
+    runsc --root "$work/runsc" --network=none --ignore-cgroups --platform=ptrace "do" /bin/true \
+        <"$work/empty" >"$work/stdout"
+}
 
 floors() {
     say "runc run of busybox true, $1: $(times_of one_runc | tee "$work/runc-$1" | summary)"
