@@ -9,6 +9,7 @@ mod link;
 mod outbox;
 pub mod server;
 mod types;
+mod watched;
 mod wire;
 
 pub use client::{Client, Output, OutputChunk, Session};

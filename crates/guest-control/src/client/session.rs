@@ -1,13 +1,13 @@
 //! A process in the guest as the host sees it: its output ring, its stdin window, its end.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::Notify;
 
 use super::channel::Handle;
 use super::ring::{RING, Ring};
 use crate::types::{ControlError, ExitReport, PtySize, Stream};
+use crate::watched::Watched;
 use crate::wire::{self, MAX_PAYLOAD, OpId, ToGuest, WINDOW};
 
 /// A running (or ended) process in the guest, kept with a 1 MiB ring of its output. Clones share it. Dropping all of
@@ -45,8 +45,7 @@ pub struct OutputChunk {
 /// What the channel's task, the session's handles and its readers share.
 #[derive(Debug)]
 pub(super) struct SessionShared {
-    state: Mutex<SessionState>,
-    changed: Notify,
+    state: Watched<SessionState>,
 }
 
 #[derive(Debug)]
@@ -94,7 +93,7 @@ impl SessionState {
 impl SessionShared {
     pub(super) fn new(stdin: bool) -> Self {
         Self {
-            state: Mutex::new(SessionState {
+            state: Watched::new(SessionState {
                 ring: Ring::default(),
                 granted: u64::from(WINDOW),
                 lossless: None,
@@ -103,17 +102,12 @@ impl SessionShared {
                 stdin_open: stdin,
                 end: None,
             }),
-            changed: Notify::new(),
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, SessionState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes output from the guest; returns credit to send.
     pub(super) fn output(&self, stream: Stream, data: &[u8]) -> Result<Option<u32>, &'static str> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.ring.end() + data.len() as u64 > state.granted {
             return Err("output beyond the credit it was given");
         }
@@ -121,50 +115,36 @@ impl SessionShared {
         state.ring.push(stream, data, hold);
         let grant = state.grant();
         drop(state);
-        self.changed.notify_waiters();
+        self.state.notify();
         Ok(grant)
     }
 
     /// The guest has taken stdin.
     pub(super) fn stdin_credit(&self, bytes: u32) -> Result<(), &'static str> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let credit = state.stdin_credit.saturating_add(bytes);
         if credit > WINDOW {
             return Err("more credit than there was data");
         }
         state.stdin_credit = credit;
         drop(state);
-        self.changed.notify_waiters();
+        self.state.notify();
         Ok(())
     }
 
     /// The process closed its stdin.
     pub(super) fn stdin_closed(&self) {
-        self.lock().stdin_open = false;
-        self.changed.notify_waiters();
+        self.state.lock().stdin_open = false;
+        self.state.notify();
     }
 
     /// The session is over.
     pub(super) fn finish(&self, end: Result<ExitReport, ControlError>) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.stdin_open = false;
         state.end.get_or_insert(end);
         drop(state);
-        self.changed.notify_waiters();
-    }
-
-    /// Waits until `ready` finds what it looks for.
-    async fn until<T>(&self, mut ready: impl FnMut(&mut SessionState) -> Option<T>) -> T {
-        loop {
-            let changed = self.changed.notified();
-            tokio::pin!(changed);
-            // Registered before looking, so that no change is missed in between.
-            changed.as_mut().enable();
-            if let Some(found) = ready(&mut self.lock()) {
-                return found;
-            }
-            changed.await;
-        }
+        self.state.notify();
     }
 }
 
@@ -187,7 +167,7 @@ impl Session {
     /// (credit) instead of losing bytes; at most one reader of a session is lossless: a second one replaces the first,
     /// which goes on as an ordinary reader.
     pub fn attach(&self, offset: u64, lossless: bool) -> Output {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         let next = offset.clamp(state.ring.start(), state.ring.end());
         let lossless = lossless.then(|| {
             state.lossless_readers += 1;
@@ -211,6 +191,7 @@ impl Session {
             let wanted = data.len().min(MAX_PAYLOAD);
             let taken = self
                 .shared
+                .state
                 .until(|state| {
                     if !state.stdin_open {
                         return Some(Err(stdin_error(state)));
@@ -231,7 +212,7 @@ impl Session {
 
     /// End of stdin.
     pub async fn close_stdin(&self) -> Result<(), ControlError> {
-        let was_open = std::mem::replace(&mut self.shared.lock().stdin_open, false);
+        let was_open = std::mem::replace(&mut self.shared.state.lock().stdin_open, false);
         if !was_open {
             return Ok(());
         }
@@ -259,11 +240,11 @@ impl Session {
 
     /// Waits for the end, without consuming output. All output is in the ring before this returns.
     pub async fn wait(&self) -> Result<ExitReport, ControlError> {
-        self.shared.until(|state| state.end.clone()).await
+        self.shared.state.until(|state| state.end.clone()).await
     }
 
     fn control(&self, message: ToGuest) -> Result<(), ControlError> {
-        if self.shared.lock().end.is_some() {
+        if self.shared.state.lock().end.is_some() {
             return Ok(());
         }
         let frame = wire::encode(&message, &[]);
@@ -288,6 +269,7 @@ impl Output {
         let at = self.next;
         let found = self
             .shared
+            .state
             .until(|state| match state.ring.read(at) {
                 Some(piece) => Some(Some(piece)),
                 None => state.end.is_some().then_some(None),
@@ -306,7 +288,7 @@ impl Output {
     /// Tells the guest that this reader has made room, or with `detach` that it holds nothing back any more.
     fn advance(&self, detach: bool) {
         let Some(number) = self.lossless else { return };
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         if state.lossless.is_none_or(|reader| reader.number != number) {
             return;
         }
