@@ -29,6 +29,9 @@ if [ ${#missing[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
 fi
 [ -x "$runner" ] || "$top/scripts/build.sh"
+(umask 077 && mkdir -p "$home")
+"$runner" setup --profile=vm0/small >&2
+"$runner" --home "$home" build --profile vm0/small >&2
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -44,6 +44,10 @@ const DISK_FULL_BYTES: u64 = 1 << 20;
 /// Limit on the warm-up job: an emulated guest on a busy host.
 const WARM_UP_LIMIT: Duration = Duration::from_secs(120);
 
+/// Warm-up jobs before a clone counts as warm. The first brings nearly everything; under emulation the second still takes
+/// a fifth off a job's way from submit to result (33 to 27 ms), for 30 ms of a CPU spent while nobody waits.
+const WARM_UP_ROUNDS: u32 = 2;
+
 /// Where the job's VM comes from.
 pub(crate) enum VmSource {
     /// A paused one: warm, or kept for the session.
@@ -396,6 +400,14 @@ pub(crate) async fn warm_up(
 ) -> Result<Sandbox, SandboxError> {
     let vm = template.restore(slot).await?;
     let sandbox = Sandbox::adopt(vm, slot);
+    for _ in 0..WARM_UP_ROUNDS {
+        warm_up_job(&sandbox).await?;
+    }
+    sandbox.pause(sandbox::PausedAs::Warm).await?;
+    Ok(sandbox)
+}
+
+async fn warm_up_job(sandbox: &Sandbox) -> Result<(), SandboxError> {
     let env = [
         ("VM0_RUN_ID", "00000000-0000-0000-0000-000000000000"),
         ("VM0_API_URL", ""),
@@ -428,8 +440,7 @@ pub(crate) async fn warm_up(
             message: format!("it ended with {:?}", report.status),
         });
     }
-    sandbox.pause(sandbox::PausedAs::Warm).await?;
-    Ok(sandbox)
+    Ok(())
 }
 
 /// Makes a VM fit to wait for its session's next job: nothing of the last one runs.

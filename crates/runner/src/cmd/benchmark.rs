@@ -22,7 +22,9 @@ use host::launcher::{ForkedLauncher, LauncherConfig};
 use serde::Serialize;
 
 use crate::context::{CliError, Context, block_on, note};
+use crate::home::Home;
 use crate::image::{self, Store, StoredSnapshot};
+use crate::names::ImageHash;
 use crate::profile::ProfileSpec;
 use samples::Figures;
 
@@ -33,7 +35,8 @@ use samples::Figures;
 but they would disturb the figures.\n\n\
 Examples:\n  \
     sudo runner benchmark\n  \
-    sudo runner benchmark --json --pickups 1000\n  \
+    sudo runner benchmark --json\n  \
+    sudo runner benchmark --burst 32\n  \
     sudo runner benchmark --profile vm0/default --runs 10"
 )]
 pub(crate) struct Args {
@@ -51,11 +54,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     boots: u32,
     /// How many jobs are put into the queue to see how soon they are claimed
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pickups: u32,
     /// How many VMs wait at once when their memory is measured
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     idle: u32,
+    /// Measure only this: N jobs at once against a warm pool of N VMs, from the first one queued to the last one answered
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    burst: Option<u32>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -127,6 +133,9 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         CliError::failed(format_args!("profile {name} has not been built"))
             .with_hint(format_args!("sudo runner build --profile {name}"))
     })?;
+    if let Some(jobs) = args.burst {
+        return burst(&args, context, &home, (rootfs, snapshot), jobs);
+    }
     let stored = Store::open(Arc::clone(&home))?.snapshot(&rootfs, &snapshot)?;
     // Before any thread exists.
     let instance = format!("benchmark-{}", std::process::id());
@@ -145,7 +154,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             "jobs: {} runs, {} pickups",
             args.runs, args.pickups
         ));
-        let jobs = jobs::Jobs::start(&home, &args.profile, rootfs, snapshot).await?;
+        let jobs = jobs::Jobs::start(&home, &args.profile, rootfs, snapshot, jobs::WARM).await?;
         let figures = jobs.measure(args.runs, args.pickups).await?;
         let report = Report {
             cold_boot_ms: engine.cold_boot.milliseconds(),
@@ -166,6 +175,43 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             context.print_json(&report)?;
         } else {
             context.print(report.table())?;
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// What `--burst` prints.
+#[derive(Serialize)]
+struct Burst {
+    jobs: u32,
+    burst_ms: Figures,
+    host: Host,
+    commit: &'static str,
+}
+
+fn burst(
+    args: &Args,
+    context: &Context,
+    home: &Arc<Home>,
+    (rootfs, snapshot): (ImageHash, ImageHash),
+    jobs: u32,
+) -> Result<ExitCode, CliError> {
+    block_on(async {
+        note(format_args!("{} bursts of {jobs} jobs", args.runs));
+        let daemon = jobs::Jobs::start(home, &args.profile, rootfs, snapshot, jobs).await?;
+        let report = Burst {
+            jobs,
+            burst_ms: daemon.bursts(args.runs).await?.milliseconds(),
+            host: Host::look(),
+            commit: crate::cli::VERSION,
+        };
+        if args.json {
+            context.print_json(&report)?;
+        } else {
+            let Figures { p50, p95, p99, n } = report.burst_ms;
+            context.print(format_args!(
+                "{jobs} jobs at once, all answered after: p50 {p50} ms, p95 {p95} ms, p99 {p99} ms, n {n}\n"
+            ))?;
         }
         Ok(ExitCode::SUCCESS)
     })

@@ -1,6 +1,6 @@
 //! Figures of whole jobs and commands: a daemon of its own in a group of its own, timed from outside.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -25,8 +25,8 @@ use crate::names::{GroupName, ImageHash, ProfileName, RunId, RunnerName};
 use crate::profile::ProfileSpec;
 use crate::queue::{Change, GroupQueue, Job, JobFields, JobResult, Watch};
 
-/// Warm VMs kept ready: enough that a job always finds one.
-const WARM: WarmConfig = WarmConfig { low: 4, high: 4 };
+/// Warm VMs kept ready where single jobs are timed: enough that one always finds one.
+pub(super) const WARM: u32 = 4;
 
 /// Longest wait for the daemon, a pool or an answer.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -52,18 +52,21 @@ pub(super) struct Jobs {
     group: GroupName,
     runner: RunnerName,
     profile: ProfileName,
+    /// Size of the warm pool.
+    warm: u32,
     daemon: Child,
     /// Whose logs go with the daemon.
     runs: Vec<RunId>,
 }
 
 impl Jobs {
-    /// Starts the daemon and waits until its pool is full.
+    /// Starts the daemon and waits until its pool of `warm` VMs is full.
     pub(super) async fn start(
         home: &Arc<Home>,
         spec: &ProfileSpec,
         rootfs_hash: ImageHash,
         snapshot_hash: ImageHash,
+        warm: u32,
     ) -> Result<Self, CliError> {
         let name = format!("benchmark-{}", std::process::id());
         let runner: RunnerName = name.parse()?;
@@ -76,7 +79,10 @@ impl Jobs {
             memory_mb: size.memory_mb,
             disk_mb: size.disk_mb,
             flavour: size.flavour,
-            warm: WARM,
+            warm: WarmConfig {
+                low: warm,
+                high: warm,
+            },
         };
         let config = Config {
             name: runner.clone(),
@@ -124,27 +130,59 @@ impl Jobs {
             group,
             runner,
             profile: spec.name.clone(),
+            warm,
             daemon,
             runs: Vec::new(),
         };
-        jobs.full_pool().await?;
+        jobs.rest(0).await?;
         Ok(jobs)
     }
 
     pub(super) async fn measure(mut self, runs: u32, pickups: u32) -> Result<Measured, CliError> {
         let mut measured = Measured::default();
         for _ in 0..runs {
-            self.full_pool().await?;
+            self.rest(0).await?;
             measured.submit.push(self.submit()?);
         }
-        self.full_pool().await?;
+        self.rest(0).await?;
         self.pickups(pickups, &mut measured.pickup).await?;
         self.execs(runs, &mut measured.exec).await?;
         Ok(measured)
     }
 
-    /// Waits until every warm VM is ready and nothing is being made. Asked for, because nothing is measured here.
-    async fn full_pool(&mut self) -> Result<(), CliError> {
+    /// Puts as many jobs into the queue at once as the pool has VMs, `rounds` times; each time from the first job's
+    /// appearance to the last one's answer.
+    pub(super) async fn bursts(mut self, rounds: u32) -> Result<Samples, CliError> {
+        let queue = GroupQueue::open(self.home.group(&self.group)?)?;
+        let results = self.home.group(&self.group)?.open_dir(".results")?;
+        let mut samples = Samples::default();
+        for _ in 0..rounds {
+            self.rest(0).await?;
+            let mut answered = Watch::new()?;
+            answered.add(&results)?;
+            let jobs = (0..self.warm).map(|_| self.job("true", None));
+            let jobs = jobs.collect::<Result<Vec<_>, _>>()?;
+            let mut open: HashSet<String> = HashSet::new();
+            let start = Instant::now();
+            for job in &jobs {
+                queue.submit(job)?;
+                open.insert(format!("{}.result", job.run_id));
+            }
+            samples.push(all_appeared(&mut answered, open, start)?);
+            for job in jobs {
+                let result = queue.result(job.run_id)?;
+                if !result.is_some_and(|result| result.exit_code == 0) {
+                    return Err(CliError::failed("a job of the benchmark's burst failed"));
+                }
+                queue.forget(job.run_id);
+            }
+        }
+        Ok(samples)
+    }
+
+    /// Waits until every warm VM is ready, `idle` VMs are kept for a session and nothing else goes on. Asked for, because
+    /// nothing is measured here.
+    async fn rest(&mut self, idle: usize) -> Result<(), CliError> {
         let start = Instant::now();
         loop {
             if let Some(status) = self.daemon.try_wait()? {
@@ -162,9 +200,14 @@ impl Jobs {
                     .pointer("/active_runs")
                     .and_then(|runs| runs.as_array())
                     .is_some_and(Vec::is_empty);
+                let kept = status
+                    .pointer("/idle_vms")
+                    .and_then(|vms| vms.as_array())
+                    .map(Vec::len);
                 if quiet
-                    && number("ready") == Some(u64::from(WARM.low))
+                    && number("ready") == Some(u64::from(self.warm))
                     && number("preparing") == Some(0)
+                    && kept == Some(idle)
                 {
                     return Ok(());
                 }
@@ -209,15 +252,16 @@ impl Jobs {
         Ok(took)
     }
 
-    /// From the rename of a job's file to the appearance of its claim. The jobs are of one session, so that a VM is
-    /// there and the daemon is not also restoring others.
+    /// From the rename of a job's file to the appearance of its claim, on a daemon at rest. The jobs are of one session,
+    /// so that each finds the same VM and rest comes soon.
     async fn pickups(&mut self, count: u32, samples: &mut Samples) -> Result<(), CliError> {
         let dir = self.home.group(&self.group)?;
         let queue = GroupQueue::open(self.home.group(&self.group)?)?;
         let claims = dir.open_dir(".claims")?;
         let mut claimed = Watch::new()?;
         claimed.add(&claims)?;
-        for _ in 0..count {
+        for round in 0..count {
+            self.rest(usize::from(round > 0)).await?;
             let job = self.job("true", Some("pickup"))?;
             let name = dir.write_temporary(0o600, &job.to_bytes()?)?;
             claimed.changes()?;
@@ -309,21 +353,37 @@ impl Jobs {
 
 /// Waits for the claim of a run to appear.
 fn appeared(claims: &mut Watch, run: RunId, start: Instant) -> Result<Duration, CliError> {
-    let name = format!("{run}.claim");
+    all_appeared(claims, HashSet::from([format!("{run}.claim")]), start)
+}
+
+/// Waits until all the named files have appeared; how long after `start` the last one did.
+fn all_appeared(
+    watch: &mut Watch,
+    mut names: HashSet<String>,
+    start: Instant,
+) -> Result<Duration, CliError> {
+    let limit = Timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    };
     while start.elapsed() < LIMIT {
-        let limit = Timespec {
-            tv_sec: 1,
-            tv_nsec: 0,
-        };
-        poll(&mut [PollFd::new(claims, PollFlags::IN)], Some(&limit))?;
+        poll(&mut [PollFd::new(watch, PollFlags::IN)], Some(&limit))?;
         let took = start.elapsed();
-        for change in claims.changes()? {
-            if matches!(&change, Change::Appeared { name: appeared, .. } if *appeared == *name) {
-                return Ok(took);
+        for change in watch.changes()? {
+            if let Change::Appeared { name, .. } = &change
+                && let Some(name) = name.to_str()
+            {
+                names.remove(name);
             }
         }
+        if names.is_empty() {
+            return Ok(took);
+        }
     }
-    Err(CliError::failed("a job of the benchmark was not claimed"))
+    Err(CliError::failed(format_args!(
+        "{} files that the benchmark waits for did not appear",
+        names.len()
+    )))
 }
 
 fn succeeded(what: &str, output: &std::process::Output) -> Result<(), CliError> {

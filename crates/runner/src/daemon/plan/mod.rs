@@ -31,9 +31,11 @@ use crate::pool::Pool;
 use crate::queue::{ClaimedJob, JobHead, JobResult};
 use crate::status::{Mode, Phase, Time};
 
-/// A pool is not refilled while a job that started less than this ago is likely to be still starting: the CPU is
-/// worth more to the job.
+/// A pool is not refilled while jobs that started just now are likely to be still starting: the CPU is worth more to
+/// them. This long for as many of them as there are CPUs, twice as long for twice as many.
 const REFILL_QUIET: Duration = Duration::from_millis(100);
+/// However many started: a pool has to be refilled some time.
+const LONGEST_QUIET: Duration = Duration::from_secs(2);
 /// A job that was refused for another reason than room is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a stopping daemon waits for its VMs to be reaped; the launcher kills what is left.

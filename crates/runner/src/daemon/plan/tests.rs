@@ -534,6 +534,20 @@ fn a_pool_is_filled_to_its_mark_grows_with_misses_and_waits_while_a_job_starts()
 }
 
 #[test]
+fn a_pool_waits_longer_the_more_jobs_start_together_and_never_for_ever() {
+    let mut bench = Bench::warm(0, 2);
+    for (jobs, turns) in [(1, 1), (1, 1), (1, 2), (5, 4), (92, 20)] {
+        for _ in 0..jobs {
+            let job = bench.submit("vm0/small");
+            bench.start(job);
+        }
+        let until = bench.plan.quiet_until();
+        assert_eq!(until, Some(bench.now + REFILL_QUIET * turns));
+    }
+    assert_eq!(REFILL_QUIET * 20, LONGEST_QUIET);
+}
+
+#[test]
 fn a_job_waits_for_the_vm_that_is_being_prepared_rather_than_making_another() {
     let mut bench = Bench::warm(1, 2);
     bench.tell(Event::Time);

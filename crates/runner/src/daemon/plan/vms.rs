@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use host::slot::{HostUsage, Resources, SlotId};
 
-use super::{Plan, REFILL_QUIET, Reuse, Vm, VmState};
+use super::{LONGEST_QUIET, Plan, REFILL_QUIET, Reuse, Run, Vm, VmState};
 use crate::daemon::event::{Action, Warmed};
 use crate::names::{ProfileName, RunId};
 use crate::pool::Pool;
@@ -193,10 +193,14 @@ impl Plan {
         u32::try_from(self.vms.values().filter(warm).count()).unwrap_or(u32::MAX)
     }
 
-    /// Until when the CPU is left to jobs that are starting.
+    /// Until when the CPU is left to jobs that are starting: the more of them started together, the longer.
     pub(super) fn quiet_until(&self) -> Option<Instant> {
-        let young = self.runs.values().map(|run| run.started + REFILL_QUIET);
-        young.max()
+        let last = self.runs.values().map(|run| run.started).max()?;
+        let together = |run: &&Run| last.duration_since(run.started) < LONGEST_QUIET;
+        let together = self.runs.values().filter(together).count();
+        let turns = together.div_ceil(usize::try_from(self.rules.parallel.max(1)).unwrap_or(1));
+        let quiet = REFILL_QUIET.saturating_mul(u32::try_from(turns).unwrap_or(u32::MAX));
+        Some(last + quiet.min(LONGEST_QUIET))
     }
 
     pub(super) fn refill(&mut self, now: Instant) {
