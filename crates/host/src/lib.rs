@@ -2,6 +2,7 @@
 
 pub mod cgroup;
 pub mod fs;
+pub mod handover;
 pub mod launcher;
 pub mod process;
 pub mod slot;

@@ -17,6 +17,7 @@ mod names;
 mod pool;
 mod profile;
 mod provider;
+mod proxy;
 mod queue;
 mod resource_budget;
 mod run_log;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::context::{CliError, Context, block_on};
 use crate::image::{Steps, Tool};
 use crate::profile::{Flavour, ProfileSpec};
+use crate::proxy::Authority;
 
 /// Command line.
 #[derive(Debug, clap::Args)]
@@ -26,6 +27,9 @@ pub(crate) struct Args {
     /// Also install what building this profile's image needs; may be repeated
     #[arg(long = "profile", value_name = "ORG/NAME")]
     profiles: Vec<ProfileSpec>,
+    /// Make a new certificate authority for the proxy; profiles have to be built again
+    #[arg(long, conflicts_with = "check")]
+    rotate_ca: bool,
     /// Accepted for scripts; setup never asks
     #[arg(long, short)]
     yes: bool,
@@ -139,7 +143,20 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     }
     prepare_run_dir()?;
     // The home is made now, so that it belongs to the person behind sudo.
-    context.home()?;
+    let home = context.home()?;
+    block_on(async {
+        let steps = Steps::new();
+        steps.catch_signals()?;
+        if args.rotate_ca {
+            Authority::rotate(&home, &steps).await?;
+            steps.note(
+                "note: images trust the authority they were built with: build each profile again",
+            );
+        } else {
+            Authority::ensure(&home, &steps).await?;
+        }
+        Ok(())
+    })?;
     if args.json {
         context.print_json(&Report {
             missing: &[],

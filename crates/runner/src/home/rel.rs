@@ -12,6 +12,10 @@ pub(crate) const GROUPS: &str = "groups";
 pub(crate) const IMAGES: &str = "images";
 /// `logs`.
 pub(crate) const LOGS: &str = "logs";
+/// `ca`.
+pub(crate) const CA: &str = "ca";
+/// `proxy`.
+pub(crate) const PROXY: &str = "proxy";
 /// `locks`.
 pub(crate) const LOCKS: &str = "locks";
 
@@ -48,6 +52,11 @@ pub(crate) fn snapshot(rootfs: &ImageHash, snapshot: &ImageHash) -> PathBuf {
 /// `logs/system-<run>.log`.
 pub(crate) fn system_log(run: &RunId) -> PathBuf {
     Path::new(LOGS).join(format!("system-{run}.log"))
+}
+
+/// `logs/network-<run>.jsonl`.
+pub(crate) fn network_log(run: &RunId) -> PathBuf {
+    Path::new(LOGS).join(format!("network-{run}.jsonl"))
 }
 
 /// `logs/runner-<name>.log`.

@@ -21,6 +21,7 @@ pub(crate) const TOOLS: &[(&str, &str)] = &[
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
     ("gzip", "gzip"),
+    ("openssl", "openssl"),
 ];
 
 /// Gives the image of a plan, building it if it is not there or damaged.
@@ -91,6 +92,7 @@ async fn build(store: &Store, plan: &Plan, steps: &Steps) -> Result<(), ImageErr
         suite: &plan.suite,
         arch: plan.arch,
         guest: &plan.guest,
+        authority: &plan.authority,
         work: &work,
     };
     let rootfs = tree.build(&plan.apt, &target, steps).await?;

@@ -15,6 +15,12 @@ pub(crate) enum ImageError {
         "building an image needs root (package installation in a root tree, a VM for its snapshot)"
     )]
     NotRoot,
+    /// No certificate authority, and nobody who may make one.
+    #[error("the proxy's certificate authority, which every image trusts, has not been made yet")]
+    NoAuthority,
+    /// The image was built for another proxy.
+    #[error("the image trusts another certificate authority than this home's proxy has")]
+    OtherAuthority,
     /// A program that does the work is not installed.
     #[error("{program} is not installed")]
     NoTool {
@@ -139,6 +145,7 @@ impl ImageError {
     pub(crate) fn hint(&self) -> Option<String> {
         let text = match self {
             Self::NotRoot => "run it again with sudo".to_owned(),
+            Self::NoAuthority => "run `sudo runner setup`, which makes it".to_owned(),
             Self::NoTool { .. } => {
                 "install what is missing with `sudo runner setup --profile` and the profile's name"
                     .to_owned()
@@ -155,7 +162,7 @@ impl ImageError {
             Self::NoGuestBinary(name) => {
                 format!("build the runner with scripts/build.sh, or name the binary with --{name} PATH")
             }
-            Self::Missing { .. } | Self::Damaged { .. } => {
+            Self::Missing { .. } | Self::Damaged { .. } | Self::OtherAuthority => {
                 "build it again with `sudo runner build --profile ORG/NAME`".to_owned()
             }
             Self::Tool { last, .. } if last.iter().any(|line| line.contains("Could not resolve") || line.contains("Failed to fetch")) => {

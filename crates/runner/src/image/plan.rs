@@ -10,6 +10,10 @@ use super::store::Store;
 use super::{kernel, modules, rootfs};
 use crate::names::ImageHash;
 use crate::profile::Profile;
+use crate::proxy::Authority;
+
+/// Name of the image's input that says which certificate authority it trusts.
+pub(super) const AUTHORITY_INPUT: &str = "proxy authority";
 
 /// What the person asked for.
 #[derive(Clone, Debug)]
@@ -33,6 +37,7 @@ pub(crate) struct Plan {
     pub(super) guest: GuestBinaries,
     pub(super) apt: Apt,
     pub(super) kernel: Package,
+    pub(super) authority: Authority,
     pub(super) inputs: Vec<(String, String)>,
     hash: ImageHash,
 }
@@ -50,6 +55,7 @@ impl Plan {
             return Err(ImageError::NoFlavour(flavour.name()));
         }
         let guest = GuestBinaries::load(&request.guest)?;
+        let authority = Authority::ensure(store.home(), steps).await?;
         let release = Release::of_host()?;
         let arch = debian_architecture();
         let sources = Sources::choose(&release, &request.mirrors, request.suite.as_deref())?;
@@ -92,6 +98,7 @@ impl Plan {
             ),
             ("modules".to_owned(), modules::WANTED.join(" ")),
             ("erofs".to_owned(), rootfs::EROFS_OPTIONS.join(" ")),
+            (AUTHORITY_INPUT.to_owned(), authority.fingerprint()),
         ];
         let data = flavour
             .files()
@@ -110,6 +117,7 @@ impl Plan {
             guest,
             apt,
             kernel,
+            authority,
             inputs,
             hash,
         })

@@ -11,6 +11,7 @@ use super::guest::GuestBinaries;
 use super::progress::Steps;
 use super::tools::Tool;
 use crate::profile::Flavour;
+use crate::proxy::Authority;
 
 /// What dpkg leaves out: nobody reads manuals in a VM. Licences stay.
 const EXCLUDED: &[&str] = &[
@@ -41,6 +42,8 @@ pub(super) struct Tree<'a> {
     pub(super) suite: &'a str,
     pub(super) arch: &'a str,
     pub(super) guest: &'a GuestBinaries,
+    /// Whom everything in it trusts beside the world's.
+    pub(super) authority: &'a Authority,
     /// A directory of ours to work in.
     pub(super) work: &'a Path,
 }
@@ -58,6 +61,9 @@ impl Tree<'_> {
         self.flavour
             .materialize(&data)
             .map_err(ImageError::io("write", &data))?;
+        let certificate = data.join("common/proxy-ca.crt");
+        fs::write(&certificate, self.authority.certificate())
+            .map_err(ImageError::io("write", &certificate))?;
 
         steps.begin("installing packages");
         self.install(apt, &root, &data, steps).await?;

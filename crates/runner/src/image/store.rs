@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ImageError;
 use super::manifest::{self, FORMAT, ImageManifest, SnapshotManifest};
+use super::plan::AUTHORITY_INPUT;
 use super::progress::Steps;
 use super::staging::{self, Staging, lock_name};
 use super::verify::{damaged, verify};
@@ -22,6 +23,7 @@ use crate::engine::Candidates;
 use crate::home::Home;
 use crate::home::rel::{self, IMAGES};
 use crate::names::ImageHash;
+use crate::proxy::Authority;
 
 pub(super) const MANIFEST: &str = "manifest.json";
 /// Longest manifest that is read; the full image's package list takes about 30 KiB.
@@ -81,6 +83,11 @@ impl Store {
         })
     }
 
+    /// Whose images they are.
+    pub(super) fn home(&self) -> &Home {
+        &self.home
+    }
+
     /// Whether an image of this address is there (its name says it is complete; nothing is verified).
     pub(crate) fn has_image(&self, hash: &ImageHash) -> bool {
         self.images
@@ -101,6 +108,7 @@ impl Store {
         {
             return Err(wrong("it describes another image"));
         }
+        self.check_authority(&manifest.inputs)?;
         verify(&directory, &manifest.files, &[KERNEL, INITRD, ROOTFS])?;
         let path = self.path(Path::new(hash.as_str()));
         Ok(ImageFiles {
@@ -108,6 +116,17 @@ impl Store {
             initrd: path.join(INITRD),
             rootfs: path.join(ROOTFS),
         })
+    }
+
+    /// An image that trusts another authority than this home's proxy has would refuse every answer.
+    fn check_authority(&self, inputs: &[(String, String)]) -> Result<(), ImageError> {
+        let ours = Authority::load(&self.home)?.map(|authority| authority.fingerprint());
+        let trusted = inputs.iter().find(|(name, _)| name == AUTHORITY_INPUT);
+        match (ours, trusted) {
+            (Some(ours), Some((_, trusted))) if ours == *trusted => Ok(()),
+            (None, _) => Err(ImageError::NoAuthority),
+            _ => Err(ImageError::OtherAuthority),
+        }
     }
 
     /// Verifies a snapshot and its image, every byte of them.

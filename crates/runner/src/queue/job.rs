@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::network::{JobNetwork, MAX_SECRETS};
 use crate::names::{ProfileName, RunId, SessionId};
 
 /// Largest job file, bytes. A prompt of [`MAX_PROMPT_BYTES`] whose every byte needs escaping as `\uXXXX` does not
@@ -50,6 +51,9 @@ pub(crate) struct JobFields {
     /// `.results/<id>.files/<i>`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) collect: Vec<String>,
+    /// What it may reach, and its secrets' names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) network: Option<JobNetwork>,
 }
 
 /// Why a job was refused, for its submitter.
@@ -161,6 +165,9 @@ fn check(fields: &JobFields) -> Result<(), JobError> {
     for path in &fields.collect {
         check_path("collect", path)?;
     }
+    if let Some(network) = &fields.network {
+        check_secrets(network, &fields.environment)?;
+    }
     Ok(())
 }
 
@@ -176,6 +183,34 @@ fn check_path(field: &'static str, path: &str) -> Result<(), JobError> {
     }
     if path.split('/').any(|part| part == "..") {
         return refuse(field, "it contains `..`");
+    }
+    Ok(())
+}
+
+fn check_secrets(
+    network: &JobNetwork,
+    environment: &BTreeMap<String, String>,
+) -> Result<(), JobError> {
+    if network.secrets.len() > MAX_SECRETS {
+        return refuse(
+            "network.secrets",
+            format!("it names more than {MAX_SECRETS} secrets"),
+        );
+    }
+    for name in &network.secrets {
+        let name = name.as_str();
+        if is_reserved(name) {
+            return refuse(
+                "network.secrets",
+                format!("{name} is set by the runner and cannot be a secret"),
+            );
+        }
+        if environment.contains_key(name) {
+            return refuse(
+                "network.secrets",
+                format!("{name} is also a variable of the environment; it can only be one of both"),
+            );
+        }
     }
     Ok(())
 }
@@ -252,6 +287,7 @@ pub(crate) mod tests {
             session_id: None,
             timeout_secs: None,
             collect: Vec::new(),
+            network: None,
         }
     }
 

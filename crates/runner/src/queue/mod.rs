@@ -12,6 +12,7 @@
 
 mod group;
 mod job;
+mod network;
 mod registry;
 mod result;
 mod runner;
@@ -19,6 +20,9 @@ mod watch;
 
 pub(crate) use group::{GroupQueue, JobState, Listed, QueueError};
 pub(crate) use job::{Job, JobFields, MAX_PROMPT_BYTES, MAX_STRING_BYTES, is_reserved};
+pub(crate) use network::{
+    HandedSecret, JobNetwork, SecretsError, hand_over, handover_name, receive,
+};
 pub(crate) use registry::LiveRunner;
 pub(crate) use result::JobResult;
 pub(crate) use runner::{Claim, ClaimedJob, JobHead, Look, RunnerQueue, Scan};

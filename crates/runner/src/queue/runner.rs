@@ -58,7 +58,13 @@ impl JobHead {
             run_id: job.run_id,
             profile: job.profile.clone(),
             session_id: job.session_id.clone(),
-            variables: job.environment.keys().cloned().collect(),
+            variables: {
+                let secrets = job.network.iter().flat_map(|network| &network.secrets);
+                let secrets = secrets.map(|name| name.as_str().to_owned());
+                let mut names: Vec<_> = job.environment.keys().cloned().chain(secrets).collect();
+                names.sort_unstable();
+                names
+            },
             submitter,
             submitted,
         }

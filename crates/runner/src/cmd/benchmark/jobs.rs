@@ -334,6 +334,7 @@ impl Jobs {
             session_id: session.map(str::parse).transpose()?,
             timeout_secs: None,
             collect: Vec::new(),
+            network: None,
         })?)
     }
 

@@ -11,6 +11,7 @@
 //! runner answers like any other.
 
 mod collect;
+mod network;
 mod notice;
 mod wait;
 
@@ -23,8 +24,9 @@ use crate::cmd::logs::tail::Tail;
 use crate::cmd::parse;
 use crate::context::{CliError, Context, block_on};
 use crate::names::{GroupName, ProfileName, RunId, SessionId};
-use crate::queue::{GroupQueue, Job, JobFields, MAX_PROMPT_BYTES};
+use crate::queue::{GroupQueue, Job, JobFields, MAX_PROMPT_BYTES, hand_over};
 use collect::Collect;
+use network::NetworkArgs;
 use wait::Waiter;
 
 /// Command line.
@@ -35,7 +37,8 @@ exit_code is 0.\nCtrl-C cancels the job and waits up to 10 s for its answer; a s
 Examples:\n  \
     runner local submit --group vm0/demo --profile vm0/small --prompt 'nproc && free -m'\n  \
     runner local submit --group vm0/demo --prompt-file task.md --follow\n  \
-    runner local submit --group vm0/demo --prompt 'make report' --collect /home/user/workspace/report.pdf=."
+    runner local submit --group vm0/demo --prompt 'make report' --collect /home/user/workspace/report.pdf=.\n  \
+    runner local submit --group vm0/demo --prompt-file task.md --allow '*.github.com' --secret GH_TOKEN=env:GH_TOKEN@api.github.com"
 )]
 pub(crate) struct Args {
     /// The group whose runners may take the job
@@ -74,6 +77,8 @@ pub(crate) struct Args {
     /// Copy a file of the VM into a directory here when the job has ended
     #[arg(long, value_name = "PATH=DIR")]
     collect: Vec<Collect>,
+    #[command(flatten)]
+    network: NetworkArgs,
     /// Print the result as JSON (it always is)
     #[arg(long)]
     json: bool,
@@ -86,6 +91,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         (None, Some(file)) => read_prompt(file)?,
         (None, None) => return Err(CliError::usage("a prompt is missing")),
     };
+    let (network, secrets) = args.network.resolve()?;
     let job = Job::new(JobFields {
         run_id: RunId::random(),
         prompt,
@@ -100,6 +106,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             .iter()
             .map(|collect| collect.guest_path().to_owned())
             .collect(),
+        network,
     })
     .map_err(CliError::usage)?;
     let collect = args
@@ -116,6 +123,11 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             false => None,
         };
         let waiter = Waiter::new(&queue, &args.group, &job, tail, args.raw)?;
+        // Before the job, which may be claimed at once; what no runner took goes when we leave.
+        let _secrets = match secrets.as_slice() {
+            [] => None,
+            secrets => Some(hand_over(run, secrets)?),
+        };
         queue.submit(&job)?;
         let outcome = waiter.wait(args.timeout).await?;
         context.print_json(&outcome.result)?;
