@@ -14,6 +14,7 @@ mod executor;
 mod home;
 mod image;
 mod names;
+mod network;
 mod pool;
 mod profile;
 mod provider;

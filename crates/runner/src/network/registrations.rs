@@ -1,0 +1,204 @@
+//! Who is behind which address: the registrations that proxy, resolver and kernel events are looked up in.
+//!
+//! A registration belongs to one run in one VM. Its generation is never used again, so that what comes late (a log line of
+//! the run before, an answer of a proxy that was restarted) is told from what is current.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use policy::log::Line;
+use policy::{Policy, Secret};
+use tokio::sync::watch;
+
+use super::log::NetworkLog;
+use super::mirror::Entry;
+use crate::names::RunId;
+use crate::status::Time;
+
+/// One registration as others see it.
+#[derive(Clone, Debug)]
+pub(crate) struct Registration {
+    /// The VM's address in the hub.
+    pub(crate) address: Ipv4Addr,
+    /// Which of the address's registrations.
+    pub(crate) generation: u64,
+    /// The run.
+    pub(crate) run: RunId,
+    /// What it may reach.
+    pub(crate) policy: Arc<Policy>,
+    /// Its secrets, with their values.
+    pub(crate) secrets: Arc<[Secret]>,
+    /// Since when.
+    pub(crate) since: Time,
+}
+
+#[derive(Debug)]
+struct Kept {
+    registration: Registration,
+    log: NetworkLog,
+}
+
+/// All of a runner.
+#[derive(Debug)]
+pub(crate) struct Registrations {
+    state: Mutex<State>,
+    /// What people are shown, newest.
+    shown: watch::Sender<Vec<Entry>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    kept: HashMap<Ipv4Addr, Kept>,
+    last_generation: u64,
+}
+
+impl Registrations {
+    /// None yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            state: Mutex::default(),
+            shown: watch::Sender::new(Vec::new()),
+        }
+    }
+
+    /// What `proxy-registry.json` is to say, to wait for.
+    pub(crate) fn shown(&self) -> watch::Receiver<Vec<Entry>> {
+        self.shown.subscribe()
+    }
+
+    /// Begins a registration; an older one of the address ends with it.
+    pub(crate) fn add(
+        &self,
+        address: Ipv4Addr,
+        run: RunId,
+        policy: Arc<Policy>,
+        secrets: Arc<[Secret]>,
+        log: NetworkLog,
+    ) -> Registration {
+        let mut state = self.lock();
+        state.last_generation = state.last_generation.saturating_add(1);
+        let registration = Registration {
+            address,
+            generation: state.last_generation,
+            run,
+            policy,
+            secrets,
+            since: Time::now(),
+        };
+        let kept = Kept {
+            registration: registration.clone(),
+            log,
+        };
+        state.kept.insert(address, kept);
+        self.show(&state);
+        registration
+    }
+
+    /// Ends a registration and closes its log; says how many lines the log lacks. Nothing if it has ended.
+    pub(crate) fn remove(&self, address: Ipv4Addr, generation: u64) -> Option<u64> {
+        let mut state = self.lock();
+        if state.kept.get(&address)?.registration.generation != generation {
+            return None;
+        }
+        let kept = state.kept.remove(&address)?;
+        self.show(&state);
+        Some(kept.log.lost())
+    }
+
+    /// Changes a run's policy; gives the registration as it is now.
+    pub(crate) fn set_policy(&self, run: RunId, policy: Arc<Policy>) -> Option<Registration> {
+        let mut state = self.lock();
+        let kept = state.kept.values_mut();
+        let kept = kept.into_iter().find(|kept| kept.registration.run == run)?;
+        kept.registration.policy = policy;
+        let changed = kept.registration.clone();
+        self.show(&state);
+        Some(changed)
+    }
+
+    /// Who is behind an address now.
+    pub(crate) fn find(&self, address: Ipv4Addr) -> Option<Registration> {
+        let state = self.lock();
+        Some(state.kept.get(&address)?.registration.clone())
+    }
+
+    /// The registration of a run.
+    pub(crate) fn of_run(&self, run: RunId) -> Option<Registration> {
+        let state = self.lock();
+        let mut kept = state.kept.values();
+        kept.find(|kept| kept.registration.run == run)
+            .map(|kept| kept.registration.clone())
+    }
+
+    /// All there are now.
+    pub(crate) fn all(&self) -> Vec<Registration> {
+        let state = self.lock();
+        let kept = state.kept.values();
+        kept.map(|kept| kept.registration.clone()).collect()
+    }
+
+    /// Writes a line into the log of whoever is behind the address; with a generation only if it is still that one.
+    pub(crate) fn write(&self, address: Ipv4Addr, generation: Option<u64>, line: &Line) {
+        let mut state = self.lock();
+        if let Some(kept) = state.kept.get_mut(&address)
+            && generation.is_none_or(|generation| generation == kept.registration.generation)
+        {
+            kept.log.write(line);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Whole between any two operations; a line that was half written is the log's own matter.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show(&self, state: &State) {
+        let mut entries: Vec<Entry> = state
+            .kept
+            .values()
+            .map(|kept| Entry::of(&kept.registration))
+            .collect();
+        entries.sort_by_key(|entry| entry.address);
+        self.shown.send_replace(entries);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::home::rel;
+    use host::fs::Dir;
+
+    const LINE: &str = r#"{"timestamp":"2026-01-31T12:00:00.000Z","type":"dns","action":"ALLOW","rule":null,"host":"a.example.com","port":53,"query":"A","answers":[],"latency_ms":1,"error":null}"#;
+
+    #[test]
+    fn a_line_of_an_older_generation_is_nobodys() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("logs")).unwrap();
+        let home = Dir::open(root.path()).unwrap();
+        let registrations = Registrations::new();
+        let address = Ipv4Addr::new(100, 96, 0, 1);
+        let add = |run| {
+            let log = NetworkLog::create(&home, run, 1 << 20).unwrap();
+            registrations.add(address, run, Arc::default(), Arc::from([]), log)
+        };
+        let (one, two) = (RunId::random(), RunId::random());
+        let first = add(one);
+        let line = Line::parse(LINE).unwrap();
+        registrations.write(address, Some(first.generation), &line);
+        let second = add(two);
+        assert!(second.generation > first.generation);
+        registrations.write(address, Some(first.generation), &line);
+        registrations.write(address, None, &line);
+        assert_eq!(registrations.remove(address, first.generation), None);
+        assert_eq!(registrations.remove(address, second.generation), Some(0));
+        registrations.write(address, None, &line);
+        let lines = |run| {
+            let path = root.path().join(rel::network_log(&run));
+            std::fs::read_to_string(path).unwrap().lines().count()
+        };
+        assert_eq!((lines(one), lines(two)), (1, 1));
+        assert!(registrations.find(address).is_none());
+    }
+}
