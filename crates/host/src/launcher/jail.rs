@@ -7,9 +7,9 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
@@ -37,12 +37,34 @@ const SYSTEM_DIRS: [&str; 6] = ["/bin", "/sbin", "/lib", "/lib32", "/lib64", "/l
 /// Files of /etc without which dynamically linked programs do not find their libraries.
 const ETC: [&str; 2] = ["/etc/ld.so.cache", "/etc/alternatives"];
 
+/// The host's trust in certificate authorities, for services; never its private keys.
+const CERTIFICATES: [&str; 4] = [
+    "/etc/ssl/certs",
+    "/etc/ssl/openssl.cnf",
+    "/etc/ca-certificates",
+    "/etc/pki",
+];
+
+/// Top-level directories under which nothing else may be shown to a service.
+const TAKEN: [&str; 11] = [
+    "usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "etc", "proc", "dev", "tmp",
+];
+
 /// The namespaces made so far.
 #[derive(Debug)]
 pub(super) struct Jails {
     /// An empty directory on which the helper, in its own namespace, builds the new root.
     site: PathBuf,
     made: HashMap<Vec<PathBuf>, OwnedFd>,
+}
+
+/// What a service sees beside what every process does: the system's certificates, a place for temporary files, and this.
+#[derive(Debug)]
+pub(super) struct ServiceRoot {
+    /// Content of its /etc/resolv.conf.
+    pub(super) resolv_conf: String,
+    /// Directories and files, shown read-only under these paths.
+    pub(super) shown: Vec<(OwnedFd, PathBuf)>,
 }
 
 impl Jails {
@@ -68,20 +90,41 @@ impl Jails {
         match self.made.entry(devices) {
             std::collections::hash_map::Entry::Occupied(made) => Ok(made.into_mut()),
             std::collections::hash_map::Entry::Vacant(vacant) => {
-                let namespace = make(site, vacant.key())?;
+                let namespace = make(site, vacant.key(), None)?;
                 Ok(vacant.insert(namespace))
             }
         }
     }
+
+    /// A namespace for one start of a service.
+    pub(super) fn for_service(&self, root: &ServiceRoot) -> Result<OwnedFd, String> {
+        for (_, path) in &root.shown {
+            let mut parts = path.components();
+            let begins = matches!(parts.next(), Some(Component::RootDir));
+            let top = parts.clone().next();
+            let taken = top.is_none_or(|top| TAKEN.iter().any(|taken| top.as_os_str() == *taken));
+            if !begins || taken || !parts.all(|part| matches!(part, Component::Normal(_))) {
+                return Err(format!(
+                    "nothing may be shown to a service at {}",
+                    path.display()
+                ));
+            }
+        }
+        make(&self.site, &[], Some(root))
+    }
 }
 
-fn make(site: &Path, devices: &[PathBuf]) -> Result<OwnedFd, String> {
+fn make(
+    site: &Path,
+    devices: &[PathBuf],
+    service: Option<&ServiceRoot>,
+) -> Result<OwnedFd, String> {
     let (ours, theirs) = super::socket_pair().map_err(|e| e.to_string())?;
     // SAFETY: the launcher is single-threaded, so the child may do what any process may; it ends in `_exit` below.
     match unsafe { fork::fork(None) } {
         Err(e) => Err(e.to_string()),
         Ok(Forked::Child { .. }) => {
-            let result = build(site, devices).map_err(|(step, e)| format!("{step}: {e}"));
+            let result = build(site, devices, service).map_err(|(step, e)| format!("{step}: {e}"));
             let (answer, namespace) = match result {
                 Ok(namespace) => (Ok(()), Some(namespace)),
                 Err(message) => (Err(message), None),
@@ -125,7 +168,7 @@ impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
 }
 
 /// Moves the calling process into a new mount namespace, furnishes it, and returns it.
-fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
+fn build(site: &Path, devices: &[PathBuf], service: Option<&ServiceRoot>) -> Step<OwnedFd> {
     // SAFETY: takes no pointers; the process is single-threaded.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         return Err(("unshare", io::Error::last_os_error()));
@@ -152,14 +195,10 @@ fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
     }
     fs::create_dir(place("/etc")).at("make /etc")?;
     for path in ETC {
-        match fs::metadata(path) {
-            Ok(meta) if meta.is_dir() => bind_dir(path, &place(path)).at("show a part of /etc")?,
-            Ok(_) => {
-                fs::File::create(place(path)).at("make a file of /etc")?;
-                bind(path, &place(path)).at("show a file of /etc")?;
-            }
-            Err(_) => {}
-        }
+        show(Path::new(path), &place(path)).at("show a part of /etc")?;
+    }
+    if let Some(service) = service {
+        furnish(site, service)?;
     }
 
     fs::create_dir(place("/proc")).at("make /proc")?;
@@ -194,16 +233,51 @@ fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
     Ok(namespace.into())
 }
 
+/// What only services have.
+fn furnish(site: &Path, service: &ServiceRoot) -> Step<()> {
+    let place = |path: &str| site.join(path.trim_start_matches('/'));
+    for path in CERTIFICATES {
+        show(Path::new(path), &place(path)).at("show the certificates")?;
+    }
+    fs::write(place("/etc/resolv.conf"), &service.resolv_conf).at("write /etc/resolv.conf")?;
+    fs::write(place("/etc/hosts"), "127.0.0.1 localhost\n").at("write /etc/hosts")?;
+    fs::create_dir(place("/tmp")).at("make /tmp")?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount_tmpfs(&place("/tmp"), flags, c"mode=1777,size=256m").at("mount /tmp")?;
+    for (fd, path) in &service.shown {
+        let source = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        let target = site.join(path.strip_prefix("/").unwrap_or(path));
+        show(&source, &target).at("show a directory of the service")?;
+    }
+    Ok(())
+}
+
+/// Shows a file or directory read-only at `to`, with the directories above it; nothing where there is none.
+fn show(from: &Path, to: &Path) -> io::Result<()> {
+    let Ok(meta) = fs::metadata(from) else {
+        return Ok(());
+    };
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    if meta.is_dir() {
+        fs::create_dir_all(to)?;
+    } else {
+        fs::File::create(to)?;
+    }
+    bind(from, to)
+}
+
 fn mount_tmpfs(at: &Path, flags: MountFlags, options: &CStr) -> rustix::io::Result<()> {
     rustix::mount::mount("tmpfs", at, "tmpfs", flags, options)
 }
 
 fn bind_dir(from: &str, to: &Path) -> io::Result<()> {
     fs::create_dir(to)?;
-    bind(from, to)
+    bind(Path::new(from), to)
 }
 
-fn bind(from: &str, to: &Path) -> io::Result<()> {
+fn bind(from: &Path, to: &Path) -> io::Result<()> {
     rustix::mount::mount_bind(from, to)?;
     let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
     rustix::mount::mount_remount(to, flags, c"")?;
