@@ -28,7 +28,7 @@ pub(super) struct Plan<'a> {
     pub(super) mount_namespace: BorrowedFd<'a>,
     /// An empty one of its own if none is given.
     pub(super) network: Option<BorrowedFd<'a>>,
-    pub(super) oom_score_adj: &'static str,
+    pub(super) oom_score_adj: i32,
     pub(super) cgroups: &'a Cgroups,
     pub(super) pids_max: u32,
     /// The launcher.
@@ -59,7 +59,7 @@ fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
 /// Runs in the child, which may have been born in the slot's group of the unified hierarchy, and ends in exec. Only returns with the step that failed.
 pub(super) fn become_program(plan: &Plan<'_>, in_group: bool) -> Step<Infallible> {
     rustix::process::setsid().at("start a session")?;
-    fs::write("/proc/self/oom_score_adj", plan.oom_score_adj).at("set oom_score_adj")?;
+    raise_oom_score(plan.oom_score_adj).at("set oom_score_adj")?;
     rustix::process::setpriority_process(None, 0).at("take the usual priority")?;
     plan.cgroups
         .join(plan.uid, in_group)
@@ -108,6 +108,16 @@ pub(super) fn become_program(plan: &Plan<'_>, in_group: bool) -> Step<Infallible
     // SAFETY: program, every argument and every variable are NUL-terminated strings that outlive the call; both arrays end in NULL.
     unsafe { libc::execve(plan.program.as_ptr(), argv.as_ptr(), environment.as_ptr()) };
     Err(("execute the program", io::Error::last_os_error()))
+}
+
+/// Raises it to this. Lowering it, should the launcher's be higher, takes a privilege that not every root has.
+fn raise_oom_score(to: i32) -> io::Result<()> {
+    const FILE: &str = "/proc/self/oom_score_adj";
+    let current = fs::read_to_string(FILE)?;
+    match current.trim().parse::<i32>() {
+        Ok(current) if current >= to => Ok(()),
+        _ => fs::write(FILE, to.to_string()),
+    }
 }
 
 /// The array that `execve` wants.

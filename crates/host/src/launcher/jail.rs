@@ -7,12 +7,14 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode};
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
 use rustix::net::RecvFlags;
 use rustix::process::WaitOptions;
 
@@ -169,6 +171,10 @@ impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
 
 /// Moves the calling process into a new mount namespace, furnishes it, and returns it.
 fn build(site: &Path, devices: &[PathBuf], service: Option<&ServiceRoot>) -> Step<OwnedFd> {
+    // Copies of what a service is shown, as long as we are where it was opened: only from there may it be mounted.
+    let shown = service
+        .map_or_else(|| Ok(Vec::new()), copies)
+        .at("copy what a service is shown")?;
     // SAFETY: takes no pointers; the process is single-threaded.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         return Err(("unshare", io::Error::last_os_error()));
@@ -198,7 +204,7 @@ fn build(site: &Path, devices: &[PathBuf], service: Option<&ServiceRoot>) -> Ste
         show(Path::new(path), &place(path)).at("show a part of /etc")?;
     }
     if let Some(service) = service {
-        furnish(site, service)?;
+        furnish(site, service, shown)?;
     }
 
     fs::create_dir(place("/proc")).at("make /proc")?;
@@ -234,7 +240,7 @@ fn build(site: &Path, devices: &[PathBuf], service: Option<&ServiceRoot>) -> Ste
 }
 
 /// What only services have.
-fn furnish(site: &Path, service: &ServiceRoot) -> Step<()> {
+fn furnish(site: &Path, service: &ServiceRoot, shown: Vec<OwnedFd>) -> Step<()> {
     let place = |path: &str| site.join(path.trim_start_matches('/'));
     for path in CERTIFICATES {
         show(Path::new(path), &place(path)).at("show the certificates")?;
@@ -244,12 +250,35 @@ fn furnish(site: &Path, service: &ServiceRoot) -> Step<()> {
     fs::create_dir(place("/tmp")).at("make /tmp")?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_tmpfs(&place("/tmp"), flags, c"mode=1777,size=256m").at("mount /tmp")?;
-    for (fd, path) in &service.shown {
-        let source = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    for (copy, (fd, path)) in shown.iter().zip(&service.shown) {
         let target = site.join(path.strip_prefix("/").unwrap_or(path));
-        show(&source, &target).at("show a directory of the service")?;
+        let kind = rustix::fs::fstat(fd)
+            .at("look at what a service is shown")?
+            .st_mode;
+        let is_dir = FileType::from_raw_mode(kind) == FileType::Directory;
+        make_place(&target, is_dir).at("make a place for what a service is shown")?;
+        rustix::mount::move_mount(
+            copy,
+            "",
+            CWD,
+            &target,
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+        .at("show a service what it is shown")?;
+        close(&target).at("close what a service is shown")?;
     }
     Ok(())
+}
+
+/// Mounts of their own of what the descriptors are open on.
+fn copies(service: &ServiceRoot) -> rustix::io::Result<Vec<OwnedFd>> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let shown = service.shown.iter();
+    shown
+        .map(|(fd, _)| rustix::mount::open_tree(fd, "", flags))
+        .collect()
 }
 
 /// Shows a file or directory read-only at `to`, with the directories above it; nothing where there is none.
@@ -257,15 +286,20 @@ fn show(from: &Path, to: &Path) -> io::Result<()> {
     let Ok(meta) = fs::metadata(from) else {
         return Ok(());
     };
-    if let Some(parent) = to.parent() {
+    make_place(to, meta.is_dir())?;
+    bind(from, to)
+}
+
+/// Something to mount a directory or a file on.
+fn make_place(at: &Path, is_dir: bool) -> io::Result<()> {
+    if let Some(parent) = at.parent() {
         fs::create_dir_all(parent)?;
     }
-    if meta.is_dir() {
-        fs::create_dir_all(to)?;
+    if is_dir {
+        fs::create_dir_all(at)
     } else {
-        fs::File::create(to)?;
+        fs::File::create(at).map(drop)
     }
-    bind(from, to)
 }
 
 fn mount_tmpfs(at: &Path, flags: MountFlags, options: &CStr) -> rustix::io::Result<()> {
@@ -279,8 +313,13 @@ fn bind_dir(from: &str, to: &Path) -> io::Result<()> {
 
 fn bind(from: &Path, to: &Path) -> io::Result<()> {
     rustix::mount::mount_bind(from, to)?;
+    close(to)
+}
+
+/// Makes a mount one that is only read.
+fn close(mount: &Path) -> io::Result<()> {
     let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
-    rustix::mount::mount_remount(to, flags, c"")?;
+    rustix::mount::mount_remount(mount, flags, c"")?;
     Ok(())
 }
 

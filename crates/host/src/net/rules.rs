@@ -390,9 +390,19 @@ fn opened(network: NetworkId, to: &[SocketAddrV4]) -> Vec<String> {
         .collect()
 }
 
-/// In the hub: destinations a VM may reach past the proxy.
-pub(crate) fn open(network: NetworkId, to: &[SocketAddrV4], seconds: u32) -> String {
-    renew("inet vm0", "open", &opened(network, to), seconds)
+/// In the hub: destinations a VM may reach past the proxy. Removing elements makes the kernel wait for all processors,
+/// so it is only done where some of them may be there already.
+pub(crate) fn open(network: NetworkId, to: &[SocketAddrV4], seconds: u32, anew: bool) -> String {
+    let items = opened(network, to);
+    if anew {
+        return renew("inet vm0", "open", &items, seconds);
+    }
+    let timed = list(
+        items
+            .iter()
+            .map(|item| format!("{item} timeout {seconds}s")),
+    );
+    format!("add element inet vm0 open {{ {timed} }}\n")
 }
 
 /// Takes them back, whether their time has passed or not.

@@ -91,13 +91,14 @@ pub(crate) fn end(network: NetworkId, hub: &OwnedFd) -> Result<(), String> {
     conntrack::forget(network).map_err(cannot("forget its connections in the hub"))
 }
 
-/// Lets a VM reach destinations past the proxy for a while.
+/// Lets a VM reach destinations past the proxy for a while; `anew` if some of them may be open already.
 pub(crate) fn open(
     network: NetworkId,
     hub: &OwnedFd,
     to: &[SocketAddrV4],
     seconds: u32,
+    anew: bool,
 ) -> Result<(), String> {
     namespace::enter(hub).map_err(cannot("enter the hub"))?;
-    nft::apply(&rules::open(network, to, seconds))
+    nft::apply(&rules::open(network, to, seconds, anew))
 }

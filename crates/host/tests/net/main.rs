@@ -5,3 +5,4 @@
 mod common;
 mod life;
 mod rules;
+mod services;

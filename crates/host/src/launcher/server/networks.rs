@@ -58,7 +58,8 @@ enum Work {
     Make(NetworkId),
     Flush(NetworkId),
     End(NetworkId),
-    Open(NetworkId, Vec<SocketAddrV4>, u32),
+    /// For so many seconds; and whether some of them may be open already.
+    Open(NetworkId, Vec<SocketAddrV4>, u32, bool),
     Allow(Vec<Ipv4Addr>, u32),
 }
 
@@ -158,7 +159,9 @@ impl Networks {
                 vm::flush(*id, namespace, own, tap, &opened).map(none)
             }
             Work::End(id) => vm::end(*id, namespace).map(none),
-            Work::Open(id, to, seconds) => vm::open(*id, namespace, to, *seconds).map(none),
+            Work::Open(id, to, seconds, anew) => {
+                vm::open(*id, namespace, to, *seconds, *anew).map(none)
+            }
             Work::Allow(addresses, seconds) => {
                 hub::allow(*number, namespace, addresses, *seconds).map(none)
             }
@@ -233,22 +236,23 @@ impl Server {
     }
 
     pub(super) fn open(&mut self, id: u64, number: NetworkId, to: Vec<SocketAddrV4>, seconds: u32) {
-        let work = Work::Open(number, to.clone(), seconds);
+        if to.is_empty() {
+            return self.answer(id, Ok(Reply::Done));
+        }
         let network = self.networks.made.get_mut(&number);
         let why = match network.filter(|network| !network.busy) {
-            None => {
-                "this runner does not have it, or something else is being done to it".to_owned()
-            }
-            Some(_) if to.is_empty() => return self.answer(id, Ok(Reply::Done)),
+            None => "it is not this runner's, or something else is being done to it".to_owned(),
             Some(network) if network.opened.len().saturating_add(to.len()) > MAX_OPENED => {
                 format!("a VM may have {MAX_OPENED} destinations past the proxy")
             }
             Some(network) => {
-                network.opened.extend(to);
-                return self.do_later(id, work);
+                let anew = to.iter().any(|to| network.opened.contains(to));
+                network.opened.extend(&to);
+                return self.do_later(id, Work::Open(number, to, seconds, anew));
             }
         };
-        self.answer(id, Err(Refusal::step(work.step(), why)));
+        let step = format!("open destinations for network {number}");
+        self.answer(id, Err(Refusal::step(step, why)));
     }
 
     pub(super) fn allow_internal(&mut self, id: u64, addresses: Vec<Ipv4Addr>, seconds: u32) {

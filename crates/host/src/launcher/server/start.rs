@@ -17,16 +17,16 @@ use crate::launcher::jail::ServiceRoot;
 use crate::launcher::wire::{LaunchKind, LaunchOrder, Refusal, Reply, Unit};
 
 /// VM processes are the first to go when the host runs out of memory; the kernel's scale ends at 1000.
-const VM_OOM_SCORE: &str = "500";
-/// A service goes after them: every VM depends on it.
-const SERVICE_OOM_SCORE: &str = "-100";
+const VM_OOM_SCORE: i32 = 500;
+/// A service goes after them, as every VM depends on it, and before the runner itself.
+const SERVICE_OOM_SCORE: i32 = 0;
 
 /// What differs between a VM's process and a service.
 struct Place {
     mount_namespace: OwnedFd,
     network: Option<OwnedFd>,
     environment: Vec<CString>,
-    oom_score_adj: &'static str,
+    oom_score_adj: i32,
 }
 
 impl Server {
