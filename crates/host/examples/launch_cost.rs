@@ -52,6 +52,7 @@ async fn measure(forked: ForkedLauncher) {
             args: vec!["1000".into()],
             fds: Vec::new(),
             devices: Vec::new(),
+            network: None,
             limits: CgroupLimits {
                 memory_max: 1 << 30,
                 pids_max: 100,

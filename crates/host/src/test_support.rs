@@ -1,14 +1,16 @@
 //! What tests need: run directories and uids of their own, so that they run beside one another and beside a runner.
 
+pub mod net;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::fs::{Dir, FsError, Lock, LockKind};
-use crate::launcher::LauncherConfig;
+use crate::launcher::{LauncherConfig, SERVICES};
 use crate::slot::{DEFAULT_UID_BASE, SLOTS};
 
 /// First uid base of tests: past the default range, below systemd's foreign range (2147352576) with all of them.
-const FIRST_BASE: u32 = DEFAULT_UID_BASE + 2 * 4096;
+const FIRST_BASE: u32 = DEFAULT_UID_BASE + 3 * 4096;
 /// How many tests may hold a range at once, on one machine.
 const RANGES: u32 = 64;
 
@@ -93,7 +95,7 @@ impl TestHost {
 
     /// Slot 0's uid.
     pub fn uid_base(&self) -> u32 {
-        FIRST_BASE + self.number * u32::from(SLOTS)
+        FIRST_BASE + self.number * u32::from(SLOTS + SERVICES)
     }
 }
 

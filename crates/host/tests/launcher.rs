@@ -56,6 +56,7 @@ fn shell(slot: SlotId, script: &str) -> (LaunchSpec, File) {
         args: vec!["-c".into(), script.into()],
         fds: vec![(write.try_clone().unwrap(), 1), (write, 2)],
         devices: Vec::new(),
+        network: None,
         limits: CgroupLimits {
             memory_max: 64 << 20,
             pids_max: 32,

@@ -12,9 +12,8 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use rustix::thread::{Gid, Uid};
 
 use crate::cgroup::Cgroups;
+use crate::net;
 
-/// VM processes are the first to go when the host runs out of memory; the kernel's scale ends at 1000.
-const OOM_SCORE_ADJ: &str = "500";
 /// An engine holds a few dozen.
 const MAX_OPEN_FILES: u64 = 4096;
 
@@ -23,9 +22,13 @@ pub(super) struct Plan<'a> {
     pub(super) uid: u32,
     pub(super) program: CString,
     pub(super) argv: Vec<CString>,
+    pub(super) environment: Vec<CString>,
     /// Descriptors and the numbers they get.
     pub(super) fds: Vec<(OwnedFd, RawFd)>,
     pub(super) mount_namespace: BorrowedFd<'a>,
+    /// An empty one of its own if none is given.
+    pub(super) network: Option<BorrowedFd<'a>>,
+    pub(super) oom_score_adj: i32,
     pub(super) cgroups: &'a Cgroups,
     pub(super) pids_max: u32,
     /// The launcher.
@@ -56,15 +59,21 @@ fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
 /// Runs in the child, which may have been born in the slot's group of the unified hierarchy, and ends in exec. Only returns with the step that failed.
 pub(super) fn become_program(plan: &Plan<'_>, in_group: bool) -> Step<Infallible> {
     rustix::process::setsid().at("start a session")?;
-    fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).at("set oom_score_adj")?;
+    raise_oom_score(plan.oom_score_adj).at("set oom_score_adj")?;
     rustix::process::setpriority_process(None, 0).at("take the usual priority")?;
     plan.cgroups
         .join(plan.uid, in_group)
         .at("join the slot's cgroup")?;
 
+    if let Some(network) = plan.network {
+        net::enter(network).at("enter its network")?;
+    }
+    let of_its_own = match plan.network {
+        Some(_) => libc::CLONE_NEWIPC | libc::CLONE_NEWUTS,
+        None => libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWNET,
+    };
     // SAFETY: takes no pointers; the process is single-threaded.
-    checked(unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) })
-        .at("enter an empty network")?;
+    checked(unsafe { libc::unshare(of_its_own) }).at("enter namespaces of its own")?;
     rustix::thread::move_into_link_name_space(
         plan.mount_namespace,
         Some(rustix::thread::LinkNameSpaceType::Mount),
@@ -94,12 +103,27 @@ pub(super) fn become_program(plan: &Plan<'_>, in_group: bool) -> Step<Infallible
     // SAFETY: umask has no preconditions.
     unsafe { libc::umask(0o077) };
 
-    let mut argv: Vec<*const libc::c_char> = plan.argv.iter().map(|arg| arg.as_ptr()).collect();
-    argv.push(std::ptr::null());
-    let environment: [*const libc::c_char; 1] = [std::ptr::null()];
-    // SAFETY: program and every argument are NUL-terminated strings that outlive the call; both arrays end in NULL.
+    let argv = pointers(&plan.argv);
+    let environment = pointers(&plan.environment);
+    // SAFETY: program, every argument and every variable are NUL-terminated strings that outlive the call; both arrays end in NULL.
     unsafe { libc::execve(plan.program.as_ptr(), argv.as_ptr(), environment.as_ptr()) };
     Err(("execute the program", io::Error::last_os_error()))
+}
+
+/// Raises it to this. Lowering it, should the launcher's be higher, takes a privilege that not every root has.
+fn raise_oom_score(to: i32) -> io::Result<()> {
+    const FILE: &str = "/proc/self/oom_score_adj";
+    let current = fs::read_to_string(FILE)?;
+    match current.trim().parse::<i32>() {
+        Ok(current) if current >= to => Ok(()),
+        _ => fs::write(FILE, to.to_string()),
+    }
+}
+
+/// The array that `execve` wants.
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    let pointers = strings.iter().map(|string| string.as_ptr());
+    pointers.chain(std::iter::once(std::ptr::null())).collect()
 }
 
 /// Gives every descriptor its number, /dev/null to those of 0 to 2 that are not given, and marks all others to be

@@ -150,12 +150,14 @@ async fn read_answers(socket: &AsyncFd<OwnedFd>, waiting: &Waiting) {
             Some(waiter) => waiter.answer.send((result, fds)).err(),
             None => None,
         };
-        // Whoever asked for a slot and was cancelled meanwhile cannot give it back: do it for them.
-        if let Some((Ok(Reply::Slot(slot)), _)) = unheard
-            && let Ok(bytes) = wire::encode(&Request {
-                id: 0,
-                op: Op::Release(slot),
-            })
+        // Whoever asked for a slot or a network and was cancelled meanwhile cannot give it back: do it for them.
+        let undo = match unheard {
+            Some((Ok(Reply::Slot(slot)), _)) => Some(Op::Release(slot)),
+            Some((Ok(Reply::Network(network)), _)) => Some(Op::DestroyNetwork(network)),
+            _ => None,
+        };
+        if let Some(op) = undo
+            && let Ok(bytes) = wire::encode(&Request { id: 0, op })
         {
             let _ = socket
                 .async_io(Interest::WRITABLE, |socket| {

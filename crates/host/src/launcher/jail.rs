@@ -9,10 +9,12 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode};
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
 use rustix::net::RecvFlags;
 use rustix::process::WaitOptions;
 
@@ -37,12 +39,34 @@ const SYSTEM_DIRS: [&str; 6] = ["/bin", "/sbin", "/lib", "/lib32", "/lib64", "/l
 /// Files of /etc without which dynamically linked programs do not find their libraries.
 const ETC: [&str; 2] = ["/etc/ld.so.cache", "/etc/alternatives"];
 
+/// The host's trust in certificate authorities, for services; never its private keys.
+const CERTIFICATES: [&str; 4] = [
+    "/etc/ssl/certs",
+    "/etc/ssl/openssl.cnf",
+    "/etc/ca-certificates",
+    "/etc/pki",
+];
+
+/// Top-level directories under which nothing else may be shown to a service.
+const TAKEN: [&str; 11] = [
+    "usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "etc", "proc", "dev", "tmp",
+];
+
 /// The namespaces made so far.
 #[derive(Debug)]
 pub(super) struct Jails {
     /// An empty directory on which the helper, in its own namespace, builds the new root.
     site: PathBuf,
     made: HashMap<Vec<PathBuf>, OwnedFd>,
+}
+
+/// What a service sees beside what every process does: the system's certificates, a place for temporary files, and this.
+#[derive(Debug)]
+pub(super) struct ServiceRoot {
+    /// Content of its /etc/resolv.conf.
+    pub(super) resolv_conf: String,
+    /// Directories and files, shown read-only under these paths.
+    pub(super) shown: Vec<(OwnedFd, PathBuf)>,
 }
 
 impl Jails {
@@ -68,20 +92,41 @@ impl Jails {
         match self.made.entry(devices) {
             std::collections::hash_map::Entry::Occupied(made) => Ok(made.into_mut()),
             std::collections::hash_map::Entry::Vacant(vacant) => {
-                let namespace = make(site, vacant.key())?;
+                let namespace = make(site, vacant.key(), None)?;
                 Ok(vacant.insert(namespace))
             }
         }
     }
+
+    /// A namespace for one start of a service.
+    pub(super) fn for_service(&self, root: &ServiceRoot) -> Result<OwnedFd, String> {
+        for (_, path) in &root.shown {
+            let mut parts = path.components();
+            let begins = matches!(parts.next(), Some(Component::RootDir));
+            let top = parts.clone().next();
+            let taken = top.is_none_or(|top| TAKEN.iter().any(|taken| top.as_os_str() == *taken));
+            if !begins || taken || !parts.all(|part| matches!(part, Component::Normal(_))) {
+                return Err(format!(
+                    "nothing may be shown to a service at {}",
+                    path.display()
+                ));
+            }
+        }
+        make(&self.site, &[], Some(root))
+    }
 }
 
-fn make(site: &Path, devices: &[PathBuf]) -> Result<OwnedFd, String> {
+fn make(
+    site: &Path,
+    devices: &[PathBuf],
+    service: Option<&ServiceRoot>,
+) -> Result<OwnedFd, String> {
     let (ours, theirs) = super::socket_pair().map_err(|e| e.to_string())?;
     // SAFETY: the launcher is single-threaded, so the child may do what any process may; it ends in `_exit` below.
     match unsafe { fork::fork(None) } {
         Err(e) => Err(e.to_string()),
         Ok(Forked::Child { .. }) => {
-            let result = build(site, devices).map_err(|(step, e)| format!("{step}: {e}"));
+            let result = build(site, devices, service).map_err(|(step, e)| format!("{step}: {e}"));
             let (answer, namespace) = match result {
                 Ok(namespace) => (Ok(()), Some(namespace)),
                 Err(message) => (Err(message), None),
@@ -125,7 +170,11 @@ impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
 }
 
 /// Moves the calling process into a new mount namespace, furnishes it, and returns it.
-fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
+fn build(site: &Path, devices: &[PathBuf], service: Option<&ServiceRoot>) -> Step<OwnedFd> {
+    // Copies of what a service is shown, as long as we are where it was opened: only from there may it be mounted.
+    let shown = service
+        .map_or_else(|| Ok(Vec::new()), copies)
+        .at("copy what a service is shown")?;
     // SAFETY: takes no pointers; the process is single-threaded.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         return Err(("unshare", io::Error::last_os_error()));
@@ -152,14 +201,10 @@ fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
     }
     fs::create_dir(place("/etc")).at("make /etc")?;
     for path in ETC {
-        match fs::metadata(path) {
-            Ok(meta) if meta.is_dir() => bind_dir(path, &place(path)).at("show a part of /etc")?,
-            Ok(_) => {
-                fs::File::create(place(path)).at("make a file of /etc")?;
-                bind(path, &place(path)).at("show a file of /etc")?;
-            }
-            Err(_) => {}
-        }
+        show(Path::new(path), &place(path)).at("show a part of /etc")?;
+    }
+    if let Some(service) = service {
+        furnish(site, service, shown)?;
     }
 
     fs::create_dir(place("/proc")).at("make /proc")?;
@@ -194,19 +239,87 @@ fn build(site: &Path, devices: &[PathBuf]) -> Step<OwnedFd> {
     Ok(namespace.into())
 }
 
+/// What only services have.
+fn furnish(site: &Path, service: &ServiceRoot, shown: Vec<OwnedFd>) -> Step<()> {
+    let place = |path: &str| site.join(path.trim_start_matches('/'));
+    for path in CERTIFICATES {
+        show(Path::new(path), &place(path)).at("show the certificates")?;
+    }
+    fs::write(place("/etc/resolv.conf"), &service.resolv_conf).at("write /etc/resolv.conf")?;
+    fs::write(place("/etc/hosts"), "127.0.0.1 localhost\n").at("write /etc/hosts")?;
+    fs::create_dir(place("/tmp")).at("make /tmp")?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount_tmpfs(&place("/tmp"), flags, c"mode=1777,size=256m").at("mount /tmp")?;
+    for (copy, (fd, path)) in shown.iter().zip(&service.shown) {
+        let target = site.join(path.strip_prefix("/").unwrap_or(path));
+        let kind = rustix::fs::fstat(fd)
+            .at("look at what a service is shown")?
+            .st_mode;
+        let is_dir = FileType::from_raw_mode(kind) == FileType::Directory;
+        make_place(&target, is_dir).at("make a place for what a service is shown")?;
+        rustix::mount::move_mount(
+            copy,
+            "",
+            CWD,
+            &target,
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+        .at("show a service what it is shown")?;
+        close(&target).at("close what a service is shown")?;
+    }
+    Ok(())
+}
+
+/// Mounts of their own of what the descriptors are open on.
+fn copies(service: &ServiceRoot) -> rustix::io::Result<Vec<OwnedFd>> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let shown = service.shown.iter();
+    shown
+        .map(|(fd, _)| rustix::mount::open_tree(fd, "", flags))
+        .collect()
+}
+
+/// Shows a file or directory read-only at `to`, with the directories above it; nothing where there is none.
+fn show(from: &Path, to: &Path) -> io::Result<()> {
+    let Ok(meta) = fs::metadata(from) else {
+        return Ok(());
+    };
+    make_place(to, meta.is_dir())?;
+    bind(from, to)
+}
+
+/// Something to mount a directory or a file on.
+fn make_place(at: &Path, is_dir: bool) -> io::Result<()> {
+    if let Some(parent) = at.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    if is_dir {
+        fs::create_dir_all(at)
+    } else {
+        fs::File::create(at).map(drop)
+    }
+}
+
 fn mount_tmpfs(at: &Path, flags: MountFlags, options: &CStr) -> rustix::io::Result<()> {
     rustix::mount::mount("tmpfs", at, "tmpfs", flags, options)
 }
 
 fn bind_dir(from: &str, to: &Path) -> io::Result<()> {
     fs::create_dir(to)?;
-    bind(from, to)
+    bind(Path::new(from), to)
 }
 
-fn bind(from: &str, to: &Path) -> io::Result<()> {
+fn bind(from: &Path, to: &Path) -> io::Result<()> {
     rustix::mount::mount_bind(from, to)?;
+    close(to)
+}
+
+/// Makes a mount one that is only read.
+fn close(mount: &Path) -> io::Result<()> {
     let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
-    rustix::mount::mount_remount(to, flags, c"")?;
+    rustix::mount::mount_remount(mount, flags, c"")?;
     Ok(())
 }
 

@@ -2,18 +2,21 @@
 //! namespaces and cgroups and starts processes. It kills every child when its socket to the daemon closes.
 //!
 //! The daemon holds a [`Launcher`] and speaks to it over a packet socket (`wire`, `client`); the launcher's own loop
-//! is `server`, what happens between fork and exec is `child`, what a process sees of the file system is `jail`.
+//! is `server`, what happens between fork and exec is `child`, what a process sees of the file system is `jail`. The
+//! handle's methods for networks are in `network`, for services in `service`.
 
 mod child;
 mod client;
 mod fork;
 mod jail;
+mod network;
 mod server;
+mod service;
 mod signals;
 mod wire;
 
 use std::ffi::OsString;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,24 +24,27 @@ use std::sync::Arc;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, WaitOptions};
 
+use crate::net::NetworkId;
 use crate::process::{ProcessMemory, come_before_vms};
 use crate::slot::{DEFAULT_UID_BASE, HostLimits, HostUsage, SlotId, SlotRecord};
 use fork::Forked;
-use wire::{LaunchOrder, Op, Refusal, Reply};
+pub use network::Hub;
+pub use service::{SERVICES, ServiceId, ServiceSpec};
+use wire::{LaunchKind, LaunchOrder, Op, Refusal, Reply, Unit};
 
 /// Where the launcher keeps things and which ids it hands out.
 #[derive(Clone, Debug)]
 pub struct LauncherConfig {
     /// `/run/vm0` unless a test isolates itself.
     pub run_dir: PathBuf,
-    /// Slot *n* runs as uid and gid `uid_base + n`.
+    /// Slot *n* runs as uid and gid `uid_base + n`, service *k* as `uid_base + SLOTS + k`.
     pub uid_base: u32,
     /// Id of this runner process, written into slot records.
     pub instance: String,
 }
 
-/// A process to start in a slot: own uid and gid, no capabilities, no new privileges, empty network namespace,
-/// private mount namespace that shows only what it needs, the slot's cgroup.
+/// A process to start in a slot: own uid and gid, no capabilities, no new privileges, a network namespace that is empty
+/// or its VM's, private mount namespace that shows only what it needs, the slot's cgroup.
 #[derive(Debug)]
 pub struct LaunchSpec {
     /// Which slot.
@@ -52,8 +58,19 @@ pub struct LaunchSpec {
     /// Device nodes it may see and open beside null, zero, full and random: of /dev/kvm, /dev/vhost-vsock and
     /// /dev/net/tun.
     pub devices: Vec<PathBuf>,
+    /// The network it is put into, which no other process may be in; an empty one if none is given.
+    pub network: Option<NetworkUse>,
     /// Limits of the slot's cgroup.
     pub limits: CgroupLimits,
+}
+
+/// How a process uses a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetworkUse {
+    /// Which.
+    pub network: NetworkId,
+    /// The number under which the process gets the device that leads to it.
+    pub tap: i32,
 }
 
 /// Limits of a slot's cgroup; v1 and v2 alike. 0 is no limit.
@@ -115,7 +132,7 @@ impl LauncherConfig {
     pub const DEFAULT_RUN_DIR: &str = "/run/vm0";
 
     /// Reads `VM0_RUNNER_RUN_DIR` and `VM0_RUNNER_UID_BASE`, for tests and unusual hosts. Two run directories on one
-    /// host need uid bases at least [`SLOTS`](crate::slot::SLOTS) apart: everything of a slot's uid dies with it.
+    /// host need uid bases at least [`SLOTS`](crate::slot::SLOTS) and [`SERVICES`] apart: everything of a slot's uid dies with it.
     pub fn from_env(instance: String) -> Result<LauncherConfig, LauncherError> {
         let run_dir = std::env::var_os("VM0_RUNNER_RUN_DIR");
         let uid_base = match std::env::var("VM0_RUNNER_UID_BASE") {
@@ -134,8 +151,8 @@ impl LauncherConfig {
 /// Below 65536 are the accounts of people and services; from 2^31 on signed tools break.
 fn parse_uid_base(text: &str) -> Result<u32, LauncherError> {
     match text.parse::<u32>() {
-        Ok(base) if (65_536..i32::MAX.unsigned_abs() - 4096).contains(&base) => Ok(base),
-        Ok(_) => Err(bad_uid_base(&"it must lie between 65536 and 2147479551")),
+        Ok(base) if (65_536..i32::MAX.unsigned_abs() - 4096 - 16).contains(&base) => Ok(base),
+        Ok(_) => Err(bad_uid_base(&"it must lie between 65536 and 2147479534")),
         Err(e) => Err(bad_uid_base(&e)),
     }
 }
@@ -276,9 +293,24 @@ fn settle(socket: &OwnedFd) -> Result<(), Refusal> {
     let _ = rustix::thread::set_name(c"vm0-launcher");
     rustix::process::chdir("/").map_err(|e| Refusal::step("enter /", e))?;
     come_before_vms();
+    may_open_many();
     // What a slot's main process leaves behind becomes our child, so that we see it die.
     rustix::process::set_child_subreaper(Pid::from_raw(1))
         .map_err(|e| Refusal::step("become a subreaper", e))
+}
+
+/// A VM's network and its process take four descriptors; the usual limit would be reached with 250 of them.
+fn may_open_many() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // What cannot be raised shows when it is reached.
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    );
 }
 
 /// Closes every descriptor of the daemon's that came along with the fork, but for stderr and `keep`.
@@ -356,20 +388,30 @@ impl Launcher {
     /// Starts a process in a slot we hold; returns when its program runs. One at a time in a slot.
     pub async fn launch(&self, spec: LaunchSpec) -> Result<Process, LauncherError> {
         let targets = spec.fds.iter().map(|(_, target)| *target).collect();
+        let devices = spec.devices.into_iter();
         let order = LaunchOrder {
-            slot: spec.slot,
+            kind: LaunchKind::Vm {
+                slot: spec.slot,
+                devices: devices
+                    .map(|device| device.into_os_string().into_vec())
+                    .collect(),
+                network: spec.network.map(|used| (used.network, used.tap)),
+            },
             program: spec.program.into_os_string().into_vec(),
             args: spec.args.into_iter().map(OsString::into_vec).collect(),
             targets,
-            devices: spec
-                .devices
-                .into_iter()
-                .map(|device| device.into_os_string().into_vec())
-                .collect(),
             limits: spec.limits,
         };
         let fds: Vec<_> = spec.fds.iter().map(|(fd, _)| fd.as_fd()).collect();
-        let (reply, received) = self.connection.ask(Op::Launch(order), &fds).await?;
+        self.start(order, &fds).await
+    }
+
+    async fn start(
+        &self,
+        order: LaunchOrder,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Process, LauncherError> {
+        let (reply, received) = self.connection.ask(Op::Launch(order), fds).await?;
         match (reply, received.into_iter().next()) {
             (Reply::Started { pid }, Some(pidfd)) => Ok(Process { pid, pidfd }),
             (other, _) => Err(unexpected(&other)),
@@ -379,7 +421,11 @@ impl Launcher {
     /// Kills the slot's processes and waits until they are reaped; the slot stays ours. Nothing if none was started
     /// in it; what it left if it had died before.
     pub async fn kill(&self, slot: SlotId) -> Result<Option<Reaped>, LauncherError> {
-        match self.ask(Op::Kill(slot)).await?.0 {
+        self.kill_unit(Unit::Slot(slot)).await
+    }
+
+    async fn kill_unit(&self, unit: Unit) -> Result<Option<Reaped>, LauncherError> {
+        match self.ask(Op::Kill(unit)).await?.0 {
             Reply::Reaped(reaped) => Ok(reaped),
             other => Err(unexpected(&other)),
         }
@@ -387,7 +433,11 @@ impl Launcher {
 
     /// Waits until the slot's process has died.
     pub async fn wait(&self, slot: SlotId) -> Result<Reaped, LauncherError> {
-        match self.ask(Op::Wait(slot)).await?.0 {
+        self.wait_unit(Unit::Slot(slot)).await
+    }
+
+    async fn wait_unit(&self, unit: Unit) -> Result<Reaped, LauncherError> {
+        match self.ask(Op::Wait(unit)).await?.0 {
             Reply::Reaped(Some(reaped)) => Ok(reaped),
             other => Err(unexpected(&other)),
         }

@@ -11,6 +11,8 @@
 //! At the end of the connection every slot is ended and the process exits.
 
 mod end;
+mod errand;
+mod networks;
 mod start;
 
 use std::collections::BTreeMap;
@@ -23,14 +25,17 @@ use rustix::process::Pid;
 
 use super::jail::Jails;
 use super::signals::take_signals;
-use super::wire::{self, Op, Refusal, Reply, Request, Response};
+use super::wire::{self, Op, Refusal, Reply, Request, Response, Unit};
 use super::{LauncherConfig, Reaped};
 use crate::cgroup::Cgroups;
-use crate::slot::{Holding, HostLimits, SlotId, SlotRecord, SlotStore, StoreError};
+use crate::net::NetworkId;
+use crate::slot::{Holding, HostLimits, SLOTS, SlotId, SlotRecord, SlotStore, StoreError};
+use networks::Networks;
 
-/// A slot we hold and what goes on in it.
-struct Slot {
-    holding: Holding,
+/// A slot we hold, or a service, and what goes on in it.
+struct Held {
+    /// Of a slot.
+    holding: Option<Holding>,
     main: Option<Main>,
     /// What the last main process left.
     last: Option<Reaped>,
@@ -39,6 +44,22 @@ struct Slot {
     ending: Option<Ending>,
     /// Out-of-memory kills counted before the main process started.
     oom_before: u64,
+    /// The network of the process that was started last.
+    network: Option<NetworkId>,
+}
+
+impl Held {
+    fn new(holding: Option<Holding>) -> Held {
+        Held {
+            holding,
+            main: None,
+            last: None,
+            waiters: Vec::new(),
+            ending: None,
+            oom_before: 0,
+            network: None,
+        }
+    }
 }
 
 struct Main {
@@ -71,7 +92,8 @@ pub(super) struct Server {
     store: SlotStore,
     cgroups: Cgroups,
     jails: Jails,
-    slots: BTreeMap<SlotId, Slot>,
+    units: BTreeMap<Unit, Held>,
+    networks: Networks,
     /// The published list is older than the slots.
     unpublished: bool,
 }
@@ -101,7 +123,8 @@ impl Server {
             store,
             cgroups,
             jails,
-            slots: BTreeMap::new(),
+            units: BTreeMap::new(),
+            networks: Networks::default(),
             unpublished: true,
         })
     }
@@ -113,6 +136,7 @@ impl Server {
             self.see_starts();
             self.reap();
             self.continue_endings();
+            self.see_errands();
             if ready {
                 match wire::receive::<Request>(&self.socket, &mut buffer, RecvFlags::DONTWAIT) {
                     Ok(Some((request, fds))) => self.serve(request, fds),
@@ -129,21 +153,27 @@ impl Server {
 
     /// Waits for something to do; true if the socket has something.
     fn poll(&self) -> rustix::io::Result<bool> {
-        let ending = self.slots.values().any(|slot| slot.ending.is_some());
-        let timeout = match (self.unpublished, ending) {
-            (true, _) => Some(Timespec::default()),
-            (false, true) => Timespec::try_from(end::LOOK).ok(),
-            (false, false) => None,
+        let ending = self.units.values().any(|held| held.ending.is_some());
+        let timeout = match (self.unpublished, ending, self.has_errands()) {
+            (true, _, _) => Some(Timespec::default()),
+            (false, true, _) => Timespec::try_from(end::LOOK).ok(),
+            (false, false, true) => Timespec::try_from(errand::LOOK).ok(),
+            (false, false, false) => None,
         };
         let mut fds = vec![
             PollFd::new(&self.socket, PollFlags::IN),
             PollFd::new(&self.signals, PollFlags::IN),
         ];
-        let reports = self.slots.values().filter_map(|slot| {
-            let starting = slot.main.as_ref()?.starting.as_ref()?;
+        let reports = self.units.values().filter_map(|held| {
+            let starting = held.main.as_ref()?.starting.as_ref()?;
             Some(PollFd::new(&starting.report, PollFlags::IN))
         });
         fds.extend(reports);
+        fds.extend(
+            self.networks
+                .errand_sockets()
+                .map(|socket| PollFd::new(socket, PollFlags::IN)),
+        );
         match rustix::event::poll(&mut fds, timeout.as_ref()) {
             Ok(_) => Ok(fds.first().is_some_and(|fd| !fd.revents().is_empty())),
             Err(Errno::INTR) => Ok(false),
@@ -162,8 +192,13 @@ impl Server {
         self.answer_with(id, result, None);
     }
 
-    fn answer_with(&self, id: u64, result: Result<Reply, Refusal>, fd: Option<&OwnedFd>) {
-        let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
+    fn answer_with<'a>(
+        &self,
+        id: u64,
+        result: Result<Reply, Refusal>,
+        fds: impl IntoIterator<Item = &'a OwnedFd>,
+    ) {
+        let fds: Vec<_> = fds.into_iter().map(AsFd::as_fd).collect();
         // A daemon that is gone is noticed by the next read.
         let _ = wire::encode(&Response { id, result })
             .and_then(|bytes| wire::send(&self.socket, &bytes, &fds));
@@ -178,13 +213,14 @@ impl Server {
             }
             Op::Update(slot, record, limits) => {
                 let ours = self.records();
-                let result = match self.slots.get_mut(&slot) {
-                    Some(held) => self
+                let held = self.units.get_mut(&Unit::Slot(slot));
+                let result = match held.and_then(|held| held.holding.as_mut()) {
+                    Some(holding) => self
                         .store
-                        .update(slot, &mut held.holding, record, &limits, &ours)
+                        .update(slot, holding, record, &limits, &ours)
                         .map(|()| Reply::Done)
                         .map_err(|e| refusal("update the slot", e)),
-                    None => Err(not_ours(slot)),
+                    None => Err(not_ours(Unit::Slot(slot))),
                 };
                 self.unpublished = true;
                 self.answer(id, result);
@@ -194,16 +230,16 @@ impl Server {
                     self.answer(id, Err(refusal));
                 }
             }
-            Op::Kill(slot) => self.end(slot, id, |ending| &mut ending.kills),
-            Op::Release(slot) => self.end(slot, id, |ending| &mut ending.releases),
-            Op::Wait(slot) => match self.slots.get_mut(&slot) {
-                None => self.answer(id, Err(not_ours(slot))),
+            Op::Kill(unit) => self.end(unit, id, |ending| &mut ending.kills),
+            Op::Release(slot) => self.end(Unit::Slot(slot), id, |ending| &mut ending.releases),
+            Op::Wait(unit) => match self.units.get_mut(&unit) {
+                None => self.answer(id, Err(not_ours(unit))),
                 Some(held) if held.main.is_some() => held.waiters.push(id),
                 Some(held) => {
                     let result = match held.last {
                         Some(_) => Ok(Reply::Reaped(held.last)),
                         None => Err(Refusal::step(
-                            format!("wait for the process of slot {}", slot.0),
+                            format!("wait for the process of {unit}"),
                             "none was started in it",
                         )),
                     };
@@ -232,18 +268,29 @@ impl Server {
                 Ok(file) => self.answer_with(id, Ok(Reply::MemoryFile), Some(&file)),
                 Err(refusal) => self.answer(id, Err(refusal)),
             },
+            Op::MakeHub(config) => self.make_hub(id, config),
+            Op::MakeNetwork => self.make_network(id),
+            Op::FlushNetwork(network) => self.flush_network(id, network),
+            Op::DestroyNetwork(network) => self.destroy_network(id, network),
+            Op::OpenDestinations(network, to, seconds) => self.open(id, network, to, seconds),
+            Op::AllowInternal(addresses, seconds) => self.allow_internal(id, addresses, seconds),
         }
     }
 
     fn records(&self) -> BTreeMap<SlotId, SlotRecord> {
-        let records = self.slots.iter();
-        records
-            .map(|(slot, held)| (*slot, held.holding.record.clone()))
-            .collect()
+        let records = self.units.iter().filter_map(|(unit, held)| match unit {
+            Unit::Slot(slot) => Some((*slot, held.holding.as_ref()?.record.clone())),
+            Unit::Service(_) => None,
+        });
+        records.collect()
     }
 
-    fn uid(&self, slot: SlotId) -> u32 {
-        self.config.uid_base.saturating_add(u32::from(slot.0))
+    fn uid(&self, unit: Unit) -> u32 {
+        let number = match unit {
+            Unit::Slot(slot) => slot.0,
+            Unit::Service(service) => SLOTS.saturating_add(service.0),
+        };
+        self.config.uid_base.saturating_add(u32::from(number))
     }
 
     fn reserve(&mut self, record: SlotRecord, limits: &HostLimits) -> Result<Reply, Refusal> {
@@ -252,17 +299,8 @@ impl Server {
             .store
             .reserve(&record, limits, &ours, |slot| self.clean_orphan(slot))
             .map_err(|e| refusal("reserve a slot", e))?;
-        self.slots.insert(
-            slot,
-            Slot {
-                holding,
-                main: None,
-                last: None,
-                waiters: Vec::new(),
-                ending: None,
-                oom_before: 0,
-            },
-        );
+        self.units
+            .insert(Unit::Slot(slot), Held::new(Some(holding)));
         self.unpublished = true;
         Ok(Reply::Slot(slot))
     }
@@ -274,7 +312,8 @@ impl Server {
                 message.to_string(),
             )
         };
-        let held = self.slots.get(&slot).ok_or_else(|| not_ours(slot))?;
+        let unit = Unit::Slot(slot);
+        let held = self.units.get(&unit).ok_or_else(|| not_ours(unit))?;
         let main = held
             .main
             .as_ref()
@@ -286,11 +325,8 @@ impl Server {
     }
 }
 
-fn not_ours(slot: SlotId) -> Refusal {
-    Refusal::step(
-        format!("use slot {}", slot.0),
-        "this runner does not hold it",
-    )
+fn not_ours(unit: Unit) -> Refusal {
+    Refusal::step(format!("use {unit}"), "this runner does not hold it")
 }
 
 fn refusal(step: &str, error: StoreError) -> Refusal {

@@ -1,8 +1,10 @@
 //! What travels between daemon and launcher: one typed message a packet over a `SOCK_SEQPACKET` pair, descriptors
 //! beside it.
 
+use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
@@ -12,7 +14,8 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{CgroupLimits, LauncherError, Reaped};
+use super::{CgroupLimits, LauncherError, Reaped, ServiceId};
+use crate::net::{HubConfig, HubNumber, NetworkId};
 use crate::slot::{HostLimits, HostUsage, SlotId, SlotRecord};
 
 /// Longest message, bytes. An engine's command line is a few KiB; the kernel's default socket buffer holds 208 KiB.
@@ -32,22 +35,73 @@ pub(super) enum Op {
     Update(SlotId, SlotRecord, HostLimits),
     Release(SlotId),
     Launch(LaunchOrder),
-    Kill(SlotId),
-    Wait(SlotId),
+    Kill(Unit),
+    Wait(Unit),
     Usage,
     ReclaimOrphans,
     Memory(SlotId),
+    MakeHub(HubConfig),
+    MakeNetwork,
+    FlushNetwork(NetworkId),
+    DestroyNetwork(NetworkId),
+    /// With the seconds it holds.
+    OpenDestinations(NetworkId, Vec<SocketAddrV4>, u32),
+    AllowInternal(Vec<Ipv4Addr>, u32),
 }
 
-/// A `LaunchSpec` without its descriptors, which travel beside it in the order of `targets`.
+/// Where a process runs and whose uid and cgroup it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(super) enum Unit {
+    Slot(SlotId),
+    Service(ServiceId),
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unit::Slot(slot) => write!(f, "slot {}", slot.0),
+            Unit::Service(service) => write!(f, "service {}", service.0),
+        }
+    }
+}
+
+/// A `LaunchSpec` or a `ServiceSpec` without its descriptors, which travel beside it: those in the order of `targets`,
+/// then those of a service's directories.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct LaunchOrder {
-    pub(super) slot: SlotId,
+    pub(super) kind: LaunchKind,
     pub(super) program: Vec<u8>,
     pub(super) args: Vec<Vec<u8>>,
     pub(super) targets: Vec<i32>,
-    pub(super) devices: Vec<Vec<u8>>,
     pub(super) limits: CgroupLimits,
+}
+
+/// What is particular to a VM's process and to a service.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum LaunchKind {
+    Vm {
+        slot: SlotId,
+        devices: Vec<Vec<u8>>,
+        /// And the number under which the process gets the network's device.
+        network: Option<(NetworkId, i32)>,
+    },
+    Service {
+        service: ServiceId,
+        /// `NAME=value`.
+        environment: Vec<Vec<u8>>,
+        resolv_conf: String,
+        /// Where the directories beside the message are shown.
+        shown: Vec<Vec<u8>>,
+    },
+}
+
+impl LaunchKind {
+    pub(super) fn unit(&self) -> Unit {
+        match self {
+            LaunchKind::Vm { slot, .. } => Unit::Slot(*slot),
+            LaunchKind::Service { service, .. } => Unit::Service(*service),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -69,6 +123,9 @@ pub(super) enum Reply {
     Count(u32),
     /// With the process's opened `smaps_rollup` beside it.
     MemoryFile,
+    /// With its sockets beside it.
+    Hub(HubNumber),
+    Network(NetworkId),
 }
 
 /// A `LauncherError` that can travel.

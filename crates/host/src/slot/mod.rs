@@ -19,7 +19,7 @@ pub const SLOTS: u16 = 4096;
 
 /// Slot *n* runs as uid and gid `DEFAULT_UID_BASE + n`.
 ///
-/// 2147000000 to 2147004095 lie in a span that systemd's UIDS-GIDS documents as unused (1879048192 to 2147352575):
+/// 2147000000 to 2147004111 (services of a runner follow its slots) lie in a span that systemd's UIDS-GIDS documents as unused (1879048192 to 2147352575):
 /// above Debian's accounts and `subuid` ranges, systemd's dynamic users (61184 to 65519) and container ranges (524288
 /// to 1879048191), SSSD's default mapping of domain accounts (up to 2000200000), and below systemd's foreign range
 /// (from 2147352576) and 2^31, where signed tools break.

@@ -9,7 +9,7 @@ use super::start::read_report;
 use super::{Ending, Main, Server, not_ours};
 use crate::cgroup::Cgroups;
 use crate::launcher::Reaped;
-use crate::launcher::wire::{Refusal, Reply};
+use crate::launcher::wire::{Refusal, Reply, Unit};
 use crate::process;
 use crate::slot::SlotId;
 
@@ -27,17 +27,17 @@ impl Server {
         let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
         while rustix::io::read(&self.signals, &mut info).is_ok_and(|read| read > 0) {}
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            let slot = self.slots.iter_mut().find_map(|(slot, held)| {
+            let unit = self.units.iter_mut().find_map(|(unit, held)| {
                 let main = held.main.take_if(|main| main.pid == pid)?;
-                Some((*slot, main))
+                Some((*unit, main))
             });
-            if let Some((slot, main)) = slot {
-                self.main_died(slot, main, status);
+            if let Some((unit, main)) = unit {
+                self.main_died(unit, main, status);
             }
         }
     }
 
-    fn main_died(&mut self, slot: SlotId, mut main: Main, status: WaitStatus) {
+    fn main_died(&mut self, unit: Unit, mut main: Main, status: WaitStatus) {
         if let Some(starting) = main.starting.take() {
             // It died since we last looked: before exec, or after it.
             match read_report(starting.report) {
@@ -49,11 +49,11 @@ impl Server {
             }
         }
         if let Some((request, message)) = main.failed {
-            let step = format!("start a process in slot {}", slot.0);
+            let step = format!("start a process in {unit}");
             self.answer(request, Err(Refusal::step(step, message)));
         }
-        let oom_kills = self.cgroups.oom_kills(self.uid(slot));
-        let Some(held) = self.slots.get_mut(&slot) else {
+        let oom_kills = self.cgroups.oom_kills(self.uid(unit));
+        let Some(held) = self.units.get_mut(&unit) else {
             return;
         };
         let reaped = Reaped {
@@ -68,14 +68,9 @@ impl Server {
     }
 
     /// Begins to end a slot's processes; the request is answered when nothing is left of them.
-    pub(super) fn end(
-        &mut self,
-        slot: SlotId,
-        id: u64,
-        requests: fn(&mut Ending) -> &mut Vec<u64>,
-    ) {
-        let Some(held) = self.slots.get_mut(&slot) else {
-            self.answer(id, Err(not_ours(slot)));
+    pub(super) fn end(&mut self, unit: Unit, id: u64, requests: fn(&mut Ending) -> &mut Vec<u64>) {
+        let Some(held) = self.units.get_mut(&unit) else {
+            self.answer(id, Err(not_ours(unit)));
             return;
         };
         requests(held.ending.get_or_insert_default()).push(id);
@@ -83,25 +78,25 @@ impl Server {
             // Our child, not reaped: the number is still its own.
             let _ = rustix::process::pidfd_send_signal(&main.pidfd, Signal::KILL);
         }
-        self.continue_ending(slot);
+        self.continue_ending(unit);
     }
 
     pub(super) fn continue_endings(&mut self) {
-        let ending: Vec<SlotId> = self
-            .slots
+        let ending: Vec<Unit> = self
+            .units
             .iter()
             .filter(|(_, held)| held.ending.is_some())
-            .map(|(slot, _)| *slot)
+            .map(|(unit, _)| *unit)
             .collect();
-        for slot in ending {
-            self.continue_ending(slot);
+        for unit in ending {
+            self.continue_ending(unit);
         }
     }
 
     /// Kills what is left of a slot that is ending, or answers when nothing is.
-    fn continue_ending(&mut self, slot: SlotId) {
-        let uid = self.uid(slot);
-        let Some(held) = self.slots.get_mut(&slot) else {
+    fn continue_ending(&mut self, unit: Unit) {
+        let uid = self.uid(unit);
+        let Some(held) = self.units.get_mut(&unit) else {
             return;
         };
         if held.main.is_some() || !kill_rest(&self.cgroups, uid) {
@@ -117,7 +112,7 @@ impl Server {
         if ending.releases.is_empty() {
             return;
         }
-        let result = self.give_back(slot);
+        let result = self.give_back(unit);
         for id in ending.releases {
             let result = result.as_ref().map(|()| Reply::Done);
             self.answer(id, result.map_err(|e| Refusal::step("release a slot", e)));
@@ -125,25 +120,28 @@ impl Server {
     }
 
     /// Removes what is named after an empty slot and unlocks it.
-    fn give_back(&mut self, slot: SlotId) -> Result<(), String> {
-        if !self.remove_group(self.uid(slot)) {
-            return Err(format!("the cgroup of slot {} is not empty", slot.0));
+    fn give_back(&mut self, unit: Unit) -> Result<(), String> {
+        if !self.remove_group(self.uid(unit)) {
+            return Err(format!("the cgroup of {unit} is not empty"));
         }
-        let Some(held) = self.slots.remove(&slot) else {
+        let Some(held) = self.units.remove(&unit) else {
             return Ok(());
         };
         for waiter in held.waiters {
-            self.answer(waiter, Err(not_ours(slot)));
+            self.answer(waiter, Err(not_ours(unit)));
         }
-        self.unpublished = true;
-        self.store
-            .release(slot, held.holding)
-            .map_err(|e| e.to_string())
+        match (unit, held.holding) {
+            (Unit::Slot(slot), Some(holding)) => {
+                self.unpublished = true;
+                self.store.release(slot, holding).map_err(|e| e.to_string())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Kills what a dead owner left running in a slot and removes its group; false if something stays.
     pub(super) fn clean_orphan(&self, slot: SlotId) -> bool {
-        let uid = self.uid(slot);
+        let uid = self.uid(Unit::Slot(slot));
         self.cgroups.forbid_forks(uid);
         process::kill_uid(uid, ORPHAN_LIMIT) && self.remove_group(uid)
     }
@@ -165,25 +163,28 @@ impl Server {
     /// The daemon is gone: kill everything, reap it, and leave nothing named behind.
     pub(super) fn end_everything(&mut self) {
         let deadline = Instant::now() + LAST_CLEANING;
-        for held in self.slots.values() {
+        self.drop_errands();
+        self.begin_ending_hub();
+        for held in self.units.values() {
             if let Some(main) = &held.main {
                 let _ = rustix::process::pidfd_send_signal(&main.pidfd, Signal::KILL);
             }
         }
         while Instant::now() < deadline {
             self.reap();
-            let slots: Vec<SlotId> = self.slots.keys().copied().collect();
-            for slot in slots {
+            self.see_errands();
+            let units: Vec<Unit> = self.units.keys().copied().collect();
+            for unit in units {
                 let dead = self
-                    .slots
-                    .get(&slot)
+                    .units
+                    .get(&unit)
                     .is_some_and(|held| held.main.is_none());
-                if dead && kill_rest(&self.cgroups, self.uid(slot)) {
+                if dead && kill_rest(&self.cgroups, self.uid(unit)) {
                     // What stays behind is found by the next runner's reclaim.
-                    let _ = self.give_back(slot);
+                    let _ = self.give_back(unit);
                 }
             }
-            if self.slots.is_empty() {
+            if self.units.is_empty() && !self.has_errands() {
                 break;
             }
             let mut fds = [PollFd::new(&self.signals, PollFlags::IN)];

@@ -9,66 +9,88 @@ use std::path::{Path, PathBuf};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{PidfdFlags, Signal, WaitOptions};
 
-use super::{Main, Server, Starting, not_ours};
+use super::{Held, Main, Server, Starting, not_ours};
+use crate::launcher::SERVICES;
 use crate::launcher::child::{self, Plan};
 use crate::launcher::fork::{self, Forked};
-use crate::launcher::wire::{LaunchOrder, Refusal, Reply};
+use crate::launcher::jail::ServiceRoot;
+use crate::launcher::wire::{LaunchKind, LaunchOrder, Refusal, Reply, Unit};
+
+/// VM processes are the first to go when the host runs out of memory; the kernel's scale ends at 1000.
+const VM_OOM_SCORE: i32 = 500;
+/// A service goes after them, as every VM depends on it, and before the runner itself.
+const SERVICE_OOM_SCORE: i32 = 0;
+
+/// What differs between a VM's process and a service.
+struct Place {
+    mount_namespace: OwnedFd,
+    network: Option<OwnedFd>,
+    environment: Vec<CString>,
+    oom_score_adj: i32,
+}
 
 impl Server {
     pub(super) fn launch(
         &mut self,
         id: u64,
         order: LaunchOrder,
-        fds: Vec<OwnedFd>,
+        mut fds: Vec<OwnedFd>,
     ) -> Result<(), Refusal> {
-        let slot = order.slot;
-        let uid = self.uid(slot);
+        let unit = order.kind.unit();
+        let uid = self.uid(unit);
         let cannot = |message: &dyn ToString| {
-            Refusal::step(
-                format!("start a process in slot {}", slot.0),
-                message.to_string(),
-            )
+            Refusal::step(format!("start a process in {unit}"), message.to_string())
         };
-        let held = self.slots.get_mut(&slot).ok_or_else(|| not_ours(slot))?;
+        if let Unit::Service(service) = unit {
+            if service.0 >= SERVICES {
+                return Err(cannot(&format!("there are {SERVICES} services")));
+            }
+            self.units.entry(unit).or_insert_with(|| Held::new(None));
+        }
+        let held = self.units.get(&unit).ok_or_else(|| not_ours(unit))?;
         if held.main.is_some() || held.ending.is_some() {
             return Err(cannot(&"one runs in it already"));
         }
-        if fds.len() != order.targets.len() || order.targets.iter().any(|n| !(0..1024).contains(n))
-        {
+        if fds.len() < order.targets.len() {
             return Err(cannot(&"its descriptors are not in order"));
         }
+        let shown = fds.split_off(order.targets.len());
+        let mut fds: Vec<_> = fds.into_iter().zip(order.targets).collect();
         let program = Path::new(OsStr::from_bytes(&order.program));
         if !program.is_absolute() {
             return Err(cannot(&"its program has no absolute path"));
         }
-        let c_string = |bytes: Vec<u8>| {
-            CString::new(bytes).map_err(|_| cannot(&"an argument holds a NUL byte"))
-        };
-        let program = c_string(order.program)?;
+        let program = c_string(order.program).map_err(|e| cannot(&e))?;
         let mut argv = vec![program.clone()];
         for arg in order.args {
-            argv.push(c_string(arg)?);
+            argv.push(c_string(arg).map_err(|e| cannot(&e))?);
         }
-        let devices = order.devices.iter();
-        let devices = devices
-            .map(|path| PathBuf::from(OsStr::from_bytes(path)))
-            .collect();
-        let mount_namespace = self.jails.for_devices(devices).map_err(|e| cannot(&e))?;
+        let network = match &order.kind {
+            LaunchKind::Vm { network, .. } => network.map(|(network, _)| network),
+            LaunchKind::Service { .. } => None,
+        };
+        let place = self
+            .place(order.kind, shown, &mut fds)
+            .map_err(|e| cannot(&e))?;
+        if fds.iter().any(|(_, target)| !(0..1024).contains(target)) {
+            return Err(cannot(&"its descriptors are not in order"));
+        }
 
         self.cgroups
             .prepare(uid, &order.limits)
             .map_err(|e| cannot(&format!("its cgroup refused its limits: {e}")))?;
-        held.oom_before = self.cgroups.oom_kills(uid);
-        held.last = None;
-
+        let oom_before = self.cgroups.oom_kills(uid);
         let (report, report_end) =
             rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| cannot(&e))?;
         let plan = Plan {
             uid,
             program,
             argv,
-            fds: fds.into_iter().zip(order.targets).collect(),
-            mount_namespace: mount_namespace.as_fd(),
+            environment: place.environment,
+            fds,
+            mount_namespace: place.mount_namespace.as_fd(),
+            network: place.network.as_ref().map(AsFd::as_fd),
+            oom_score_adj: place.oom_score_adj,
             cgroups: &self.cgroups,
             pids_max: order.limits.pids_max,
             parent: self.own_pid,
@@ -90,6 +112,10 @@ impl Server {
                 return Err(cannot(&e));
             }
         };
+        let held = self.units.get_mut(&unit).ok_or_else(|| not_ours(unit))?;
+        held.oom_before = oom_before;
+        held.last = None;
+        held.network = network;
         held.main = Some(Main {
             pid,
             pidfd,
@@ -102,11 +128,82 @@ impl Server {
         Ok(())
     }
 
+    /// Finds, or furnishes, where the process will be; a VM's network adds its device to the descriptors.
+    fn place(
+        &mut self,
+        kind: LaunchKind,
+        shown: Vec<OwnedFd>,
+        fds: &mut Vec<(OwnedFd, i32)>,
+    ) -> Result<Place, String> {
+        let copy = |fd: &OwnedFd| fd.try_clone().map_err(|e| e.to_string());
+        match kind {
+            LaunchKind::Vm {
+                devices, network, ..
+            } => {
+                if !shown.is_empty() {
+                    return Err("its descriptors are not in order".to_owned());
+                }
+                let namespace = match network {
+                    None => None,
+                    Some((id, target)) => {
+                        let used = self
+                            .units
+                            .values()
+                            .any(|held| held.main.is_some() && held.network == Some(id));
+                        let (namespace, tap) = self
+                            .networks
+                            .for_launch(id)
+                            .filter(|_| !used)
+                            .ok_or_else(|| format!("network {id} is not free for it"))?;
+                        fds.push((copy(tap)?, target));
+                        Some(copy(namespace)?)
+                    }
+                };
+                let devices = devices.iter();
+                let devices = devices
+                    .map(|path| PathBuf::from(OsStr::from_bytes(path)))
+                    .collect();
+                Ok(Place {
+                    mount_namespace: copy(self.jails.for_devices(devices)?)?,
+                    network: namespace,
+                    environment: Vec::new(),
+                    oom_score_adj: VM_OOM_SCORE,
+                })
+            }
+            LaunchKind::Service {
+                environment,
+                resolv_conf,
+                shown: paths,
+                ..
+            } => {
+                if shown.len() != paths.len() {
+                    return Err("its directories are not in order".to_owned());
+                }
+                let hub = self.networks.hub_namespace();
+                let hub =
+                    copy(hub.ok_or("a service runs in the network's hub, and there is none yet")?)?;
+                let paths = paths.iter();
+                let paths = paths.map(|path| PathBuf::from(OsStr::from_bytes(path)));
+                let root = ServiceRoot {
+                    resolv_conf,
+                    shown: shown.into_iter().zip(paths).collect(),
+                };
+                let environment: Result<_, _> = environment.into_iter().map(c_string).collect();
+                Ok(Place {
+                    mount_namespace: self.jails.for_service(&root)?,
+                    network: Some(hub),
+                    environment: environment?,
+                    oom_score_adj: SERVICE_OOM_SCORE,
+                })
+            }
+        }
+    }
+
     /// Answers launches whose child has reached exec. One that failed before it is answered when it is reaped, so that
     /// the slot is free again by then.
     pub(super) fn see_starts(&mut self) {
         let mut started = Vec::new();
-        for held in self.slots.values_mut() {
+        for held in self.units.values_mut() {
             if let Some(main) = held.main.as_mut()
                 && let Some(starting) = main.starting.take_if(|s| is_readable(&s.report))
             {
@@ -128,6 +225,10 @@ impl Main {
         let pid = u32::try_from(self.pid.as_raw_pid()).unwrap_or(0);
         (Reply::Started { pid }, self.pidfd.try_clone().ok())
     }
+}
+
+fn c_string(bytes: Vec<u8>) -> Result<CString, String> {
+    CString::new(bytes).map_err(|_| "an argument or variable holds a NUL byte".to_owned())
 }
 
 /// Why a child did not reach exec; nothing if it did.
