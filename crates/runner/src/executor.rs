@@ -14,8 +14,7 @@ use guest_control::{
     ControlError, ExecSpec, ExitReport, ExitStatus, Session, Stream, UserSpec, Wake,
 };
 use host::fs::Dir;
-use host::slot::SlotId;
-use sandbox::{Sandbox, SandboxError, Template};
+use sandbox::{Place, Sandbox, SandboxError, Template};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -48,8 +47,8 @@ const WARM_UP_LIMIT: Duration = Duration::from_secs(120);
 pub(crate) enum VmSource {
     /// A paused one: warm, or kept for the session.
     Paused(Sandbox),
-    /// A restore of the snapshot in this slot.
-    Restore(Arc<dyn Template>, SlotId),
+    /// A restore of the snapshot in this place.
+    Restore(Arc<dyn Template>, Place),
 }
 
 /// What is the same for every job of this runner.
@@ -180,11 +179,11 @@ async fn vm_up(setting: &Setting, source: VmSource) -> Result<Sandbox, SandboxEr
             sandbox.resume().await?;
             Ok(sandbox)
         }
-        VmSource::Restore(template, slot) => {
+        VmSource::Restore(template, place) => {
             // Closed only when the process ends.
             let _turn = setting.restores.acquire().await;
-            let vm = template.restore(slot).await?;
-            Ok(Sandbox::adopt(vm, slot))
+            let vm = template.restore(place).await?;
+            Ok(Sandbox::adopt(vm, place.slot))
         }
     }
 }
@@ -392,10 +391,10 @@ impl Ended {
 /// warm-up knows no secret, and clock and entropy are set again at the claim.
 pub(crate) async fn warm_up(
     template: &Arc<dyn Template>,
-    slot: SlotId,
+    place: Place,
 ) -> Result<Sandbox, SandboxError> {
-    let vm = template.restore(slot).await?;
-    let sandbox = Sandbox::adopt(vm, slot);
+    let vm = template.restore(place).await?;
+    let sandbox = Sandbox::adopt(vm, place.slot);
     let env = [
         ("VM0_RUN_ID", "00000000-0000-0000-0000-000000000000"),
         ("VM0_API_URL", ""),
