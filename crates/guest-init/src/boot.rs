@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{Resource, Rlimit};
 
-use crate::{cgroup, kmsg};
+use crate::{cgroup, kmsg, network};
 
 /// Where the image is mounted in guest-init's own tree.
 pub(crate) const IMAGE: &str = "/image";
@@ -157,8 +157,8 @@ fn settings() {
     if let Err(error) = run_first() {
         kmsg::log(&format!("taking a real-time priority: {error}"));
     }
-    if let Err(error) = loopback_up() {
-        kmsg::log(&format!("bringing up lo: {error}"));
+    if let Err(error) = network::start() {
+        kmsg::log(&format!("setting up the network: {error}"));
     }
     // As systemd has it: programs that use select() see few descriptors unless they ask for more.
     let limit = Rlimit {
@@ -186,29 +186,6 @@ fn run_first() -> io::Result<()> {
             &raw const priority,
         )
     };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-/// Without it `127.0.0.1` does not answer.
-fn loopback_up() -> io::Result<()> {
-    let socket = rustix::net::socket(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        None,
-    )?;
-    // SAFETY: an all-zero `ifreq` is a valid value of this plain C structure.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes()) {
-        *to = libc::c_char::try_from(*from).unwrap_or_default();
-    }
-    let flags = libc::IFF_UP | libc::IFF_RUNNING;
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap_or_default();
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
-    // SAFETY: the descriptor is an open socket and SIOCSIFFLAGS reads one `ifreq`, which outlives the call.
-    let result = unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS as _, &raw const request) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

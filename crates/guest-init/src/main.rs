@@ -25,6 +25,7 @@ mod environment;
 mod files;
 mod guest;
 mod kmsg;
+mod network;
 mod port;
 mod reaper;
 mod root;

@@ -14,8 +14,7 @@ use guest_control::{
     ControlError, ExecSpec, ExitReport, ExitStatus, Session, Stream, UserSpec, Wake,
 };
 use host::fs::Dir;
-use host::slot::SlotId;
-use sandbox::{Sandbox, SandboxError, Template};
+use sandbox::{Place, Sandbox, SandboxError, Template};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -52,8 +51,8 @@ const WARM_UP_ROUNDS: u32 = 2;
 pub(crate) enum VmSource {
     /// A paused one: warm, or kept for the session.
     Paused(Sandbox),
-    /// A restore of the snapshot in this slot.
-    Restore(Arc<dyn Template>, SlotId),
+    /// A restore of the snapshot in this place.
+    Restore(Arc<dyn Template>, Place),
 }
 
 /// What is the same for every job of this runner.
@@ -184,11 +183,11 @@ async fn vm_up(setting: &Setting, source: VmSource) -> Result<Sandbox, SandboxEr
             sandbox.resume().await?;
             Ok(sandbox)
         }
-        VmSource::Restore(template, slot) => {
+        VmSource::Restore(template, place) => {
             // Closed only when the process ends.
             let _turn = setting.restores.acquire().await;
-            let vm = template.restore(slot).await?;
-            Ok(Sandbox::adopt(vm, slot))
+            let vm = template.restore(place).await?;
+            Ok(Sandbox::adopt(vm, place.slot))
         }
     }
 }
@@ -396,10 +395,10 @@ impl Ended {
 /// warm-up knows no secret, and clock and entropy are set again at the claim.
 pub(crate) async fn warm_up(
     template: &Arc<dyn Template>,
-    slot: SlotId,
+    place: Place,
 ) -> Result<Sandbox, SandboxError> {
-    let vm = template.restore(slot).await?;
-    let sandbox = Sandbox::adopt(vm, slot);
+    let vm = template.restore(place).await?;
+    let sandbox = Sandbox::adopt(vm, place.slot);
     for _ in 0..WARM_UP_ROUNDS {
         warm_up_job(&sandbox).await?;
     }

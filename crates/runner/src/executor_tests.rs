@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::sync::Mutex;
 
+use host::slot::SlotId;
 use sandbox::fake::{FakeEngine, FakeEvent, FakeExec, FakeGuest, Gate};
 use sandbox::{Death, Shape};
 use tokio::sync::{Semaphore, mpsc};
@@ -72,7 +73,7 @@ impl Bench {
     }
 
     fn source(&self) -> VmSource {
-        VmSource::Restore(self.engine.template(SHAPE), SlotId(3))
+        VmSource::Restore(self.engine.template(SHAPE), Place::unplugged(SlotId(3)))
     }
 
     async fn run(&self, job: &Job) -> (Ended, Vec<Phase>) {
@@ -335,7 +336,9 @@ async fn a_warm_vm_has_run_the_chain_once_and_is_paused_and_a_parked_one_runs_no
         exec.exit(0);
     });
     let template = bench.engine.template(SHAPE);
-    let sandbox = warm_up(&template, SlotId(1)).await.unwrap();
+    let sandbox = warm_up(&template, Place::unplugged(SlotId(1)))
+        .await
+        .unwrap();
     let guest = bench.guests.recv().await.unwrap();
     assert_eq!(guest.events().last(), Some(&FakeEvent::Paused));
     assert!(guest.events().contains(&FakeEvent::Woken));
@@ -348,7 +351,9 @@ async fn a_warm_vm_has_run_the_chain_once_and_is_paused_and_a_parked_one_runs_no
     );
 
     bench.engine.on_exec(|exec| exec.exit(3));
-    let error = warm_up(&template, SlotId(1)).await.unwrap_err();
+    let error = warm_up(&template, Place::unplugged(SlotId(1)))
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("warm-up"), "{error}");
 }
 

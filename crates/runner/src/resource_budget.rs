@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use host::launcher::{Launcher, LauncherError};
+use host::net::{Network, NetworkPool};
 use host::slot::{HostLimits, HostUsage, LeaseKind, Resources, SlotId, SlotRecord};
 use tokio::sync::mpsc;
 
@@ -194,8 +195,10 @@ struct Shared {
     max_concurrent: u32,
     /// Firm leases of this runner.
     firm: AtomicU32,
-    /// Slots whose lease was dropped; the release task works them off.
-    dropped: mpsc::UnboundedSender<SlotId>,
+    /// Where the networks of VMs come from; VMs have none without it.
+    networks: Option<NetworkPool>,
+    /// Slots whose lease was dropped, with their networks; the release task works them off.
+    dropped: mpsc::UnboundedSender<(SlotId, Option<Network>)>,
 }
 
 /// One of the runner's places among `max_concurrent`, given back on drop.
@@ -228,14 +231,17 @@ impl Budget {
         instance: String,
         limits: HostLimits,
         max_concurrent: u32,
+        networks: Option<NetworkPool>,
     ) -> Self {
-        let (dropped, mut to_release) = mpsc::unbounded_channel::<SlotId>();
+        let (dropped, mut to_release) = mpsc::unbounded_channel::<(SlotId, Option<Network>)>();
         let releasing = launcher.clone();
         tokio::spawn(async move {
-            while let Some(slot) = to_release.recv().await {
+            while let Some((slot, network)) = to_release.recv().await {
                 if let Err(error) = releasing.release(slot).await {
                     tracing::error!(slot = slot.0, %error, "a slot could not be released");
                 }
+                // Only now, when nobody is in it.
+                drop(network);
             }
         });
         Self {
@@ -249,6 +255,7 @@ impl Budget {
                     max_concurrent
                 },
                 firm: AtomicU32::new(0),
+                networks,
                 dropped,
             }),
         }
@@ -287,16 +294,21 @@ impl Budget {
             }
         };
         let record = self.shared.record(resources, kind, run);
-        match self.shared.launcher.reserve(record, self.limits()).await {
-            Ok(slot) => Ok(Some(Lease {
+        let mut lease = match self.shared.launcher.reserve(record, self.limits()).await {
+            Ok(slot) => Lease {
                 slot,
+                network: None,
                 resources,
                 place,
                 shared: Some(Arc::clone(&self.shared)),
-            })),
-            Err(LauncherError::NoRoom(_) | LauncherError::NoSlot(_)) => Ok(None),
-            Err(error) => Err(error),
+            },
+            Err(LauncherError::NoRoom(_) | LauncherError::NoSlot(_)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if let Some(networks) = &self.shared.networks {
+            lease.network = Some(networks.take().await?);
         }
+        Ok(Some(lease))
     }
 }
 
@@ -318,6 +330,7 @@ impl Shared {
 #[derive(Debug)]
 pub(crate) struct Lease {
     slot: SlotId,
+    network: Option<Network>,
     resources: Resources,
     place: Option<Place>,
     /// `None` once released.
@@ -328,6 +341,14 @@ impl Lease {
     /// The slot.
     pub(crate) fn slot(&self) -> SlotId {
         self.slot
+    }
+
+    /// Where the VM of this lease goes.
+    pub(crate) fn vm_place(&self) -> sandbox::Place {
+        sandbox::Place {
+            slot: self.slot,
+            network: self.network.as_ref().map(Network::id),
+        }
     }
 
     /// Turns a warm or idle VM's lease into a job's. `false`: no room for one more job now; nothing changed.
@@ -374,7 +395,7 @@ impl Lease {
     /// Gives it back; when this returns whatever ran in the slot is reaped.
     pub(crate) async fn release(mut self) -> Result<(), LauncherError> {
         match self.shared.take() {
-            // The place is kept until the slot is free: dropped with `self`, after the release.
+            // Place and network are kept until the slot is free: dropped with `self`, after the release.
             Some(shared) => shared.launcher.release(self.slot).await,
             None => Ok(()),
         }
@@ -386,7 +407,7 @@ impl Drop for Lease {
         if let Some(shared) = self.shared.take() {
             // The receiver lives as long as any lease or budget; a refusal means the runtime is gone, and with it
             // the launcher, whose end frees every slot.
-            let _ = shared.dropped.send(self.slot);
+            let _ = shared.dropped.send((self.slot, self.network.take()));
         }
     }
 }

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use common::{Fixture, with_engine};
-use sandbox::{PausedAs, Sandbox, Shape};
+use sandbox::{PausedAs, Place, Sandbox, Shape};
 
 /// The default profile's.
 const SHAPE: Shape = Shape {
@@ -79,7 +79,10 @@ async fn figures(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + S
         raw_claim.push(raw.claim);
 
         let slot = fixture.slots.take().await?;
-        let sandbox = Sandbox::adopt(fixture.template.restore(slot).await?, slot);
+        let sandbox = Sandbox::adopt(
+            fixture.template.restore(Place::unplugged(slot)).await?,
+            slot,
+        );
         let mut answered = Duration::ZERO;
         for (index, (name, took)) in sandbox.steps().0.iter().enumerate() {
             if *name != "mount" {
@@ -125,7 +128,10 @@ async fn figures(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + S
     let mut many = Vec::new();
     for _ in 0..20 {
         let slot = fixture.slots.take().await?;
-        many.push(Sandbox::adopt(fixture.template.restore(slot).await?, slot));
+        many.push(Sandbox::adopt(
+            fixture.template.restore(Place::unplugged(slot)).await?,
+            slot,
+        ));
     }
     for sandbox in &many {
         sandbox.pause(PausedAs::Warm).await?;

@@ -9,8 +9,8 @@ use guest_control::MountSource;
 use host::launcher::Launcher;
 use host::slot::SlotId;
 use sandbox::{
-    Capabilities, Engine, EngineKind, ImageFiles, Progress, SandboxError, Shape, SnapshotInputs,
-    SnapshotOutcome, Template, Vm,
+    Capabilities, Engine, EngineKind, ImageFiles, Place, Progress, SandboxError, Shape,
+    SnapshotInputs, SnapshotOutcome, Template, Vm,
 };
 
 use crate::disk::{Disk, make_blank, reopen_read_only};
@@ -252,7 +252,7 @@ impl Engine for QemuEngine {
         let plan = Plan {
             launcher: &self.launcher,
             program: self.qemu.path.clone(),
-            slot,
+            place: Place::unplugged(slot),
             machine: self.machine(shape),
             start: Start::Boot,
             image: &image,

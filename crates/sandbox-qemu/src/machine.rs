@@ -30,6 +30,8 @@ pub(crate) mod fd {
     pub(crate) const DISK_RO: i32 = 11;
     /// Device state that a clone is restored from.
     pub(crate) const STATE: i32 = 12;
+    /// The tap behind the network card.
+    pub(crate) const TAP: i32 = 13;
 }
 
 /// Name of the virtio-serial port that carries guest-control.
@@ -206,6 +208,11 @@ impl Machine {
             )
             .opt("-device", "virtio-blk-device,drive=disk,id=vdb")
             .opt("-device", "virtio-rng-device")
+            .opt("-netdev", format!("tap,id=net,fd={}", fd::TAP))
+            .opt(
+                "-device",
+                format!("virtio-net-device,netdev=net,mac={}", mac(host::net::GUEST_MAC)),
+            )
             .opt("-chardev", format!("socket,id=agent,fd={}", fd::AGENT))
             .opt("-device", "virtio-serial-device")
             .opt(
@@ -217,6 +224,10 @@ impl Machine {
         }
         line.0
     }
+}
+
+fn mac(address: [u8; 6]) -> String {
+    address.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// A command line in the making.
@@ -308,10 +319,12 @@ mod tests {
     }
 
     #[test]
-    fn there_is_no_network_no_balloon_and_no_path_of_the_home() {
+    fn there_is_one_network_card_no_balloon_and_no_path_of_the_home() {
         for start in [Start::Boot, Start::Clone] {
             let text = text(&machine(Arch::X86_64, Accel::Tcg), start);
-            for word in ["net", "balloon", "vhost", "/home", "free-page"] {
+            let card = "-netdev tap,id=net,fd=13 -device virtio-net-device,netdev=net,mac=02:76:6d:30:00:02";
+            assert!(text.contains(card), "{text}");
+            for word in ["script", "helper", "balloon", "vhost", "/home", "free-page"] {
                 assert!(!text.contains(word), "{word} in {text}");
             }
             assert!(text.contains("spawn=deny"));

@@ -70,6 +70,7 @@ impl QemuEngine {
         fds.push((disk.read_write.into(), fd::DISK_RW));
         fds.push((disk.read_only.into(), fd::DISK_RO));
         fds.push((state.into(), fd::STATE));
+        fds.push((self.launcher.unplugged_device().await?, fd::TAP));
         let mut ours = ours.into_iter();
         let (Some(qmp), Some(agent), Some(_console)) = (ours.next(), ours.next(), ours.next())
         else {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use guest_control::{Client, ExecSpec, ExitStatus, MountSource};
 use host::slot::SlotId;
-use sandbox::{Progress, SandboxError, SnapshotInputs, SnapshotOutcome};
+use sandbox::{Place, Progress, SandboxError, SnapshotInputs, SnapshotOutcome};
 
 use crate::disk::{Disk, copy_without_zeros, make_blank};
 use crate::engine::QemuEngine;
@@ -47,7 +47,7 @@ impl QemuEngine {
         let plan = Plan {
             launcher: &self.launcher,
             program: self.qemu.path.clone(),
-            slot,
+            place: Place::unplugged(slot),
             machine,
             start: Start::Boot,
             image: &image,

@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use guest_control::MountSource;
 use host::launcher::Launcher;
-use host::slot::SlotId;
-use sandbox::{ImageFiles, SandboxError, Shape, Template, Vm};
+use sandbox::{ImageFiles, Place, SandboxError, Shape, Template, Vm};
 
 use crate::disk::Disk;
 use crate::machine::{Machine, Start, fd};
@@ -112,14 +111,14 @@ impl Template for QemuTemplate {
         self.shared.machine.shape.memory_mb
     }
 
-    async fn restore(&self, slot: SlotId) -> Result<Box<dyn Vm>, SandboxError> {
+    async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError> {
         let since = Instant::now();
         let shared = Arc::clone(&self.shared);
         let (disk, state) = blocking(move || shared.private_files()).await?;
         let plan = Plan {
             launcher: &self.shared.launcher,
             program: self.shared.program.clone(),
-            slot,
+            place,
             machine: self.shared.machine,
             start: Start::Clone,
             image: &self.shared.image,

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use guest_control::{Client, MountSource};
-use host::launcher::{CgroupLimits, LaunchSpec, Launcher};
+use host::launcher::{CgroupLimits, LaunchSpec, Launcher, NetworkUse};
 use host::slot::SlotId;
-use sandbox::{Death, ImageFiles, MemoryStats, SandboxError, StepTimes, Vm};
+use sandbox::{Death, ImageFiles, MemoryStats, Place, SandboxError, StepTimes, Vm};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -106,7 +106,7 @@ const STDERR: RawFd = 2;
 pub(crate) struct Plan<'a> {
     pub(crate) launcher: &'a Launcher,
     pub(crate) program: PathBuf,
-    pub(crate) slot: SlotId,
+    pub(crate) place: Place,
     pub(crate) machine: Machine,
     pub(crate) start: Start,
     pub(crate) image: &'a OpenImage,
@@ -190,16 +190,27 @@ impl Starting {
             (plan.disk.read_only.into(), fd::DISK_RO),
         ]);
         fds.extend(plan.state.map(|state| (state.into(), fd::STATE)));
+        let network = match plan.place.network {
+            Some(network) => Some(NetworkUse {
+                network,
+                tap: fd::TAP,
+            }),
+            None => {
+                fds.push((plan.launcher.unplugged_device().await?, fd::TAP));
+                None
+            }
+        };
         let shape = plan.machine.shape;
         let memory_mb = guest_charge_mb(plan.start, shape.memory_mb)
             .saturating_add(overhead_mb(plan.machine.accel));
         let process = plan
             .launcher
             .launch(LaunchSpec {
-                slot: plan.slot,
+                slot: plan.place.slot,
                 program: plan.program,
                 args: plan.machine.args(plan.start),
                 fds,
+                network,
                 devices: match plan.machine.accel {
                     Accel::Kvm => vec![PathBuf::from("/dev/kvm")],
                     Accel::Tcg => Vec::new(),
@@ -215,7 +226,7 @@ impl Starting {
         let mut starting = Starting {
             vm: Parts {
                 launcher: plan.launcher.clone(),
-                slot: plan.slot,
+                slot: plan.place.slot,
                 pid: process.pid,
                 pidfd: watch(process.pidfd).map_err(io_error("watch the VM's process"))?,
                 console: Console::start(console),

@@ -21,6 +21,7 @@ use host::slot::SlotId;
 use crate::engine::Template;
 use crate::error::SandboxError;
 use crate::sandbox::Sandbox;
+use crate::types::Place;
 
 /// Nothing a case waits for takes longer, on a host under full load.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -117,7 +118,7 @@ impl Room {
     /// A clone of the template, running.
     async fn restore(&self) -> Result<Sandbox, SandboxError> {
         let slot = self.subject.slots.take().await?;
-        let vm = match self.subject.template.restore(slot).await {
+        let vm = match self.subject.template.restore(Place::unplugged(slot)).await {
             Ok(vm) => vm,
             Err(error) => {
                 self.subject.slots.give_back(slot).await?;

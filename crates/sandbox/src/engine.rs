@@ -9,7 +9,7 @@ use host::slot::SlotId;
 
 use crate::error::SandboxError;
 use crate::types::{
-    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Shape, SnapshotInputs,
+    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Place, Shape, SnapshotInputs,
     SnapshotOutcome, StepTimes,
 };
 
@@ -28,7 +28,7 @@ pub trait Engine: Send + Sync {
     fn capabilities(&self) -> Capabilities;
     /// Whatever beside the image and the shape decides whether a snapshot can be used: hashed into its name.
     fn snapshot_key(&self) -> Vec<(String, String)>;
-    /// Cold boots the image in `slot`, warms it up and saves it. No writable disk is mounted when it is saved.
+    /// Cold boots the image in `slot`, without a network, warms it up and saves it. No writable disk is mounted when it is saved.
     async fn create_snapshot(
         &self,
         slot: SlotId,
@@ -43,7 +43,8 @@ pub trait Engine: Send + Sync {
         snapshot_dir: &std::path::Path,
         outcome: &SnapshotOutcome,
     ) -> Result<Arc<dyn Template>, SandboxError>;
-    /// Cold boots without a snapshot (used by the proof of an engine and by benchmarks); the disk is mounted.
+    /// Cold boots without a snapshot and without a network (used by the proof of an engine and by benchmarks); the disk
+    /// is mounted.
     async fn cold_boot(
         &self,
         slot: SlotId,
@@ -62,9 +63,9 @@ pub trait Template: Send + Sync {
     fn overhead_mb(&self) -> u64;
     /// Resident host memory the template itself takes once, MiB.
     fn resident_mb(&self) -> u64;
-    /// Restores a clone in `slot`: process started, state loaded, handshake done, fresh disk mounted. It runs; the
+    /// Restores a clone in `place`: process started, state loaded, handshake done, fresh disk mounted. It runs; the
     /// caller warms it up and pauses it.
-    async fn restore(&self, slot: SlotId) -> Result<Box<dyn Vm>, SandboxError>;
+    async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError>;
 }
 
 /// One VM process, as the engine knows it. Owned by one task; everybody else talks to that task.

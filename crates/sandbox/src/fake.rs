@@ -23,7 +23,9 @@ pub use os::FakeExec;
 
 use crate::engine::{Engine, Progress, Template, Vm};
 use crate::error::SandboxError;
-use crate::types::{Capabilities, EngineKind, ImageFiles, Shape, SnapshotInputs, SnapshotOutcome};
+use crate::types::{
+    Capabilities, EngineKind, ImageFiles, Place, Shape, SnapshotInputs, SnapshotOutcome,
+};
 use guest::FakeVm;
 
 /// What happens to an operation that comes to a gate.
@@ -217,7 +219,7 @@ impl Template for FakeTemplate {
         0
     }
 
-    async fn restore(&self, slot: SlotId) -> Result<Box<dyn Vm>, SandboxError> {
-        self.engine.make(slot, MountSource::Disk).await
+    async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError> {
+        self.engine.make(place.slot, MountSource::Disk).await
     }
 }

@@ -15,6 +15,6 @@ pub use engine::{Engine, Progress, Template, Vm};
 pub use error::SandboxError;
 pub use sandbox::{Limits, PausedAs, Sandbox, State};
 pub use types::{
-    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Shape, SnapshotInputs,
+    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Place, Shape, SnapshotInputs,
     SnapshotOutcome, StepTimes,
 };

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use host::net::NetworkId;
+use host::slot::SlotId;
 use serde::{Deserialize, Serialize};
 
 /// Which engine.
@@ -27,6 +29,25 @@ pub struct Capabilities {
     pub balloon: bool,
     /// Pausing and resuming.
     pub pause: bool,
+}
+
+/// Where a VM is on this host: what its process runs as, and what its network card leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The slot.
+    pub slot: SlotId,
+    /// The network, which no other VM may have meanwhile; the card leads nowhere without one.
+    pub network: Option<NetworkId>,
+}
+
+impl Place {
+    /// A place for a VM that needs no network: one to be saved, proved or measured.
+    pub fn unplugged(slot: SlotId) -> Place {
+        Place {
+            slot,
+            network: None,
+        }
+    }
 }
 
 /// Size of a VM.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use guest_control::{ExecSpec, ExitStatus};
 use host::slot::SlotId;
 use sandbox::fake::{FakeEngine, FakeEvent, FakeGuest, Gate};
-use sandbox::{Death, Limits, PausedAs, Sandbox, SandboxError, Shape, State};
+use sandbox::{Death, Limits, PausedAs, Place, Sandbox, SandboxError, Shape, State};
 
 /// Far away: no test waits for it unless it says so.
 const LIMITS: Limits = Limits {
@@ -22,7 +22,11 @@ async fn with(limits: Limits) -> (FakeEngine, Sandbox, FakeGuest) {
         memory_mb: 256,
         disk_mb: 64,
     };
-    let vm = engine.template(shape).restore(SlotId(3)).await.unwrap();
+    let vm = engine
+        .template(shape)
+        .restore(Place::unplugged(SlotId(3)))
+        .await
+        .unwrap();
     let sandbox = Sandbox::adopt_with(vm, SlotId(3), limits);
     let guest = guests.recv().await.unwrap();
     (engine, sandbox, guest)

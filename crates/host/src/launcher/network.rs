@@ -49,10 +49,24 @@ impl Launcher {
         }
     }
 
+    /// A device for a VM's network card that leads nowhere: for VMs that are made only to be saved or measured.
+    pub async fn unplugged_device(&self) -> Result<OwnedFd, LauncherError> {
+        let (reply, fds) = self.ask(Op::UnpluggedDevice).await?;
+        match (reply, fds.into_iter().next()) {
+            (Reply::Device, Some(device)) => Ok(device),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     /// Makes it as new once its VM is dead: no destination open, no connection alive. If this fails it must not be
     /// given to another VM, only destroyed.
     pub async fn flush_network(&self, network: NetworkId) -> Result<(), LauncherError> {
         self.done(Op::FlushNetwork(network)).await
+    }
+
+    /// Ends every connection of a VM and takes back what was opened for it, while the VM lives: between two jobs.
+    pub async fn cut_network(&self, network: NetworkId) -> Result<(), LauncherError> {
+        self.done(Op::CutNetwork(network)).await
     }
 
     /// Ends it once its VM is dead.

@@ -42,7 +42,9 @@ pub(super) enum Op {
     Memory(SlotId),
     MakeHub(HubConfig),
     MakeNetwork,
+    UnpluggedDevice,
     FlushNetwork(NetworkId),
+    CutNetwork(NetworkId),
     DestroyNetwork(NetworkId),
     /// With the seconds it holds.
     OpenDestinations(NetworkId, Vec<SocketAddrV4>, u32),
@@ -126,6 +128,8 @@ pub(super) enum Reply {
     /// With its sockets beside it.
     Hub(HubNumber),
     Network(NetworkId),
+    /// With it beside it.
+    Device,
 }
 
 /// A `LauncherError` that can travel.

@@ -63,12 +63,19 @@ fn connect(links: &mut Route, network: NetworkId, hub: &OwnedFd) -> io::Result<(
     hub_links.set_up(down)
 }
 
-/// Makes it as if no VM had ever used it: no destination opened, no connection known, no packet on its way.
+/// A device like a VM's that leads nowhere. Its namespace is its own and goes with it.
+pub(crate) fn unplugged() -> Result<OwnedFd, String> {
+    namespace::enter_new().map_err(cannot("make a namespace"))?;
+    tap::open().map_err(cannot("make the device"))
+}
+
+/// Makes it as if no VM had ever used it: no destination opened, no connection known and, unless a VM still uses the
+/// device, no packet on its way.
 pub(crate) fn flush(
     network: NetworkId,
     hub: &OwnedFd,
     namespace: &OwnedFd,
-    tap: &OwnedFd,
+    tap: Option<&OwnedFd>,
     opened: &[SocketAddrV4],
 ) -> Result<(), String> {
     namespace::enter(hub).map_err(cannot("enter the hub"))?;
@@ -79,7 +86,10 @@ pub(crate) fn flush(
     conntrack::forget(network).map_err(cannot("forget its connections in the hub"))?;
     namespace::enter(namespace).map_err(cannot("enter its namespace"))?;
     conntrack::forget_all().map_err(cannot("forget its connections"))?;
-    tap::drain(tap).map_err(cannot("empty the VM's device"))
+    match tap {
+        Some(tap) => tap::drain(tap).map_err(cannot("empty the VM's device")),
+        None => Ok(()),
+    }
 }
 
 /// Takes it away from the hub. Its namespace and its device go with the last descriptor of them.

@@ -10,7 +10,8 @@ cat > "$root/etc/hosts" <<'EOF'
 EOF
 # A link here (to systemd-resolved's file, say) would be followed out of the tree.
 rm -f "$root/etc/resolv.conf"
-printf 'options timeout:2 attempts:2\n' > "$root/etc/resolv.conf"
+# The gateway of every VM; it has no IPv6, so nobody need ask for such addresses.
+printf 'nameserver 192.168.241.1\noptions timeout:2 attempts:2 no-aaaa\n' > "$root/etc/resolv.conf"
 rm -f "$root/etc/machine-id" "$root/var/lib/dbus/machine-id"
 : > "$root/etc/machine-id"
 

@@ -64,7 +64,11 @@ pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
         .iter()
         .chain(flavours.iter().flat_map(|flavour| flavour.tools()))
         .map(|(program, package)| Requirement { package, program });
-    std::iter::once(qemu).chain(tools).collect()
+    let nft = Requirement {
+        package: "nftables",
+        program: "nft",
+    };
+    [qemu, nft].into_iter().chain(tools).collect()
 }
 
 /// Those that are not there.

@@ -197,6 +197,7 @@ impl Starting {
             instance.clone(),
             limits,
             sandbox.max_concurrent,
+            None,
         );
 
         let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();

@@ -84,7 +84,7 @@ impl Owner {
                     Ok(None) => return Err(Warmed::NoRoom),
                     Err(error) => return Err(Warmed::Failed(error.to_string())),
                 };
-                match executor::warm_up(&template, lease.slot()).await {
+                match executor::warm_up(&template, lease.vm_place()).await {
                     Ok(sandbox) => Ok((lease, sandbox)),
                     Err(error) => {
                         // What was started is reaped before another try.

@@ -267,6 +267,12 @@ impl Owner {
         self.held.get_mut(&slot)?.lease.take()
     }
 
+    /// Where a VM of this slot goes.
+    fn vm_place(&self, slot: SlotId) -> sandbox::Place {
+        let lease = self.held.get(&slot).and_then(|held| held.lease.as_ref());
+        lease.map_or_else(|| sandbox::Place::unplugged(slot), Lease::vm_place)
+    }
+
     pub(super) fn sandbox(&self, slot: SlotId) -> Option<Sandbox> {
         self.held.get(&slot)?.sandbox.clone()
     }
@@ -308,7 +314,7 @@ impl Owner {
         self.cancels.insert(run, cancel);
         let source = match (self.sandbox(slot), self.templates.get(profile)) {
             (Some(sandbox), _) => VmSource::Paused(sandbox),
-            (None, Some(template)) => VmSource::Restore(Arc::clone(template), slot),
+            (None, Some(template)) => VmSource::Restore(Arc::clone(template), self.vm_place(slot)),
             // Jobs of other profiles are never admitted.
             (None, None) => {
                 let result = JobResult::failed(run, 1, "internal error: the profile is not open");

@@ -117,7 +117,7 @@ where
                 engine: EngineKind::Fake,
             },
             templates: BTreeMap::from([("vm0/small".parse().unwrap(), template)]),
-            budget: Budget::new(launcher.clone(), "test".to_owned(), limits, 0),
+            budget: Budget::new(launcher.clone(), "test".to_owned(), limits, 0, None),
             config,
             provider: queue.clone(),
             setting: Setting {

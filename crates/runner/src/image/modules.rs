@@ -5,12 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What the guest needs to reach its console port, disks and root. Whatever is built in is skipped.
+/// What the guest needs to reach its console port, disks, root and network. Whatever is built in is skipped.
 pub(super) const WANTED: &[&str] = &[
     "virtio_mmio",
     "virtio_blk",
     "virtio_console",
     "virtio_rng",
+    "virtio_net",
     "erofs",
     "overlay",
 ];

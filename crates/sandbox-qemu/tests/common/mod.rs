@@ -15,7 +15,7 @@ use sandbox::{
 };
 use sandbox_qemu::{Accel, Findings, QemuEngine};
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 const INSTANCE: &str = "engine-test";
 

@@ -19,7 +19,7 @@ fn a_job_prints_one_line_of_json_and_leaves_its_output_in_the_system_log() {
 }
 
 #[test]
-fn the_vm_has_the_profile_s_size_and_no_network_device() {
+fn the_vm_has_the_profile_s_size_and_one_network_card() {
     let Some(host) = Host::new().start() else {
         return;
     };
@@ -33,7 +33,7 @@ fn the_vm_has_the_profile_s_size_and_no_network_device() {
         .find_map(|rest| rest.split(' ').next()?.parse::<u32>().ok())
         .unwrap();
     assert!((180..=256).contains(&mem), "{mem} MB");
-    assert!(log.contains("net=lo,") || log.contains("net= "), "{log}");
+    assert!(log.contains("net=eth0,lo,"), "{log}");
     host.finish();
 }
 

@@ -56,7 +56,10 @@ enum Work {
     MakeHub(HubConfig),
     EndHub,
     Make(NetworkId),
+    MakeUnplugged,
     Flush(NetworkId),
+    /// As `Flush`, but for the device, which its VM still uses.
+    Cut(NetworkId),
     End(NetworkId),
     /// For so many seconds; and whether some of them may be open already.
     Open(NetworkId, Vec<SocketAddrV4>, u32, bool),
@@ -67,10 +70,11 @@ impl Work {
     fn network(&self) -> Option<NetworkId> {
         match self {
             Work::Make(network)
+            | Work::Cut(network)
             | Work::Flush(network)
             | Work::End(network)
             | Work::Open(network, ..) => Some(*network),
-            Work::MakeHub(_) | Work::EndHub | Work::Allow(..) => None,
+            Work::MakeHub(_) | Work::EndHub | Work::MakeUnplugged | Work::Allow(..) => None,
         }
     }
 
@@ -80,7 +84,8 @@ impl Work {
             Work::MakeHub(_) => "make the network's hub".to_owned(),
             Work::EndHub => "end the network's hub".to_owned(),
             Work::Make(network) => format!("make network {network}"),
-            Work::Flush(network) => format!("clean network {network}"),
+            Work::MakeUnplugged => "make a device that leads nowhere".to_owned(),
+            Work::Flush(network) | Work::Cut(network) => format!("clean network {network}"),
             Work::End(network) => format!("end network {network}"),
             Work::Open(network, ..) => format!("open destinations for network {network}"),
             Work::Allow(..) => "open internal addresses".to_owned(),
@@ -136,19 +141,22 @@ impl Networks {
             let fds = std::iter::once(made.namespace).chain(made.sockets);
             return Ok((made.number.0, fds.collect()));
         }
+        if let Work::MakeUnplugged = work {
+            return Ok((0, vec![vm::unplugged()?]));
+        }
         let (number, namespace) = self
             .hub
             .as_ref()
             .and_then(|hub| hub.made.as_ref())
             .ok_or_else(no_hub)?;
         match work {
-            Work::MakeHub(_) => Err("it was made already".to_owned()),
+            Work::MakeHub(_) | Work::MakeUnplugged => Err("it was made already".to_owned()),
             Work::EndHub => hub::end(*number).map(none),
             Work::Make(id) => {
                 let made = vm::make(*id, namespace)?;
                 Ok((id.0, vec![made.namespace, made.tap]))
             }
-            Work::Flush(id) => {
+            Work::Flush(id) | Work::Cut(id) => {
                 let network = self.made.get(id);
                 let Some((network, (own, tap))) =
                     network.and_then(|network| Some((network, network.made.as_ref()?)))
@@ -156,6 +164,7 @@ impl Networks {
                     return Err("it is not made yet".to_owned());
                 };
                 let opened: Vec<_> = network.opened.iter().copied().collect();
+                let tap = matches!(work, Work::Flush(_)).then_some(tap);
                 vm::flush(*id, namespace, own, tap, &opened).map(none)
             }
             Work::End(id) => vm::end(*id, namespace).map(none),
@@ -208,8 +217,16 @@ impl Server {
         self.do_later(id, Work::Make(number));
     }
 
+    pub(super) fn make_unplugged(&mut self, id: u64) {
+        self.do_later(id, Work::MakeUnplugged);
+    }
+
     pub(super) fn flush_network(&mut self, id: u64, number: NetworkId) {
         self.change_unused(id, number, Work::Flush(number));
+    }
+
+    pub(super) fn cut_network(&mut self, id: u64, number: NetworkId) {
+        self.change(id, number, Work::Cut(number), false);
     }
 
     pub(super) fn destroy_network(&mut self, id: u64, number: NetworkId) {
@@ -222,6 +239,10 @@ impl Server {
             .units
             .values()
             .any(|held| held.main.is_some() && held.network == Some(number));
+        self.change(id, number, work, used);
+    }
+
+    fn change(&mut self, id: u64, number: NetworkId, work: Work, used: bool) {
         let network = self.networks.made.get_mut(&number);
         let why = match network {
             None => "this runner does not have it",
@@ -339,7 +360,8 @@ impl Server {
                 network.busy = false;
                 return Ok((Reply::Network(*id), Vec::new()));
             }
-            Work::Flush(id) => {
+            Work::MakeUnplugged => return Ok((Reply::Device, fds.collect())),
+            Work::Flush(id) | Work::Cut(id) => {
                 if let Some(network) = networks.made.get_mut(id) {
                     network.opened.clear();
                     network.busy = false;
@@ -363,13 +385,13 @@ impl Server {
                 networks.made.remove(id);
             }
             // Its number stays taken, so that nobody gets what may be left in it; destroying it may be tried again.
-            Work::Flush(id) | Work::End(id) => {
+            Work::Flush(id) | Work::Cut(id) | Work::End(id) => {
                 if let Some(network) = networks.made.get_mut(id) {
                     network.busy = false;
                 }
             }
             // What was opened is still remembered, as nobody knows whether it was.
-            Work::Open(..) | Work::Allow(..) | Work::EndHub => {}
+            Work::Open(..) | Work::Allow(..) | Work::MakeUnplugged | Work::EndHub => {}
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sandbox::{Engine, PausedAs, Progress, Sandbox, Shape, SnapshotInputs};
+use sandbox::{Engine, PausedAs, Place, Progress, Sandbox, Shape, SnapshotInputs};
 
 use super::vms::Bench;
 use crate::context::{CliError, note};
@@ -56,7 +56,7 @@ pub(super) async fn measure(
     let mut waiting: Vec<Sandbox> = Vec::new();
     for _ in 0..count {
         let slot = bench.take(SHAPE).await?;
-        let sandbox = Sandbox::adopt(template.restore(slot).await?, slot);
+        let sandbox = Sandbox::adopt(template.restore(Place::unplugged(slot)).await?, slot);
         sandbox.pause(PausedAs::Warm).await?;
         waiting.push(sandbox);
     }
@@ -64,7 +64,7 @@ pub(super) async fn measure(
     let mut waiting = Vec::new();
     for _ in 0..count {
         let slot = bench.take(SHAPE).await?;
-        waiting.push(executor::warm_up(&template, slot).await?);
+        waiting.push(executor::warm_up(&template, Place::unplugged(slot)).await?);
     }
     let warmed = mean(bench, waiting).await?;
     note(format_args!("  after their warm-up job: {warmed} MiB each"));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use host::launcher::Launcher;
 use host::slot::{LeaseKind, Resources, SlotId, SlotRecord};
-use sandbox::{Engine, Sandbox, Shape, Template};
+use sandbox::{Engine, Place, Sandbox, Shape, Template};
 use sandbox_qemu::QemuEngine;
 
 use super::Stored;
@@ -140,7 +140,7 @@ impl<'a> Bench<'a> {
     async fn restore(&self, measured: &mut Measured) -> Result<(), CliError> {
         let slot = self.take(self.stored.shape).await?;
         let start = Instant::now();
-        let vm = self.template.restore(slot).await?;
+        let vm = self.template.restore(Place::unplugged(slot)).await?;
         let whole = start.elapsed();
         let mount: Duration = vm
             .steps()
@@ -156,7 +156,7 @@ impl<'a> Bench<'a> {
     /// From the claim of a warm VM until the agent's process runs: what the executor does, in its one message.
     async fn claim(&self, measured: &mut Measured, pings: bool) -> Result<(), CliError> {
         let slot = self.take(self.stored.shape).await?;
-        let sandbox = executor::warm_up(&self.template, slot).await?;
+        let sandbox = executor::warm_up(&self.template, Place::unplugged(slot)).await?;
         let start = Instant::now();
         sandbox.resume().await?;
         let spec = guest_control::ExecSpec {
