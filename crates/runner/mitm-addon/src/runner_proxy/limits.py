@@ -1,0 +1,31 @@
+"""Every bound of the proxy in one place. Times are seconds, sizes bytes."""
+
+# Connections of one guest at a time; Chromium, the greediest client, opens at most 256.
+CONNECTIONS_PER_SLOT = 256
+# Requests of one guest that are under way at a time.
+REQUESTS_PER_SLOT = 512
+# Connections to servers, open or being opened, for one guest.
+UPSTREAMS_PER_SLOT = 512
+# Names of one guest that are resolved, or connected to, at the same time. Each takes one of RESOLVER_THREADS.
+DIALS_PER_SLOT = 16
+RESOLVER_THREADS = 64
+
+# A request's head, a chunk's head, trailers, or what a guest sends ahead of its turn.
+HEAD_BYTES = 64 * 1024
+# What waits for a receiver that is slower than its sender, per stream; past this the sender is not read.
+BACKLOG_BYTES = 256 * 1024
+
+# From a connection's beginning, or the end of its last exchange, to the end of the next request's head: a guest that
+# sends a byte a minute is gone after this. Longer than clients keep idle connections (Node 5 s, urllib3 and Go 90 s).
+IDLE_SECONDS = 120.0
+# The first request, with the TLS handshake before it; software emulation makes handshakes slow.
+FIRST_REQUEST_SECONDS = 60.0
+# From a request to the established connection (name, TCP, TLS) to its server.
+DIAL_SECONDS = 30.0
+
+# Lines that wait for the daemon to read; past this, exchanges wait with their end.
+WAITING_LINES = 4096
+WAITING_BYTES = 8 * 1024 * 1024
+
+# Leaf certificates that are kept.
+CERTIFICATES = 1024
