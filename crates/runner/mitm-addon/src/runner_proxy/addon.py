@@ -187,9 +187,9 @@ class RunnerAddon:
         verdict.host = host.text
         decision = slot.policy.decide(scheme, host, session.port, request.method, path)
         verdict.rule = decision.label
-        if host.is_address and not slot.policy.names_address(host, session.port):
-            verdict.error = "It was made to an address that no rule names."
-            sentence = f"{host} is an address, and no rule names it: use the host's name."
+        if session.tls and host.is_address and not slot.policy.names_address(host, session.port):
+            verdict.error = "TLS without a server name, to an address that no rule names."
+            sentence = f"The TLS connection named no server, and no rule names the address {host}: use the host's name."
             return answers.denied(decision, request.method, host.text, path.partition("?")[0], sentence)
         verdict.action = decision.action
         if not decision.passes:
@@ -228,7 +228,7 @@ class RunnerAddon:
         if session is None:
             return
         if exchange := self._take(session, flow.id):
-            exchange.verdict.error = flow.error.msg if flow.error else "The exchange failed."
+            exchange.verdict.error = answers.readable(flow.error.msg) if flow.error else "The exchange failed."
             await self._log_exchange(session, exchange)
 
     def _take(self, session: Session, flow_id: str) -> Exchange | None:
@@ -289,7 +289,7 @@ class RunnerAddon:
         session = self._dialled.get(data.server.id)
         if session is not None:
             session.slot.dials.release()
-            session.error = data.server.error
+            session.error = answers.readable(data.server.error or "The server could not be reached.")
             self._forget_upstream(session, data.server)
 
     def server_disconnected(self, data: ServerConnectionHookData) -> None:

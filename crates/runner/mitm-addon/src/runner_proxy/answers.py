@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 
 from mitmproxy.http import Headers, Response
 
 from .policy import Decision
 
 _LONGEST_TEXT = 2000
+_CONNECT_FAILED = re.compile(r"\[Errno (\d+)\] Connect call failed")
 DENIED_BY = "runner network policy"
 _HINT_DENY = (
     "This run may not make this request, and trying again will not help. Go on without it, or ask whoever submitted the run "
@@ -76,6 +79,11 @@ def _json(status: int, content: dict[str, object]) -> Response:
         content_type="application/json", content_length=str(len(body)), cache_control="no-store", server="runner-proxy"
     )
     return Response.make(status, body, headers)
+
+
+def readable(message: str) -> str:
+    """A message of mitmproxy's or asyncio's, with the system's words in place of its numbers."""
+    return _CONNECT_FAILED.sub(lambda found: f"{os.strerror(int(found.group(1)))}: connecting to", message)
 
 
 def _short(text: str) -> str:

@@ -103,7 +103,7 @@ class GuardedHttpLayer(HttpLayer):
             yield from super().event_to_child(child, event)
         elif isinstance(child, Http2Server) and _is_unanswered(child, event.stream_id):
             sent: tuple[HttpEvent, ...] = (
-                ResponseHeaders(event.stream_id, page, False),
+                ResponseHeaders(event.stream_id, page, end_stream=False),
                 ResponseData(event.stream_id, page.raw_content or b""),
                 ResponseEndOfMessage(event.stream_id),
             )
@@ -117,7 +117,7 @@ class GuardedHttpLayer(HttpLayer):
         code = int(event.code)
         if stream is None or code < 500:
             return answers.refused(code, event.message)
-        return answers.failed(code, event.message, stream.flow.request.data.host)
+        return answers.failed(code, answers.readable(event.message), stream.flow.request.data.host)
 
 
 def _is_unanswered(server: Http2Server, stream_id: int) -> bool:

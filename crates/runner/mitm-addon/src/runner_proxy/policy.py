@@ -67,11 +67,9 @@ class Rule:
     secrets: frozenset[str] = frozenset()
 
     def is_about(self, host: Host, port: int) -> bool:
-        if self.port is not None:
-            port_matches = self.port == port
-        else:
-            port_matches = self.action is RuleAction.DENY or port in WEB_PORTS
-        return port_matches and self.host.matches(host)
+        if self.port is None:
+            return (self.action is RuleAction.DENY or port in WEB_PORTS) and self.host.matches(host)
+        return self.port == port and self.host.matches(host)
 
     def decide(self, method: str, path: Segments | None) -> tuple[bool, str] | None:
         """Whether a request to its host passes and by what; None leaves it to the next rule."""
