@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from .policy import Action
 from .secrets import Vault
 
-# No field of a line is longer: a guest can send a URL of megabytes, and its log is read by people.
-_LONGEST_TEXT = 4096
+# Longer texts are cut: a guest can make its URL as long as a request's head, and people read its log.
+_LONGEST_TEXT = 1024
+_LONGEST_URL = 8 * 1024
 
 Line = dict[str, object]
 
@@ -40,7 +41,7 @@ def http_line(
     return {
         **_common(vault, "http", verdict, begin),
         "method": _text(vault, method),
-        "url": _text(vault, url),
+        "url": _text(vault, url, _LONGEST_URL),
         "status": status,
         "latency_ms": _milliseconds(begin, end),
         "request_size": request_size,
@@ -78,7 +79,8 @@ def _milliseconds(begin: float, end: float) -> int:
     return max(0, round((end - begin) * 1000))
 
 
-def _text(vault: Vault, text: str) -> str:
+def _text(vault: Vault, text: str, longest: int = _LONGEST_TEXT) -> str:
     # Scrubbed before it is cut: half a secret at the end would not be recognised.
     shown = vault.scrub(text).encode("utf-8", "replace").decode()
-    return shown if len(shown) <= _LONGEST_TEXT else shown[:_LONGEST_TEXT] + "…"
+    raw = shown.encode()
+    return shown if len(raw) <= longest else raw[:longest].decode("utf-8", "ignore") + "…"

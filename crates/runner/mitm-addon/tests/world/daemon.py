@@ -60,6 +60,7 @@ class Daemon:
         os.close(memfd)
         self._socket = ours
         self._ids = itertools.count(1)
+        self.last_id = 0
         self._answers: dict[int, queue.Queue[dict[str, Any]]] = {}
         self._news = threading.Condition()
         self.lines: list[dict[str, Any]] = []
@@ -105,7 +106,7 @@ class Daemon:
 
     def begin(self, **order: Any) -> Callable[[], dict[str, Any]]:
         """Sends an order; gives what waits for its answer."""
-        message_id = next(self._ids)
+        message_id = self.last_id = next(self._ids)
         answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._answers[message_id] = answers
         self.send_raw(json.dumps({"id": message_id, **order}).encode() + b"\n")

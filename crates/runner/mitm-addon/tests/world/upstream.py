@@ -20,7 +20,7 @@ import json
 import os
 import ssl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Request:
     path: str
     headers: list[tuple[str, str]]
     body: AsyncIterator[bytes]
+    # Returns when the client is gone.
+    gone: Callable[[], Awaitable[object]]
 
     def header(self, name: str) -> str:
         return next((value for key, value in self.headers if key.lower() == name), "")
@@ -109,8 +111,8 @@ async def answer(request: Request) -> Response:
         case ["chunked"]:
             return Response([], _pieces(b"one", b"two"))
         case ["stall"]:
-            await asyncio.Event().wait()
-            raise AssertionError
+            await request.gone()
+            raise asyncio.IncompleteReadError(b"", None)
         case ["echo" | "upload", *_]:
             told = {"method": request.method, "path": request.path, "headers": request.headers, "size": size}
             return _fixed(json.dumps({**told, "connection": request.connection}).encode())
@@ -124,7 +126,7 @@ async def serve_http1(number: int, reader: asyncio.StreamReader, writer: asyncio
         first, *lines = head[:-4].split("\r\n")
         method, path, _version = first.split(" ")
         headers = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)]
-        request = Request(number, method, path, headers, _pieces())
+        request = Request(number, method, path, headers, _pieces(), reader.read)
         if request.header("upgrade").lower() == "websocket":
             tell(event="request", connection=number, method=method, path=path, headers=headers, size=0)
             await serve_websocket(number, head.encode("latin-1"), reader, writer)
@@ -224,7 +226,7 @@ class Http2:
             while (piece := await queue.get()) is not None:
                 yield piece
 
-        response = await answer(Request(self._number, pseudo[":method"], pseudo[":path"], headers, body()))
+        response = await answer(Request(self._number, pseudo[":method"], pseudo[":path"], headers, body(), asyncio.Event().wait))
         self._h2.send_headers(stream, [(":status", str(response.status)), *response.headers])
         await self._flush()
         async for piece in response.body:

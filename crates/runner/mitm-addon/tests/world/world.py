@@ -13,6 +13,8 @@ from __future__ import annotations
 import itertools
 import json
 import queue
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -92,6 +94,39 @@ class Guest:
         content, _, status = output.rpartition("\n")
         head, _, body = content.partition("\r\n\r\n")
         return Reply(int(status or 0), body, done.returncode, head)
+
+    def tls(self, name: str | None, *alpn: str, host: str = DECOY) -> ssl.SSLSocket:
+        """A TLS connection that names a server, or none."""
+        context = ssl.create_default_context(cafile=str(self.trusted))
+        context.check_hostname = name is not None
+        context.set_alpn_protocols(alpn or ("http/1.1",))
+        sock = self.namespace.connect(host, 443)
+        try:
+            return context.wrap_socket(sock, server_hostname=name)
+        except OSError:
+            sock.close()
+            raise
+
+    def talk(self, data: bytes, name: str | None = None, *, tls: bool = True, host: str = DECOY) -> bytes:
+        """Sends bytes as they are; gives what comes until the other side is silent or closes."""
+        sock = self.tls(name, host=host) if tls else self.namespace.connect(host, 80)
+        with sock:
+            sock.sendall(data)
+            return read_response(sock)
+
+
+def read_response(sock: socket.socket) -> bytes:
+    """What comes until a response is whole or the connection is closed."""
+    received = b""
+    while not _is_whole(received) and (piece := sock.recv(65536)):
+        received += piece
+    return received
+
+
+def _is_whole(response: bytes) -> bool:
+    head, end, body = response.partition(b"\r\n\r\n")
+    length = next((line[15:] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), None)
+    return bool(end) and length is not None and len(body) >= int(length)
 
 
 @dataclass
@@ -177,11 +212,11 @@ class World:
         return self.guests[0]
 
     def register(self, rules: dict[str, Any] = ALLOW_ALL, secrets: tuple[dict[str, Any], ...] = (), guest: int = 0) -> Run:
+        self.internet.news()
         generation = next(self._generations)
         order = {"address": self.guests[guest].address, "generation": generation, "run_id": f"run-{generation}"}
         answer = self.daemon.ask(op="register", **order, policy=rules, secrets=list(secrets))
         assert answer.get("ok"), answer
-        self.internet.news()
         return Run(self.daemon, self.guests[guest], generation)
 
     def start_proxy(self, port: int, name: str, *, trusted: str | None = None) -> Daemon:
