@@ -67,8 +67,26 @@ class RunnerAddon:
             await self._log_flood(slot, client)
         else:
             link = Link(slot, client.id, lambda: self._close(client))
-            self._sessions[client.id] = Session(client, link, time.time(), port)
+            session = Session(client, link, time.time(), port)
+            self._sessions[client.id] = session
             slot.add(link)
+            self._hold_readers_back(session)
+
+    def _hold_readers_back(self, session: Session) -> None:
+        """Lets a connection's readers wait where mitmproxy lets them wait for sockets, between two reads."""
+        handler = self._proxyserver().connections[session.client.id]
+        drain = handler.drain_writers
+
+        async def drain_all() -> None:
+            await drain()
+            if session.http is not None and session.http.held:
+                reader = asyncio.current_task()
+                for connection, gate in list(session.http.held.items()):
+                    transport = handler.transports.get(connection)
+                    if transport is not None and transport.handler is reader:
+                        await gate.wait()
+
+        handler.drain_writers = drain_all  # type: ignore[method-assign]
 
     def _close(self, client: Client) -> None:
         self._cut(client.id, client)
@@ -90,13 +108,13 @@ class RunnerAddon:
         if session is None or session.refused:
             return
         if session.tls:
-            nextlayer.layer = GuardedHttpLayer(context)
+            self._start_http(session, nextlayer)
             return
         data: bytes = nextlayer.data_client()
         if len(data) < _TLS_RECORD_HEAD:
             return
         if not starts_like_tls_record(data):
-            nextlayer.layer = GuardedHttpLayer(context)
+            self._start_http(session, nextlayer)
             return
         try:
             hello = parse_client_hello(data)
@@ -110,6 +128,10 @@ class RunnerAddon:
             return
         session.tls = True
         self._start_tls(session, nextlayer)
+
+    def _start_http(self, session: Session, nextlayer: NextLayer) -> None:
+        session.http = GuardedHttpLayer(nextlayer.context)
+        nextlayer.layer = session.http
 
     def _start_tls(self, session: Session, nextlayer: NextLayer) -> None:
         context = nextlayer.context

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from mitmproxy.connection import Connection
@@ -36,11 +37,12 @@ from mitmproxy.proxy.layers.http._events import (
 )
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 from mitmproxy.proxy.layers.http._http1 import Http1Connection, Http1Server
-from mitmproxy.proxy.layers.http._http2 import Http2Server
+from mitmproxy.proxy.layers.http._http2 import Http2Client, Http2Connection, Http2Server
 from mitmproxy.proxy.layers.tcp import TCPLayer
 
 from . import answers
-from .limits import HEAD_BYTES
+from .backlog import Drained, Withholding
+from .limits import BACKLOG_BYTES, HEAD_BYTES
 
 Commands = layer.CommandGenerator[None]
 
@@ -50,6 +52,10 @@ class GuardedHttpLayer(HttpLayer):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context, HTTPMode.transparent)
+        # HTTP/2 connections, which acknowledge only what was passed on.
+        self.withholding: list[Withholding] = []
+        # HTTP/1 connections that are not read for now, with what their readers wait for.
+        self.held: dict[Connection, asyncio.Event] = {}
 
     def _handle_event(self, event: events.Event) -> Commands:
         if isinstance(event, events.DataReceived):
@@ -58,6 +64,38 @@ class GuardedHttpLayer(HttpLayer):
                 yield from self._give_up(event.connection)
                 return
         yield from super()._handle_event(event)
+        if isinstance(event, events.DataReceived) and self._is_full(event.connection):
+            self.held.setdefault(event.connection, asyncio.Event())
+        for held in [held for held in self.held if not self._is_full(held)]:
+            self.held.pop(held).set()
+        for http2 in list(self.withholding):
+            if http2.withheld:
+                yield from self.event_to_child(self.connections[http2.conn], Drained())
+
+    def backlog(self, stream_id: int, *, from_guest: bool) -> int:
+        """Bytes of a stream that were received and could not be passed on."""
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            return 0
+        waiting = sum(
+            len(event.data)
+            for event in stream._paused_event_queue
+            if isinstance(event, RequestData if from_guest else ResponseData)
+        )
+        receiver = self._innermost(stream.context.server if from_guest else self.context.client)
+        if isinstance(receiver, Http2Client):
+            queued = receiver.stream_queue.get(stream_id, ())
+            waiting += sum(len(event.data) for event in queued if isinstance(event, RequestData))
+            stream_id = receiver.our_stream_id.get(stream_id, 0)
+        if isinstance(receiver, Http2Connection):
+            waiting += sum(len(part.data) for part in receiver.h2_conn.stream_buffers.get(stream_id, ()))
+        return waiting
+
+    def _is_full(self, connection: Connection) -> bool:
+        sender = self._innermost(connection)
+        if not isinstance(sender, Http1Connection) or sender.stream_id is None or sender.state == sender.passthrough:
+            return False
+        return self.backlog(sender.stream_id, from_guest=connection is self.context.client) > BACKLOG_BYTES
 
     def _innermost(self, connection: Connection) -> layer.Layer | None:
         """The HTTP layer of a connection, below its TLS."""

@@ -14,6 +14,9 @@ RESOLVER_THREADS = 64
 HEAD_BYTES = 64 * 1024
 # What waits for a receiver that is slower than its sender, per stream; past this the sender is not read.
 BACKLOG_BYTES = 256 * 1024
+# What an HTTP/2 sender may send ahead, on a stream and on a connection with all its streams.
+STREAM_WINDOW = 1024 * 1024
+CONNECTION_WINDOW = 4 * 1024 * 1024
 
 # From a connection's beginning, or the end of its last exchange, to the end of the next request's head: a guest that
 # sends a byte a minute is gone after this. Longer than clients keep idle connections (Node 5 s, urllib3 and Go 90 s).

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mitmproxy.connection import Client, Server
 
     from .hosts import Host
-    from .layers import Relay
+    from .layers import GuardedHttpLayer, Relay
     from .lines import Verdict
     from .registry import Link, Slot
 
@@ -54,6 +54,7 @@ class Session:
     exchanges: dict[str, Exchange] = field(default_factory=dict)
     # The exchange that became a two-way stream (101), for the rest of the connection.
     upgraded: Exchange | None = None
+    http: GuardedHttpLayer | None = None
     relay: Relay | None = None
     # Rule by which it is relayed.
     relay_rule: str | None = None

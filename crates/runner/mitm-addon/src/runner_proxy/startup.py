@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 from mitmproxy import ctx
 from mitmproxy.exceptions import OptionsError
 
+from . import backlog
 from .addon import RunnerAddon
 from .certificates import Authority, CaError, GuestTls
 from .control import Control, Outbox
@@ -62,6 +63,7 @@ class Startup:
         self._tasks: list[asyncio.Task[None]] = []
 
     def load(self, loader: Loader) -> None:
+        backlog.install()
         Quiet.install(self.registry.vaults)
         try:
             authority = Authority(_read_all(CA_FD))

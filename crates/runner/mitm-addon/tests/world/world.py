@@ -93,6 +93,8 @@ class Guest:
         output = done.stdout.decode("latin-1")
         content, _, status = output.rpartition("\n")
         head, _, body = content.partition("\r\n\r\n")
+        while head.startswith("HTTP/1.1 100"):
+            head, _, body = body.partition("\r\n\r\n")
         return Reply(int(status or 0), body, done.returncode, head)
 
     def tls(self, name: str | None, *alpn: str, host: str = DECOY) -> ssl.SSLSocket:
