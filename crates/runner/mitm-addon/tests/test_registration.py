@@ -35,8 +35,8 @@ def test_guests_are_told_apart_by_their_address(world: World) -> None:
 
 
 def test_server_connections_are_never_shared_between_guests(world: World) -> None:
-    for guest in (0, 1):
-        world.register(ALLOW_ALL, guest=guest)
+    for number in (0, 1):
+        world.register(ALLOW_ALL, guest=number)
     request = b"GET /echo HTTP/1.1\r\nHost: a.test\r\n\r\n"
     numbers = set()
     for guest in (world.guests[0], world.guests[1], world.guests[0]):

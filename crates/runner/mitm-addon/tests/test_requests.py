@@ -146,15 +146,8 @@ def test_a_name_that_does_not_exist_is_told_as_such(world: World) -> None:
 
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
 def test_with_the_option_for_trusted_cas_emptied_every_https_request_fails(world: World, version: str) -> None:
-    daemon = world.start_proxy(8090, "emptied.log", trusted="")
-    try:
-        order = {"address": world.guest.address, "generation": 1, "run_id": "r", "secrets": []}
-        assert daemon.ask(op="register", **order, policy=policy(default="allow"))["ok"]
-        world.hub.run("nft", "insert rule ip hub arriving iifname v0 tcp dport 443 redirect to :8090")
-        reply = world.guest.curl("https://a.test/", version)
+    with world.another_proxy("emptied.log", trusted="") as emptied:
+        run = emptied.register(policy(default="allow"))
+        reply = emptied.guest.curl("https://a.test/", version)
         assert (reply.status, reply.exit_code) in ((502, 0), (0, 92)), reply
-    finally:
-        handle = world.hub.run("nft", "-a", "list", "chain", "ip", "hub", "arriving")
-        (number,) = [line.rpartition(" ")[2] for line in handle.splitlines() if ":8090" in line]
-        world.hub.run("nft", "delete", "rule", "ip", "hub", "arriving", "handle", number)
-        daemon.close()
+        assert run.line()["error"]

@@ -69,7 +69,7 @@ def test_a_secret_that_may_not_go_out_does_not(world: World, hosts: list[str], u
 
 
 def test_a_rule_sets_headers_and_query_whatever_the_guest_sent(world: World) -> None:
-    templates = {
+    templates: dict[str, Any] = {
         "headers": {"Authorization": "Bearer ${{ secrets.TOKEN }}", "X-Fixed": "yes"},
         "query": {"key": "${{ secrets.TOKEN }}"},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, cast
 
 from mitmproxy.net.tls import starts_like_tls_record
@@ -16,10 +16,10 @@ from .hosts import HostError
 from .layers import GuardedHttpLayer, Relay
 from .limits import (
     CONNECTIONS_PER_SLOT,
-    DIAL_SECONDS,
     HEAD_BYTES,
     REQUESTS_PER_SLOT,
     UPSTREAMS_PER_SLOT,
+    Patience,
 )
 from .lines import Line, Verdict, http_line, tcp_line
 from .policy import WEB_PORTS, Action, Scheme
@@ -44,6 +44,7 @@ _SWEEP_SECONDS = 1.0
 
 class RunnerAddon:
     def __init__(self, registry: Registry, outbox: Outbox, proxyserver: Callable[[], Proxyserver]) -> None:
+        self.patience = Patience()
         self._registry = registry
         self._outbox = outbox
         self._proxyserver = proxyserver
@@ -67,7 +68,7 @@ class RunnerAddon:
             await self._log_flood(slot, client)
         else:
             link = Link(slot, client.id, lambda: self._close(client))
-            session = Session(client, link, time.time(), port)
+            session = Session(client, link, time.time(), port, time.monotonic() + self.patience.first_request)
             self._sessions[client.id] = session
             slot.add(link)
             self._hold_readers_back(session)
@@ -75,7 +76,7 @@ class RunnerAddon:
     def _hold_readers_back(self, session: Session) -> None:
         """Lets a connection's readers wait where mitmproxy lets them wait for sockets, between two reads."""
         handler = self._proxyserver().connections[session.client.id]
-        drain = handler.drain_writers
+        drain: Callable[[], Awaitable[None]] = handler.drain_writers
 
         async def drain_all() -> None:
             await drain()
@@ -257,7 +258,7 @@ class RunnerAddon:
         exchange = session.exchanges.pop(flow_id, None)
         if exchange is not None:
             session.slot.requests -= 1
-            session.rest()
+            session.deadline = time.monotonic() + self.patience.idle
         return exchange
 
     def tcp_message(self, flow: TCPFlow) -> None:
@@ -285,7 +286,7 @@ class RunnerAddon:
         if slot.upstreams >= UPSTREAMS_PER_SLOT:
             server.error = f"this VM already has {UPSTREAMS_PER_SLOT} connections to servers"
             return
-        session.upstreams[server] = time.monotonic() + DIAL_SECONDS
+        session.upstreams[server] = time.monotonic() + self.patience.dial
         self._dialled[server.id] = session
         session.link.upstreams += 1
         slot.upstreams += 1

@@ -12,8 +12,8 @@ until the backlog is small again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Protocol, cast
 
 import h2.events
 from h2.connection import H2Connection
@@ -32,8 +32,6 @@ else:
     _Base = object
 
 Commands = layer.CommandGenerator[None]
-# A stream of the guest's connection, by its id there → bytes received for it and not passed on.
-Measure = Callable[[int], int]
 
 
 class Drained(events.Event):
@@ -96,7 +94,7 @@ class Withholding(_Base):
 
 
 def _owner(context: Context) -> Owner:
-    return next(found for found in reversed(context.layers) if hasattr(found, "withholding"))
+    return next(cast("Owner", found) for found in reversed(context.layers) if hasattr(found, "withholding"))
 
 
 def _initiate(connection: H2Connection) -> None:
@@ -117,5 +115,6 @@ class WithholdingClient(Withholding, Http2Client):
 
 def install() -> None:
     """Makes mitmproxy's HTTP layer use these."""
-    http_layers.Http2Server = WithholdingServer  # type: ignore[misc]
-    http_layers.Http2Client = WithholdingClient  # type: ignore[misc]
+    for name, bounded in (("Http2Server", WithholdingServer), ("Http2Client", WithholdingClient)):
+        assert issubclass(bounded, getattr(http_layers, name))
+        setattr(http_layers, name, bounded)

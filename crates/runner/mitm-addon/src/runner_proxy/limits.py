@@ -1,4 +1,6 @@
-"""Every bound of the proxy in one place. Times are seconds, sizes bytes."""
+"""Every bound of the proxy in one place. Sizes are bytes."""
+
+from dataclasses import dataclass
 
 # Connections of one guest at a time; Chromium, the greediest client, opens at most 256.
 CONNECTIONS_PER_SLOT = 256
@@ -18,17 +20,22 @@ BACKLOG_BYTES = 256 * 1024
 STREAM_WINDOW = 1024 * 1024
 CONNECTION_WINDOW = 4 * 1024 * 1024
 
-# From a connection's beginning, or the end of its last exchange, to the end of the next request's head: a guest that
-# sends a byte a minute is gone after this. Longer than clients keep idle connections (Node 5 s, urllib3 and Go 90 s).
-IDLE_SECONDS = 120.0
-# The first request, with the TLS handshake before it; software emulation makes handshakes slow.
-FIRST_REQUEST_SECONDS = 60.0
-# From a request to the established connection (name, TCP, TLS) to its server.
-DIAL_SECONDS = 30.0
-
 # Lines that wait for the daemon to read; past this, exchanges wait with their end.
 WAITING_LINES = 4096
 WAITING_BYTES = 8 * 1024 * 1024
 
 # Leaf certificates that are kept.
 CERTIFICATES = 1024
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long the proxy waits, seconds. Each is an option of mitmdump, runner_<name>_seconds."""
+
+    # For the next request's whole head, from the end of the last exchange: a guest that sends a byte a minute is gone after
+    # this. Longer than most clients keep idle connections (Node 5 s, urllib3 and Go 90 s).
+    idle: int = 120
+    # For the first request, with the TLS handshake before it; software emulation makes handshakes slow.
+    first_request: int = 60
+    # From a request to the established connection (name, TCP, TLS) to its server.
+    dial: int = 30

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-from .limits import FIRST_REQUEST_SECONDS, IDLE_SECONDS
 
 if TYPE_CHECKING:
     from mitmproxy.connection import Client, Server
@@ -47,6 +44,8 @@ class Session:
     begin: float
     # To which port of the world the guest connected.
     port: int
+    # When it is closed if no request comes (monotonic).
+    deadline: float
     # The TLS connection's name, if there is TLS and it has one.
     server_name: Host | None = None
     tls: bool = False
@@ -63,19 +62,10 @@ class Session:
     lines: int = 0
     error: str | None = None
     refused: bool = False
-    # When it is closed if no request comes (monotonic).
-    deadline: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.deadline = time.monotonic() + FIRST_REQUEST_SECONDS
 
     @property
     def slot(self) -> Slot:
         return self.link.slot
-
-    def rest(self) -> None:
-        """An exchange ended: the next request's head has this long to come."""
-        self.deadline = time.monotonic() + IDLE_SECONDS
 
     def overdue(self, now: float) -> bool:
         idle = not self.exchanges and self.upgraded is None and self.relay is None

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from mitmproxy import ctx
@@ -20,7 +21,7 @@ from . import backlog
 from .addon import RunnerAddon
 from .certificates import Authority, CaError, GuestTls
 from .control import Control, Outbox
-from .limits import RESOLVER_THREADS
+from .limits import RESOLVER_THREADS, Patience
 from .messages import Order, Ping, Register, Unregister, Update
 from .quiet import Quiet
 from .registry import Registry
@@ -63,6 +64,9 @@ class Startup:
         self._tasks: list[asyncio.Task[None]] = []
 
     def load(self, loader: Loader) -> None:
+        for limit in fields(Patience):
+            help_text = "How long the proxy waits (limits.py says for what), in seconds."
+            loader.add_option(f"runner_{limit.name}_seconds", int, limit.default, help_text)
         backlog.install()
         Quiet.install(self.registry.vaults)
         try:
@@ -82,6 +86,8 @@ class Startup:
         for name, wanted in _REQUIRED_OPTIONS.items():
             if getattr(ctx.options, name) != wanted:
                 _stop(f"Option {name} must be {wanted!r}.")
+        for limit in fields(Patience):
+            setattr(self.runner.patience, limit.name, getattr(ctx.options, f"runner_{limit.name}_seconds"))
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="resolver"))
         ports = {address[1] for address in _proxyserver().listen_addrs()}

@@ -31,10 +31,10 @@ def mitmdump() -> list[str]:
     return [sys.executable, "-I", str(Path(sys.executable).parent / "mitmdump")]
 
 
-def command_line(port: int, trusted: str) -> list[str]:
+def command_line(port: int, trusted: str, **options: object) -> list[str]:
     """What README.md says that the daemon runs."""
     command = [*mitmdump(), "--mode", "transparent", "--listen-host", "0.0.0.0", "--listen-port", str(port)]
-    for name, value in {**_SET, "ssl_verify_upstream_trusted_ca": trusted}.items():
+    for name, value in {**_SET, "ssl_verify_upstream_trusted_ca": trusted, **options}.items():
         command += ["--set", f"{name}={value}"]
     return [*command, "-s", str(ADDON)]
 

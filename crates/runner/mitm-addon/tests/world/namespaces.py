@@ -53,7 +53,7 @@ class Namespace:
         file.chmod(0o644)
         self.run("mount", "--bind", str(file), path)
 
-    def socket(self) -> socket.socket:
+    def new_socket(self) -> socket.socket:
         """A TCP socket that lives inside; usable from here."""
         made: list[socket.socket | OSError] = []
 
@@ -77,7 +77,7 @@ class Namespace:
         return result
 
     def connect(self, host: str, port: int) -> socket.socket:
-        sock = self.socket()
+        sock = self.new_socket()
         sock.connect((host, port))
         return sock
 

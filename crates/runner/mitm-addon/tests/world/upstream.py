@@ -280,7 +280,7 @@ def contexts(directory: Path) -> ssl.SSLContext:
         tell(event="hello", name=name)
         sock.context = by_name.get(name or "", first)
 
-    first.sni_callback = choose  # type: ignore[assignment]
+    first.sni_callback = choose
     return first
 
 

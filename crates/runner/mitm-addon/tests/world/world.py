@@ -10,6 +10,8 @@ proxy looked the name up itself.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import queue
@@ -208,6 +210,7 @@ class World:
     ca: TestAuthority
     trusted_upstream: Path
     _generations: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _ports: Iterator[int] = field(default_factory=lambda: itertools.count(PORT + 100))
 
     @property
     def guest(self) -> Guest:
@@ -221,12 +224,26 @@ class World:
         assert answer.get("ok"), answer
         return Run(self.daemon, self.guests[guest], generation)
 
-    def start_proxy(self, port: int, name: str, *, trusted: str | None = None) -> Daemon:
+    def start_proxy(self, port: int, name: str, *, trusted: str | None = None, **options: object) -> Daemon:
         """Another proxy in the hub."""
-        command = command_line(port, str(self.trusted_upstream) if trusted is None else trusted)
+        command = command_line(port, str(self.trusted_upstream) if trusted is None else trusted, **options)
         daemon = Daemon(self.hub.enter(*command), self.ca.pem, self.scratch / name)
         daemon.wait_until_it_listens()
         return daemon
+
+    @contextlib.contextmanager
+    def another_proxy(self, name: str, *, trusted: str | None = None, **options: object) -> Iterator[World]:
+        """This world with another proxy in the place of its own, for the first guest."""
+        port = next(self._ports)
+        daemon = self.start_proxy(port, name, trusted=trusted, **options)
+        self.hub.run("nft", f"insert rule ip hub arriving iifname v0 tcp dport {{ 80, 443 }} redirect to :{port}")
+        try:
+            yield dataclasses.replace(self, daemon=daemon)
+        finally:
+            rules = self.hub.run("nft", "-a", "list", "chain", "ip", "hub", "arriving").splitlines()
+            (number,) = [line.rpartition(" ")[2] for line in rules if f":{port} " in line]
+            self.hub.run("nft", "delete", "rule", "ip", "hub", "arriving", "handle", number)
+            daemon.close()
 
 
 def build(scratch: Path) -> Iterator[World]:
