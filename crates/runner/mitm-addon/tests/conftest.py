@@ -15,5 +15,5 @@ def world() -> Iterator[World]:
     """Namespaces, servers and the real proxy; once for all tests, each of which registers anew."""
     if reason := why_not():
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix="runner-proxy-") as scratch:
-        yield from build(Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="runner-proxy-") as scratch, build(Path(scratch)) as made:
+        yield made

@@ -4,8 +4,8 @@ mitmproxy waits for a socket that takes no more, which is enough between two HTT
 every sender at once that its data was taken, and keeps what the receiver's window has no room for, and it reads on while a
 stream waits for its server connection. A guest could fill the proxy's memory with either.
 
-Here a stream's backlog is what was received for it and could not be passed on. Where the sender speaks HTTP/2, data is
-acknowledged only while the stream's backlog is small, so that its window closes. Where it speaks HTTP/1, its connection is not read
+Here a stream's backlog is what was received for it and could not be passed on. Where the sender speaks HTTP/2, data
+is acknowledged only while the backlog is small, so that its window closes. Where it speaks HTTP/1, its connection is not read
 until the backlog is small again.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -135,10 +136,8 @@ class Daemon:
 
     def close(self) -> None:
         self.go_on()
-        try:
+        with contextlib.suppress(OSError):
             self.hang_up()
-        except OSError:
-            pass
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:

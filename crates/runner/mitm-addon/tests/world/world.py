@@ -246,6 +246,7 @@ class World:
             daemon.close()
 
 
+@contextlib.contextmanager
 def build(scratch: Path) -> Iterator[World]:
     scratch.chmod(0o755)
     world_ca, other_ca, runner_ca = TestAuthority("world"), TestAuthority("nobody's"), TestAuthority("runner")
