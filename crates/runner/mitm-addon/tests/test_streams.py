@@ -6,6 +6,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 
 from world.world import ALLOW_ALL, DECOY, World, policy, read_response, rule
@@ -125,3 +128,82 @@ def test_a_guest_that_waits_to_be_told_to_go_on_is_told(world: World) -> None:
     world.register(ALLOW_ALL)
     reply = world.guest.curl("https://a.test/upload", "--http1.1", "--header", "Expect: 100-continue", "--data", "x" * 9999)
     assert reply.json()["size"] == 9999
+
+
+class SlowReader:
+    """An HTTP/2 guest that gives its windows back only when told to."""
+
+    def __init__(self, world: World, host: str) -> None:
+        self._host = host
+        self.sock = world.guest.tls(host, "h2")
+        self.sock.settimeout(2)
+        self._h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self._h2.initiate_connection()
+        # Room for several streams whose windows are used up.
+        self._h2.increment_flow_control_window(MEBIBYTE)
+        self.received: dict[int, int] = {}
+        self._owed: dict[int, int] = {}
+        self.ended: set[int] = set()
+
+    def get(self, path: str) -> int:
+        stream: int = self._h2.get_next_available_stream_id()
+        names = {":method": "GET", ":scheme": "https", ":authority": self._host, ":path": path}
+        self._h2.send_headers(stream, list(names.items()), end_stream=True)
+        self.received[stream] = self._owed[stream] = 0
+        self.sock.sendall(self._h2.data_to_send())
+        return stream
+
+    def read(self) -> bool:
+        """Takes what comes, whatever stream it is for; False if nothing comes."""
+        try:
+            data = self.sock.recv(65536)
+        except TimeoutError:
+            return False
+        for event in self._h2.receive_data(data):
+            if isinstance(event, h2.events.DataReceived):
+                self.received[event.stream_id] += len(event.data)
+                self._owed[event.stream_id] += event.flow_controlled_length
+            elif isinstance(event, h2.events.StreamEnded):
+                self.ended.add(event.stream_id)
+        self.sock.sendall(self._h2.data_to_send())
+        return bool(data)
+
+    def give_back(self, stream: int) -> None:
+        if self._owed[stream]:
+            self._h2.acknowledge_received_data(self._owed[stream], stream)
+            self._owed[stream] = 0
+            self.sock.sendall(self._h2.data_to_send())
+
+
+@pytest.mark.parametrize("host", ["a.test", "h1.test.example"])
+def test_what_a_guest_does_not_take_is_not_gathered_and_comes_when_it_does(world: World, host: str) -> None:
+    world.register(ALLOW_ALL)
+    size = 100 * MEBIBYTE
+    before = memory(world)
+    reader = SlowReader(world, host)
+    with reader.sock:
+        stream = reader.get(f"/bytes/{size}")
+        while reader.read():
+            pass
+        assert 0 < reader.received[stream] < 100_000
+        assert memory(world) - before < 16 * MEBIBYTE
+        while stream not in reader.ended:
+            reader.give_back(stream)
+            assert reader.read()
+        assert reader.received[stream] == size
+    assert memory(world) - before < 16 * MEBIBYTE
+
+
+def test_a_stream_that_is_not_taken_holds_up_no_other_of_its_connection(world: World) -> None:
+    world.register(ALLOW_ALL)
+    reader = SlowReader(world, "a.test")
+    with reader.sock:
+        stuck = reader.get(f"/bytes/{100 * MEBIBYTE}")
+        while reader.received[stuck] < 30_000:
+            assert reader.read()
+        other = reader.get("/echo")
+        while other not in reader.ended:
+            # The connection's window is shared; only the stream's stays shut.
+            reader.give_back(other)
+            assert reader.read()
+        assert stuck not in reader.ended
