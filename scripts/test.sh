@@ -117,7 +117,8 @@ addon_tests() {
     while IFS=$'\t' read -r count left; do
         skipped=$((skipped + count))
         skips+=("$name, $count tests: $left")
-    done < <(sed -n 's/^SKIPPED \[\([0-9]*\)\] [^ ]* /\1\t/p' "$log")
+    done < <(awk '/^SKIPPED \[/ { n = $2; gsub(/[][]/, "", n); $1 = $2 = $3 = ""; sum[$0] += n }
+        END { for (why in sum) printf "%d\t%s\n", sum[why], substr(why, 4) }' "$log")
     while IFS= read -r left; do
         failures+=("$name: $left")
     done < <(sed -n 's/^\(FAILED\|ERROR\) \([^ ]*\).*$/\2/p' "$log")

@@ -6,6 +6,8 @@ import contextlib
 import socket
 import time
 
+import pytest
+
 from test_escapes import received_until_close, status
 from test_streams import MEBIBYTE, memory
 from world.world import ALLOW_ALL, DECOY, World, read_response
@@ -72,12 +74,32 @@ def is_closed_while_dribbling(sock: socket.socket) -> bool:
     return True
 
 
-def test_a_server_that_does_not_answer_is_given_up(world: World) -> None:
+@pytest.mark.parametrize("host", ["silent.test", "mute.test"])
+def test_a_server_that_does_not_answer_is_given_up(world: World, host: str) -> None:
     with world.another_proxy("silent.log", runner_dial_seconds=1) as impatient:
         run = impatient.register(ALLOW_ALL)
-        reply = impatient.guest.curl("https://silent.test/", seconds=15)
+        reply = impatient.guest.curl(f"https://{host}/", seconds=15)
         assert (reply.status, reply.json()["error"]) == (502, "upstream_failed")
-        assert run.line()["error"]
+        line = run.line()
+        assert "no answer within 1 seconds" in line["error"] or "closed" in line["error"]
+
+
+def test_what_waits_for_silent_servers_ends_when_its_turn_does_not_come(world: World) -> None:
+    with world.another_proxy("turns.log", runner_dial_seconds=1) as impatient:
+        run = impatient.register(ALLOW_ALL)
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(impatient.guest.namespace.connect(DECOY, 80)) for _ in range(50)]
+            for sock in socks:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: silent.test\r\n\r\n")
+            assert [status(read_response(sock)) for sock in socks] == [502] * 50
+            run.unregister()
+
+
+def test_trailers_that_mitmproxy_does_not_know_end_the_connection_and_leave_a_line(world: World) -> None:
+    run = world.register(ALLOW_ALL)
+    reply = world.guest.curl("https://h1.test.example/trailers", "--http1.1", seconds=10)
+    assert reply.exit_code != 28
+    assert run.line()["url"].endswith("/trailers")
 
 
 def test_a_guest_that_waits_for_silent_servers_leaves_another_served(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, cast
@@ -16,6 +17,7 @@ from .hosts import HostError
 from .layers import GuardedHttpLayer, Relay
 from .limits import (
     CONNECTIONS_PER_SLOT,
+    DIALS_PER_SLOT,
     HEAD_BYTES,
     REQUESTS_PER_SLOT,
     UPSTREAMS_PER_SLOT,
@@ -67,15 +69,22 @@ class RunnerAddon:
             client.error = "too many connections"
             await self._log_flood(slot, client)
         else:
-            link = Link(slot, client.id, lambda: self._close(client))
+            link = Link(slot, lambda: self._close(client))
             session = Session(client, link, time.time(), port, time.monotonic() + self.patience.first_request)
             self._sessions[client.id] = session
             slot.add(link)
-            self._hold_readers_back(session)
+            self._take_over(session)
 
-    def _hold_readers_back(self, session: Session) -> None:
-        """Lets a connection's readers wait where mitmproxy lets them wait for sockets, between two reads."""
+    def _take_over(self, session: Session) -> None:
+        """Changes what mitmproxy does with this connection outside of its layers."""
         handler = self._proxyserver().connections[session.client.id]
+        # This hook runs in the task that ends when the connection and all its server connections have ended.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: self._finish(session))
+        # mitmproxy lets more than five connections to one server wait without saying so; our limits are the slot's.
+        handler.max_conns = collections.defaultdict(lambda: asyncio.Semaphore(UPSTREAMS_PER_SLOT))
+        # Readers wait where mitmproxy lets them wait for sockets, between two reads.
         drain: Callable[[], Awaitable[None]] = handler.drain_writers
 
         async def drain_all() -> None:
@@ -92,14 +101,14 @@ class RunnerAddon:
     def _close(self, client: Client) -> None:
         self._cut(client.id, client)
 
-    def _cut(self, client_id: str, connection: Connection) -> None:
+    def _cut(self, client_id: str, connection: Connection, reason: str = "closed by the runner") -> None:
         """Ends a connection from our side, at once."""
         handler = self._proxyserver().connections.get(client_id)
         transport = None if handler is None else handler.transports.get(connection)
         if transport is None:
             return
         if transport.handler is not None:
-            transport.handler.cancel("closed by the runner")
+            transport.handler.cancel(reason)
         elif transport.writer is not None:
             transport.writer.close()
 
@@ -286,46 +295,48 @@ class RunnerAddon:
         if slot.upstreams >= UPSTREAMS_PER_SLOT:
             server.error = f"this VM already has {UPSTREAMS_PER_SLOT} connections to servers"
             return
-        session.upstreams[server] = time.monotonic() + self.patience.dial
+        session.upstreams[server] = None
         self._dialled[server.id] = session
-        session.link.upstreams += 1
         slot.upstreams += 1
         try:
-            await slot.dials.acquire()
-        except asyncio.CancelledError:
-            self._forget_upstream(session, server)
-            raise
+            async with asyncio.timeout(self.patience.dial):
+                await slot.dials.acquire()
+        except TimeoutError:
+            server.error = f"{DIALS_PER_SLOT} other servers keep this VM waiting"
+        else:
+            session.dialling.add(server)
+            session.upstreams[server] = time.monotonic() + self.patience.dial
 
     def server_connected(self, data: ServerConnectionHookData) -> None:
-        session = self._dialled.get(data.server.id)
-        if session is not None:
-            session.slot.dials.release()
+        if session := self._dialled.get(data.server.id):
+            self._dialled_to(session, data.server)
             if not data.server.tls:
                 session.upstreams[data.server] = None
 
     def tls_established_server(self, data: TlsData) -> None:
-        session = self._dialled.get(data.conn.id)
-        if session is not None:
+        if session := self._dialled.get(data.conn.id):
             session.upstreams[cast("Server", data.conn)] = None
 
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
-        session = self._dialled.get(data.server.id)
-        if session is not None:
-            session.slot.dials.release()
+        if session := self._dialled.get(data.server.id):
             session.error = answers.readable(data.server.error or "The server could not be reached.")
             self._forget_upstream(session, data.server)
 
     def server_disconnected(self, data: ServerConnectionHookData) -> None:
-        session = self._dialled.get(data.server.id)
-        if session is not None:
+        if session := self._dialled.get(data.server.id):
             self._forget_upstream(session, data.server)
 
+    def _dialled_to(self, session: Session, server: Server) -> None:
+        """The next of the slot's dials may begin."""
+        if server in session.dialling:
+            session.dialling.remove(server)
+            session.slot.dials.release()
+
     def _forget_upstream(self, session: Session, server: Server) -> None:
+        self._dialled_to(session, server)
         del self._dialled[server.id]
         del session.upstreams[server]
-        session.link.upstreams -= 1
         session.slot.upstreams -= 1
-        session.slot.settle(session.link)
 
     # --- a guest's connection ends ---
 
@@ -333,11 +344,16 @@ class RunnerAddon:
         session = self._sessions.pop(client.id, None)
         if session is None:
             return
-        try:
-            await self._log_rest(session)
-        finally:
-            session.link.ended = True
-            session.slot.settle(session.link)
+        await self._log_rest(session)
+
+    def _finish(self, session: Session) -> None:
+        """Nothing of the connection is left, also where mitmproxy broke off without calling a hook."""
+        self._sessions.pop(session.client.id, None)
+        for flow_id in list(session.exchanges):
+            self._take(session, flow_id)
+        for server in list(session.upstreams):
+            self._forget_upstream(session, server)
+        session.slot.remove(session.link)
 
     async def _log_rest(self, session: Session) -> None:
         """What has no line yet when the connection is gone."""
@@ -357,6 +373,9 @@ class RunnerAddon:
         error = session.error
         if relay is None and error is None:
             error = "The connection ended before a request was made."
+        if session.http is not None and session.http.refused:
+            session.refused = True
+            error = "What the guest sent is no HTTP/1.1 request."
         action = Action.DENY if session.refused else Action.ALLOW
         rule = "invalid" if session.refused else session.relay_rule
         line = tcp_line(
@@ -412,7 +431,7 @@ class RunnerAddon:
         for session in list(self._sessions.values()):
             for server, deadline in list(session.upstreams.items()):
                 if deadline is not None and now > deadline:
-                    self._cut(session.client.id, server)
+                    self._cut(session.client.id, server, f"no answer within {self.patience.dial} seconds")
             if session.overdue(now):
                 session.error = session.error or "No request came in time."
                 self._close(session.client)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from logging import WARNING
 
 from mitmproxy.connection import Connection
 from mitmproxy.http import Response
 from mitmproxy.net.http import http1
 from mitmproxy.net.http.status_codes import NO_RESPONSE
-from mitmproxy.proxy import commands, events, layer
+from mitmproxy.proxy import commands, events, layer, server
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers.http import (
     DropStream,
@@ -24,6 +25,7 @@ from mitmproxy.proxy.layers.http import (
     HTTPMode,
     HttpStream,
     SendHttp,
+    _http1,
 )
 from mitmproxy.proxy.layers.http._base import HttpEvent
 from mitmproxy.proxy.layers.http._events import (
@@ -42,7 +44,7 @@ from mitmproxy.proxy.layers.tcp import TCPLayer
 
 from . import answers
 from .backlog import Drained, Withholding
-from .limits import BACKLOG_BYTES, HEAD_BYTES
+from .limits import BACKLOG_BYTES, HEAD_BYTES, SILENCE_SECONDS
 
 Commands = layer.CommandGenerator[None]
 
@@ -63,7 +65,13 @@ class GuardedHttpLayer(HttpLayer):
             if isinstance(connection, Http1Connection) and self._holds_too_much(connection):
                 yield from self._give_up(event.connection)
                 return
-        yield from super()._handle_event(event)
+        try:
+            yield from super()._handle_event(event)
+        except (AssertionError, NotImplementedError) as error:
+            # mitmproxy knows no trailers in HTTP/1, for one, and would leave the connection hanging.
+            yield commands.Log(f"A connection is closed, since mitmproxy cannot go on with it: {error!r}", WARNING)
+            yield commands.CloseConnection(self.context.client)
+            return
         if isinstance(event, events.DataReceived) and self._is_full(event.connection):
             self.held.setdefault(event.connection, asyncio.Event())
         for held in [held for held in self.held if not self._is_full(held)]:
@@ -71,6 +79,12 @@ class GuardedHttpLayer(HttpLayer):
         for http2 in list(self.withholding):
             if http2.withheld:
                 yield from self.event_to_child(self.connections[http2.conn], Drained())
+
+    @property
+    def refused(self) -> bool:
+        """Whether the guest's connection was ended since no request could be read from it."""
+        http = self.connections.get(self.context.client)
+        return isinstance(http, Http1Server) and http.state == http.done
 
     def backlog(self, stream_id: int, *, from_guest: bool) -> int:
         """Bytes of a stream that were received and could not be passed on."""
@@ -112,9 +126,8 @@ class GuardedHttpLayer(HttpLayer):
         if connection is self.context.client:
             http = self.connections[connection]
             if isinstance(http, Http1Server) and http.state == http.read_headers:
-                page = answers.refused(431, f"The request's head has more than {HEAD_BYTES} bytes.")
-                page.headers["connection"] = "close"
-                yield commands.SendData(connection, http1.assemble_response(page))
+                sentence = f"The request's head has more than {HEAD_BYTES} bytes."
+                yield commands.SendData(connection, _error_response(431, sentence))
         yield commands.CloseConnection(connection)
 
     def make_stream(self, stream_id: int) -> Commands:
@@ -204,3 +217,18 @@ class Relay(TCPLayer):
             else:
                 self.response_size += len(event.data)
         yield from super().relay_messages(event)
+
+
+def _error_response(status_code: int, message: str = "") -> bytes:
+    """For heads that mitmproxy cannot even read."""
+    page = answers.refused(status_code, message)
+    page.headers["connection"] = "close"
+    return bytes(http1.assemble_response(page))
+
+
+def install() -> None:
+    """Makes mitmproxy use ours where it has no other place for it."""
+    assert callable(_http1.make_error_response)
+    _http1.make_error_response = _error_response
+    assert isinstance(server.TCP_TIMEOUT, int)
+    server.TCP_TIMEOUT = SILENCE_SECONDS

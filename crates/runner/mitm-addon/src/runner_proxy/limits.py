@@ -24,6 +24,11 @@ CONNECTION_WINDOW = 4 * 1024 * 1024
 WAITING_LINES = 4096
 WAITING_BYTES = 8 * 1024 * 1024
 
+# A connection on which nothing at all moves is closed after this: longer than an agent waits for a model's whole answer.
+SILENCE_SECONDS = 3600
+# Connections that wait to be accepted.
+ACCEPT_BACKLOG = 1024
+
 # Leaf certificates that are kept.
 CERTIFICATES = 1024
 

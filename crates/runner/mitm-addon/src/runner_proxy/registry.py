@@ -19,16 +19,12 @@ from .secrets import Vault
 class Link:
     """One connection of a guest."""
 
-    __slots__ = ("client_id", "close", "ended", "slot", "upstreams")
+    __slots__ = ("close", "slot")
 
-    def __init__(self, slot: Slot, client_id: str, close: Callable[[], None]) -> None:
+    def __init__(self, slot: Slot, close: Callable[[], None]) -> None:
         self.slot = slot
-        self.client_id = client_id
         # Ends it from our side.
         self.close = close
-        # Server connections that it has, open or being opened.
-        self.upstreams = 0
-        self.ended = False
 
 
 class Slot:
@@ -55,12 +51,11 @@ class Slot:
         self.links.add(link)
         self._empty.clear()
 
-    def settle(self, link: Link) -> None:
-        """Forgets a connection that has ended on both sides, with its lines queued."""
-        if link.ended and link.upstreams == 0:
-            self.links.discard(link)
-            if not self.links:
-                self._empty.set()
+    def remove(self, link: Link) -> None:
+        """Forgets a connection that has ended, with its connections to servers and its lines queued."""
+        self.links.discard(link)
+        if not self.links:
+            self._empty.set()
 
     async def end(self) -> None:
         """Closes every connection, and returns when all of them are gone."""

@@ -57,8 +57,10 @@ class Session:
     relay: Relay | None = None
     # Rule by which it is relayed.
     relay_rule: str | None = None
-    # Server connections, with the time by which they must be established (None: they are).
+    # Server connections, with the time by which they must be established (None: they are, or wait for their turn).
     upstreams: dict[Server, float | None] = field(default_factory=dict)
+    # Those of them that hold one of the slot's places for dialling.
+    dialling: set[Server] = field(default_factory=set)
     lines: int = 0
     error: str | None = None
     refused: bool = False

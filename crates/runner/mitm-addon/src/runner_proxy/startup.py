@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from mitmproxy import ctx
 from mitmproxy.exceptions import OptionsError
+from mitmproxy.net import tls as net_tls
+from mitmproxy.proxy.mode_servers import AsyncioServerInstance
 
-from . import backlog
+from . import backlog, layers
 from .addon import RunnerAddon
 from .certificates import Authority, CaError, GuestTls
 from .control import Control, Outbox
-from .limits import RESOLVER_THREADS, Patience
+from .limits import ACCEPT_BACKLOG, RESOLVER_THREADS, Patience
 from .messages import Order, Ping, Register, Unregister, Update
 from .quiet import Quiet
 from .registry import Registry
@@ -68,6 +70,7 @@ class Startup:
             help_text = "How long the proxy waits (limits.py says for what), in seconds."
             loader.add_option(f"runner_{limit.name}_seconds", int, limit.default, help_text)
         backlog.install()
+        layers.install()
         Quiet.install(self.registry.vaults)
         try:
             authority = Authority(_read_all(CA_FD))
@@ -86,10 +89,13 @@ class Startup:
         for name, wanted in _REQUIRED_OPTIONS.items():
             if getattr(ctx.options, name) != wanted:
                 _stop(f"Option {name} must be {wanted!r}.")
+        if net_tls.log_master_secret is not None:
+            _stop("SSLKEYLOGFILE or MITMPROXY_SSLKEYLOGFILE is set, which would write every connection's key to a file.")
         for limit in fields(Patience):
             setattr(self.runner.patience, limit.name, getattr(ctx.options, f"runner_{limit.name}_seconds"))
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="resolver"))
+        _widen_accept_queues()
         ports = {address[1] for address in _proxyserver().listen_addrs()}
         self._tasks = [
             loop.create_task(self._serve(min(ports)), name="control"),
@@ -119,6 +125,17 @@ class Startup:
 
 def _proxyserver() -> Proxyserver:
     return cast("Proxyserver", ctx.master.addons.get("proxyserver"))
+
+
+def _widen_accept_queues() -> None:
+    """asyncio's are 100 long, which one guest's burst fills; the next guest's connection then comes a second late."""
+    for instance in _proxyserver().servers:
+        if not isinstance(instance, AsyncioServerInstance):
+            continue
+        for server in instance._servers:
+            for listener in server.sockets:
+                with listener.dup() as same:
+                    same.listen(ACCEPT_BACKLOG)
 
 
 def _read_all(descriptor: int) -> bytes:

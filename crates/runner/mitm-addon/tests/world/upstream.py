@@ -9,6 +9,7 @@ the process ends with its standard input. Names that begin with `h1.` speak HTTP
     /websocket     sends back what it is sent    /gzip          a compressed body
     /upload        swallows a body, tells its size
     /chunked       a body of unknown length      /stall         never answers
+    /trailers      trailers after the body (HTTP/1.1)
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ import wsproto.events
 _ids = itertools.count(1)
 _acknowledged = asyncio.Semaphore(0)
 _PIECE = bytes(64 * 1024)
+# An address at which connections are taken and nothing is said.
+MUTE = "198.18.0.13"
 
 
 def tell(**event: Any) -> None:
@@ -106,6 +109,8 @@ async def answer(request: Request) -> Response:
             return _fixed(b"")
         case ["reflect"]:
             return _fixed(b"reflected", ("x-reflected", request.header("authorization")))
+        case ["trailers"]:
+            return Response([("trailer", "x-after")], _pieces(b"body"))
         case ["gzip"]:
             return _fixed(gzip.compress(b"compressed" * 100), ("content-encoding", "gzip"))
         case ["chunked"]:
@@ -141,7 +146,7 @@ async def serve_http1(number: int, reader: asyncio.StreamReader, writer: asyncio
             writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
             await writer.drain()
         if chunked:
-            writer.write(b"0\r\n\r\n")
+            writer.write(b"0\r\nX-After: 1\r\n\r\n" if path == "/trailers" else b"0\r\n\r\n")
         await writer.drain()
 
 
@@ -287,6 +292,7 @@ def contexts(directory: Path) -> ssl.SSLContext:
 async def main(directory: Path, address: str) -> None:
     await asyncio.start_server(connected, address, 80)
     await asyncio.start_server(connected, address, 443, ssl=contexts(directory))
+    await asyncio.start_server(lambda _reader, _writer: None, MUTE, 443)
     tell(event="ready")
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     os._exit(0)

@@ -36,6 +36,8 @@ NAMES = ("a.test", "b.test", "h1.test.example", "unknown.test", "expired.test", 
 # Nobody listens there, and nobody answers there.
 REFUSES = "refuses.test"
 SILENT = "silent.test"
+# It takes connections and says nothing.
+MUTE = "mute.test"
 
 _NFT = f"""
 table ip hub {{
@@ -271,9 +273,9 @@ def build(scratch: Path) -> Iterator[World]:
     hub.run("nft", "-f", "-", text=_NFT)
     # A server that takes no connection and says nothing: what is sent there is dropped.
     internet.run("nft", "-f", "-", text=_NFT_SILENT)
-    for address in ("198.18.0.11/15", "198.18.0.12/15"):
+    for address in ("198.18.0.11/15", "198.18.0.12/15", "198.18.0.13/15"):
         internet.run("ip", "address", "add", address, "dev", "eth0")
-    hosts = "".join(f"{SERVER} {name}\n" for name in NAMES) + f"198.18.0.11 {REFUSES}\n198.18.0.12 {SILENT}\n"
+    hosts = "".join(f"{SERVER} {name}\n" for name in NAMES) + f"198.18.0.11 {REFUSES}\n198.18.0.12 {SILENT}\n198.18.0.13 {MUTE}\n"
     hub.write_over("/etc/hosts", f"127.0.0.1 localhost\n{hosts}", scratch)
     hub.write_over("/etc/nsswitch.conf", "hosts: files\n", scratch)
 
