@@ -214,7 +214,7 @@ struct WrittenRule {
     base: Option<String>,
     scheme: Option<Scheme>,
     host: Option<String>,
-    port: Option<u16>,
+    port: Option<i64>,
     path: Option<String>,
     action: Option<RuleAction>,
     #[serde(default)]
@@ -273,12 +273,16 @@ impl WrittenRule {
             Bad::new("", "it names no host; write `host: api.example.com` or `base: https://api.example.com/path`")
         })?;
         let host: HostPattern = host.parse().map_err(|error| Bad::new("host", error))?;
-        if self.port == Some(0) {
-            return Err(Bad::new("port", PORT_RULE));
-        }
+        let port = match self.port {
+            None => None,
+            Some(port) => {
+                let port = u16::try_from(port).ok().filter(|port| *port != 0);
+                Some(port.ok_or_else(|| Bad::new("port", PORT_RULE))?)
+            }
+        };
         let name = match &self.name {
             Some(name) => name.parse().map_err(|error| Bad::new("name", error))?,
-            None => derived_name(&host, self.port),
+            None => derived_name(&host, port),
         };
         let path = self
             .path
@@ -290,7 +294,7 @@ impl WrittenRule {
             name,
             scheme: self.scheme,
             host,
-            port: self.port,
+            port,
             path,
             action: self.action.unwrap_or_default(),
             requests: self.requests()?,
@@ -346,7 +350,7 @@ impl WrittenRule {
         };
         self.scheme = Some(scheme);
         self.host = Some(host.to_owned());
-        self.port = Some(port);
+        self.port = Some(port.into());
         self.path = Some(path.to_owned());
         Ok(())
     }

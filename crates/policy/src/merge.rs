@@ -24,25 +24,8 @@ pub enum MergeError {
 /// default: the job's rules come before it, and the job's `default` and `mode` count if it states them. An operator
 /// who wants to bound jobs therefore writes denials.
 pub fn merge(operator: &Draft, job: &Draft) -> Result<Policy, MergeError> {
-    let mut binding = Vec::new();
-    let mut defaults = Vec::new();
-    let mut denies = false;
-    let mut rules = operator.rules.iter();
-    while let Some(rule) = rules.next() {
-        denies |= is_denial(rule);
-        let excepts = rules
-            .as_slice()
-            .iter()
-            .any(|later| is_denial(later) && later.host.overlaps(&rule.host));
-        if excepts || rule.action == RuleAction::Deny {
-            binding.push(rule.clone());
-        } else {
-            if is_denial(rule) {
-                binding.push(denied_requests(rule));
-            }
-            defaults.push(rule.clone());
-        }
-    }
+    let (binding, defaults) = split(&operator.rules);
+    let denies = !binding.is_empty();
     let operator_mode = operator.mode.unwrap_or_default();
     if denies && job.mode == Some(Mode::Audit) && operator_mode == Mode::Enforce {
         return Err(MergeError::Audit);
@@ -61,6 +44,26 @@ pub fn merge(operator: &Draft, job: &Draft) -> Result<Policy, MergeError> {
         job.mode.unwrap_or(operator_mode),
         rules,
     )?)
+}
+
+/// Parts the operator's rules into those that bind a job and those that it may override; each keeps its order.
+fn split(rules: &[Rule]) -> (Vec<Rule>, Vec<Rule>) {
+    let (mut binding, mut defaults): (Vec<Rule>, Vec<Rule>) = (Vec::new(), Vec::new());
+    // From the last to the first: whatever comes before a binding rule about the same hosts has to stay before it.
+    for rule in rules.iter().rev() {
+        let precedes = binding.iter().any(|later| later.host.overlaps(&rule.host));
+        if precedes || rule.action == RuleAction::Deny {
+            binding.push(rule.clone());
+        } else {
+            if is_denial(rule) {
+                binding.push(denied_requests(rule));
+            }
+            defaults.push(rule.clone());
+        }
+    }
+    binding.reverse();
+    defaults.reverse();
+    (binding, defaults)
 }
 
 /// Whether the rule denies something in so many words. That one with a list of allowed requests allows nothing else is
