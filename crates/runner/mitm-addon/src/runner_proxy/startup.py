@@ -133,7 +133,8 @@ def _widen_accept_queues() -> None:
         if not isinstance(instance, AsyncioServerInstance):
             continue
         for server in instance._servers:
-            for listener in server.sockets:
+            # The others are for UDP, which a transparent proxy has none of.
+            for listener in server.sockets if isinstance(server, asyncio.Server) else ():
                 with listener.dup() as same:
                     same.listen(ACCEPT_BACKLOG)
 
