@@ -122,6 +122,27 @@ need_cargo_deny() {
     cargo_deny=$target/tools/bin/cargo-deny
 }
 
+# Sets addon_venv to a virtual environment with what the proxy's addon and its checks need, made once for each state of
+# the requirements. Fails where the distribution's Python is too old.
+need_addon_venv() {
+    local addon=$top/crates/runner/mitm-addon have
+    have=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    at_least 3.11 "$have" || return
+    addon_venv=$target/addon-venv/$have-$(cat "$addon"/requirements.txt "$addon"/requirements-dev.txt | sha256sum | cut -c1-16)
+    mkdir -p "$target/addon-venv"
+    [ ! -e "$addon_venv/complete" ] || return 0
+    say "Installing mitmproxy and Python checks into $addon_venv (once)"
+    # shellcheck disable=SC2016 # "$1" belongs to the inner shell
+    quietly flock "$addon_venv.lock" sh -ec '
+        [ ! -e "$1/complete" ] || exit 0
+        rm -rf "$1"
+        /usr/bin/python3 -m venv "$1"
+        "$1/bin/pip" install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+            -r "$2/requirements.txt" -r "$2/requirements-dev.txt"
+        touch "$1/complete"' sh "$addon_venv" "$addon" ||
+        die "the Python packages of crates/runner/mitm-addon cannot be installed"
+}
+
 # Refuses to start what would end in a full disk. $1: GiB.
 need_disk() {
     local free

@@ -7,7 +7,7 @@
 #
 # usage: scripts/test.sh [--lint | --fast | --slow | --soak ROUNDS] [-- FILTER…]
 #
-#   --lint   formatting, clippy, cargo deny, shellcheck
+#   --lint   formatting, clippy, cargo deny, shellcheck, ruff, mypy
 #   --fast   those and the unit tests: no image, no VM, no root
 #   (none)   those and the end-to-end tests in microVMs with the small image
 #   --slow   those and the full image: the real agent CLI, Chromium, large volumes
@@ -15,7 +15,7 @@
 #   FILTER   run only the tests whose names contain one of these words
 #
 # Installs (root, by sudo where you are not root): Debian packages for building, for QEMU and for the checks; Rust by
-# rustup where there is none; cargo-deny into target/tools. The image is built into target/test-home.
+# rustup where there is none; cargo-deny into target/tools; Python packages into target/addon-venv. The image is built into target/test-home.
 # Safe to run again, and beside another copy.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -101,7 +101,40 @@ rust_tests() {
     times+=("$((SECONDS - begin)) $name")
 }
 
-shell_scripts() { shellcheck --external-sources scripts/*.sh .ci/run; }
+# addon_tests: the proxy's addon, by pytest, counted test by test. Its tests with the real proxy need root.
+addon_tests() {
+    local name="proxy addon" begin=$SECONDS status=0 log ok bad left count run=()
+    log=$logs/proxy-addon-$$.log
+    say "$name"
+    run=(env PYTHONDONTWRITEBYTECODE=1 "$addon_venv/bin/python" -m pytest -q --color=no -rfEs --rootdir "$addon" -c "$addon/pyproject.toml" "$addon/tests")
+    # Words that are no part of a Python name are about Rust tests.
+    left=$(printf '%s\n' "$@" | grep -x '[A-Za-z0-9_]*' | paste -sd' ' | sed 's/ / or /g' || true)
+    [ $# = 0 ] || { [ -n "$left" ] && run+=(-k "$left"); } || return 0
+    if [ "$tier" != fast ]; then run=(as_root "${run[@]}"); fi
+    "${run[@]}" </dev/null 2>&1 | tee "$log" | grep -v '^$' >&2 || true
+    status=${PIPESTATUS[0]}
+    read -r ok bad < <(tail -n 1 "$log" | awk '{ for (i = 2; i <= NF; i++) { if ($i ~ /^passed/) ok = $(i-1); if ($i ~ /^(failed|error)/) bad += $(i-1) } print ok + 0, bad + 0 }')
+    while IFS=$'\t' read -r count left; do
+        skipped=$((skipped + count))
+        skips+=("$name, $count tests: $left")
+    done < <(awk '/^SKIPPED \[/ { n = $2; gsub(/[][]/, "", n); $1 = $2 = $3 = ""; sum[$0] += n }
+        END { for (why in sum) printf "%d\t%s\n", sum[why], substr(why, 4) }' "$log")
+    while IFS= read -r left; do
+        failures+=("$name: $left")
+    done < <(sed -n 's/^\(FAILED\|ERROR\) \([^ ]*\).*$/\2/p' "$log")
+    # 5: no test has such a name.
+    if [ "$status" != 0 ] && [ "$status" != 5 ] && [ "$bad" = 0 ]; then
+        bad=1
+        failures+=("$name: pytest ended with status $status, see above")
+    fi
+    passed=$((passed + ok)) failed=$((failed + bad))
+    times+=("$((SECONDS - begin)) $name")
+}
+
+# In the addon's directory, where the tools find their settings.
+in_addon() { (cd "$addon" && RUFF_CACHE_DIR=$target/ruff-cache MYPY_CACHE_DIR=$target/mypy-cache "$addon_venv/bin/$1" "${@:2}"); }
+
+shell_scripts() { shellcheck --external-sources scripts/*.sh .ci/run crates/runner/mitm-addon/pin.sh; }
 
 advisories() {
     local log=$logs/advisories-$$.log
@@ -120,16 +153,18 @@ advisories() {
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto} CARGO_INCREMENTAL=0
 unset RUSTFLAGS VM0_RUNNER_HOME VM0_RUNNER_RUN_DIR VM0_RUNNER_UID_BASE
 
-packages=(ca-certificates curl git build-essential pkg-config musl-tools shellcheck util-linux procps)
+packages=(ca-certificates curl git build-essential pkg-config musl-tools shellcheck util-linux procps python3-venv iproute2 nftables openssl)
 case $tier in full | slow | soak)
     need_root "scripts/test.sh (the microVM tests)"
-    packages+=(tmux iproute2 e2fsprogs)
+    packages+=(tmux e2fsprogs)
     ;;
 esac
 need_disk 10
 need_packages "${packages[@]}"
 need_rust
 need_rust_components
+addon=$top/crates/runner/mitm-addon addon_venv=
+[ "$tier" = soak ] || need_addon_venv || skip "proxy addon" "the distribution's Python is older than 3.11"
 
 if [ "$tier" != soak ] && [ ${#filters[@]} = 0 ]; then
     need_cargo_deny
@@ -138,6 +173,11 @@ if [ "$tier" != soak ] && [ ${#filters[@]} = 0 ]; then
     stage "cargo deny: bans, licences, sources" "$cargo_deny" --log-level error check --hide-inclusion-graph bans licenses sources
     advisories
     stage "clippy" cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+    if [ -n "$addon_venv" ]; then
+        stage "ruff format" in_addon ruff format --quiet --check .
+        stage "ruff" in_addon ruff check --quiet .
+        stage "mypy" in_addon mypy --no-error-summary
+    fi
 fi
 
 if [ "$tier" != lint ] && [ "$tier" != soak ]; then
@@ -145,6 +185,7 @@ if [ "$tier" != lint ] && [ "$tier" != soak ]; then
     exclude=(--exclude e2e)
     [ "$tier" = fast ] || exclude+=(--exclude sandbox-qemu)
     rust_tests "unit tests" --workspace "${exclude[@]}" --locked "${filters[@]+"${filters[@]}"}"
+    [ -z "$addon_venv" ] || addon_tests "${filters[@]+"${filters[@]}"}"
 fi
 
 # What the end-to-end tests need: the release binary and the images, in a home that each test links them from.
