@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use host::slot::{Resources, SlotId};
+use jiff::Timestamp;
 use sandbox::{EngineKind, Sandbox, Template};
 use tokio::sync::watch;
 
@@ -20,7 +21,7 @@ use crate::names::{ProfileName, RunId, RunnerName};
 use crate::provider::Provider;
 use crate::queue::{ClaimedJob, JobResult};
 use crate::resource_budget::{Budget, Lease};
-use crate::status::{Phase, Status, StatusWriter, Time};
+use crate::status::{Clock, Phase, Status, StatusWriter};
 
 /// Who this daemon is.
 #[derive(Clone, Debug)]
@@ -65,7 +66,8 @@ struct Held {
 
 pub(super) struct Owner {
     identity: Identity,
-    started_at: Time,
+    started: Instant,
+    clock: Clock,
     plan: Plan,
     pub(super) templates: BTreeMap<ProfileName, Arc<dyn Template>>,
     pub(super) shapes: BTreeMap<ProfileName, Resources>,
@@ -105,7 +107,8 @@ pub(crate) async fn run(
     let rules = rules(&parts.config, &shapes, &parts.budget);
     let mut owner = Owner {
         identity: parts.identity,
-        started_at: Time::now(),
+        started: now(),
+        clock: Clock::new(now(), Timestamp::now()),
         plan: Plan::new(rules, now()),
         templates: parts.templates,
         shapes,
@@ -386,7 +389,9 @@ impl Owner {
         });
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
+        let now = now();
+        self.clock.follow(now, Timestamp::now());
         Status {
             name: self.identity.name.clone(),
             instance: self.identity.instance.clone(),
@@ -395,13 +400,13 @@ impl Owner {
             engine: self.identity.engine,
             mode: self.plan.mode(),
             max_concurrent: self.plan.capacity(),
-            active_runs: self.plan.active_runs(),
+            active_runs: self.plan.active_runs(&self.clock),
             waiting: self.plan.waiting(),
-            idle_vms: self.plan.idle_vms(),
+            idle_vms: self.plan.idle_vms(&self.clock),
             warm: self.plan.warm_pools(),
             budget: self.plan.budget(),
-            started_at: self.started_at,
-            updated_at: Time::now(),
+            started_at: self.clock.time(self.started),
+            updated_at: self.clock.time(now),
         }
     }
 }
