@@ -20,7 +20,7 @@ use crate::executor::{self, Ended, Progress, Setting, VmSource};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::provider::Provider;
 use crate::queue::{ClaimedJob, JobResult};
-use crate::resource_budget::{Budget, Lease};
+use crate::resource_budget::{self, Budget, Lease};
 use crate::status::{Clock, Phase, Status, StatusWriter};
 
 /// Who this daemon is.
@@ -91,18 +91,15 @@ pub(crate) async fn run(
 ) -> u8 {
     let mut inbox = parts.inbox;
     let directory = Arc::new(Directory::new(parts.mailbox.clone()));
-    let shape = |template: &Arc<dyn Template>| {
-        let shape = template.shape();
-        Resources {
-            vcpu: shape.vcpu,
-            memory_mb: shape.memory_mb,
-            disk_mb: shape.disk_mb,
-        }
-    };
     let shapes: BTreeMap<ProfileName, Resources> = parts
         .templates
         .iter()
-        .map(|(name, template)| (name.clone(), shape(template)))
+        .map(|(name, template)| {
+            (
+                name.clone(),
+                resource_budget::of_vm(template.shape(), template.overhead_mb()),
+            )
+        })
         .collect();
     let rules = rules(&parts.config, &shapes, &parts.budget);
     let mut owner = Owner {
