@@ -123,7 +123,8 @@ fn a_guest_that_closes_its_control_channel_is_killed_and_its_submitter_told() {
         return;
     };
     // Root takes the driver off the device below the port: PID 1 lives, and can never answer again.
-    let prompt = "cd /sys/bus/virtio/drivers/virtio_console && ls -d virtio* | sudo tee unbind; sleep 1000";
+    let prompt =
+        "cd /sys/bus/virtio/drivers/virtio_console && ls -d virtio* | sudo tee unbind; sleep 1000";
     let begin = Instant::now();
     let outcome = host.submit(prompt).timeout_secs(170).run();
     outcome.expect_error(&["closed its control channel"]);
