@@ -27,7 +27,7 @@ mod text;
 mod wait;
 
 pub use clock::{DaemonClock, seconds_now};
-pub use host::{Host, HostBuilder};
+pub use host::{Host, HostBuilder, kept};
 pub use mounts::in_own_mounts;
 pub use process::{Proc, processes_of_uids};
 pub use queue::Job;

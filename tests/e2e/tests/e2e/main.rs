@@ -6,6 +6,8 @@ mod builds;
 mod clock;
 mod crashes;
 mod full_disk;
+mod full_image;
 mod guests;
 mod jobs;
 mod operators;
+mod terminal;
