@@ -152,7 +152,7 @@ fn exec_it_is_a_real_terminal_beside_a_sleeping_job() {
         return host.finish();
     };
     let job = host.submit("sleep 60").spawn();
-    tmux.is_a_terminal_of(&host, &job.running());
+    tmux.try_out(&host, &job.running());
     job.wait().expect_exit(0);
     host.finish();
 }

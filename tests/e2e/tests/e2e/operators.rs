@@ -136,7 +136,7 @@ fn exec_it_is_a_real_terminal_that_follows_resizes() {
         return host.finish();
     };
     let job = host.submit("sleep 1000").spawn();
-    tmux.is_a_terminal_of(&host, &job.running());
+    tmux.try_out(&host, &job.running());
     job.signal(Signal::INT);
     job.wait();
     host.finish();

@@ -53,7 +53,7 @@ impl Tmux {
     }
 
     /// Opens `exec <prefix> -it -- bash` of a run in a window, and checks that it is a terminal in every respect.
-    pub(crate) fn is_a_terminal_of(self, host: &Host, run: &str) {
+    pub(crate) fn try_out(self, host: &Host, run: &str) {
         let exec = host.runner(&["exec", &run[..8], "-it", "--", "bash"]);
         let mut line = format!(
             "VM0_RUNNER_HOME={} {}",
