@@ -66,6 +66,19 @@ need_packages() {
 # At least version $1 is $2?
 at_least() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
 
+# What https://sh.rustup.rs does, from the one host that the toolchain comes from as well.
+install_rustup() {
+    local dir status=0 url
+    url=https://static.rust-lang.org/rustup/dist/$(uname -m)-unknown-linux-gnu
+    dir=$(mktemp -d)
+    curl --proto '=https' --tlsv1.2 -sSf --retry 3 --remote-name-all --output-dir "$dir" "$url/rustup-init" "$url/rustup-init.sha256" &&
+        printf '%s  %s\n' "$(cut -d' ' -f1 "$dir/rustup-init.sha256")" "$dir/rustup-init" | sha256sum --check --quiet &&
+        chmod +x "$dir/rustup-init" &&
+        "$dir/rustup-init" -y --no-modify-path --profile minimal || status=$?
+    rm -rf "$dir"
+    return "$status"
+}
+
 # Puts a good enough Rust on PATH: what is there, what rustup updates it to, or a new one by rustup.
 need_rust() {
     local wanted have
@@ -75,7 +88,7 @@ need_rust() {
     export PATH
     if ! command -v cargo >/dev/null; then
         say "Installing Rust with rustup into ~/.cargo and ~/.rustup"
-        quietly sh -c "curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --no-modify-path --profile minimal" ||
+        quietly install_rustup ||
             die "rustup could not be installed" "install Rust $wanted or later by hand and run this again"
         hash -r
     fi

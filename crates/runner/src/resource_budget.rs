@@ -1,7 +1,7 @@
 //! Admission: how many jobs this host carries.
 //!
-//! Effective resources are the host's times `concurrency_factor`. A job takes a *firm* lease before it is claimed;
-//! warm and idle VMs hold *revocable* ones. Admission counts firm leases only, over every runner of the host (they
+//! Effective resources are the host's times `concurrency_factor`. A job takes a *firm* lease before it is claimed, of
+//! its profile's size and what the engine takes beside it ([`of_vm`]); warm and idle VMs hold *revocable* ones. Admission counts firm leases only, over every runner of the host (they
 //! are flocks, see `host::slot`), and the first job is always admitted. When firm and revocable leases together
 //! are more than the host has, the least recently used revocable ones are given up ([`to_revoke`]).
 //!
@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use host::launcher::{Launcher, LauncherError};
 use host::net::{Network, NetworkPool};
 use host::slot::{HostLimits, HostUsage, LeaseKind, Resources, SlotId, SlotRecord};
+use sandbox::Shape;
 use tokio::sync::mpsc;
 
 use crate::names::RunId;
@@ -81,6 +82,16 @@ fn cgroup_limit_mb() -> Option<u64> {
         }
     }
     tightest.map(|bytes| bytes >> 20)
+}
+
+/// What a VM takes of the host, and its job reserves: its profile's CPUs, memory and disk, and beside its memory what
+/// the engine's process may take for itself.
+pub(crate) fn of_vm(shape: Shape, overhead_mb: u64) -> Resources {
+    Resources {
+        vcpu: shape.vcpu,
+        memory_mb: shape.memory_mb.saturating_add(overhead_mb),
+        disk_mb: shape.disk_mb,
+    }
 }
 
 /// What a warm or idle VM takes: it is paused, so no CPU.
@@ -428,11 +439,13 @@ mod tests {
         memory_mb: 32 * 1024,
         disk_mb: 400 * 1024,
     };
-    const DEFAULT: Resources = Resources {
+    const DEFAULT: Shape = Shape {
         vcpu: 2,
         memory_mb: 2048,
         disk_mb: 8192,
     };
+    /// What the engine takes beside a VM's memory: under emulation, and with KVM.
+    const OVERHEADS: [u64; 2] = [160, 96];
 
     fn limits(vcpu: u32, memory_mb: u64, disk_mb: u64) -> HostLimits {
         HostLimits {
@@ -453,12 +466,41 @@ mod tests {
             (1.0, 3, 3),
             (0.01, 0, 1),
         ] {
-            let limits = effective(HOST, factor, 512, 300);
-            assert_eq!(
-                estimated_capacity(limits, [DEFAULT], cap),
-                expected,
-                "factor {factor}, max_concurrent {cap}"
-            );
+            let limits = effective(HOST, factor, 512, DEFAULT.memory_mb);
+            for overhead in OVERHEADS {
+                assert_eq!(
+                    estimated_capacity(limits, [of_vm(DEFAULT, overhead)], cap),
+                    expected,
+                    "factor {factor}, max_concurrent {cap}, overhead {overhead}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn where_memory_binds_the_engine_s_own_is_counted_for_every_vm() {
+        // (the host's MiB, the engine's for a VM, how many default VMs): 512 MiB are kept, 2048 hold the template.
+        for (memory_mb, overhead_mb, expected) in [
+            (20_224, 0, 8),
+            (20_224, 96, 8),
+            (20_224, 160, 8),
+            (20_223, 160, 7),
+            (18_944, 0, 8),
+            (18_944, 160, 7),
+            (4_768, 160, 1),
+        ] {
+            let host = HostSize {
+                vcpu: 64,
+                memory_mb,
+                disk_mb: HOST.disk_mb,
+            };
+            let limits = effective(host, 1.0, 512, DEFAULT.memory_mb);
+            let vm = of_vm(DEFAULT, overhead_mb);
+            let fit = estimated_capacity(limits, [vm], 0);
+            assert_eq!(fit, expected, "{memory_mb} MiB, {overhead_mb} each");
+            // What is promised is there: every VM at its limit, the template and the reserve fit the host.
+            let taken = u64::from(fit) * vm.memory_mb + DEFAULT.memory_mb + 512;
+            assert!(taken <= memory_mb, "{taken} of {memory_mb}");
         }
     }
 

@@ -5,7 +5,7 @@
 //! see time go forward only. The file is replaced atomically, so it is always whole.
 
 use std::io::Write;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use host::fs::{Access, Dir};
 use host::slot::{HostUsage, Resources};
@@ -110,10 +110,44 @@ pub(crate) struct BudgetStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Time(Timestamp);
 
-impl Time {
-    /// The host's clock.
-    pub(crate) fn now() -> Self {
-        Self(Timestamp::now())
+/// Turns the instants the daemon reckons with into times for people.
+///
+/// Instants never jump, the host's clock may: a time noted when something happened would be an hour off, or in the
+/// future, after such a step. So times are reckoned backwards from the clock as it is now. Small corrections of the
+/// clock are not followed, or every time in the file would change with each of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Clock {
+    instant: Instant,
+    wall: Timestamp,
+}
+
+impl Clock {
+    /// Corrections of the host's clock that are not worth following.
+    const SLACK: Duration = Duration::from_millis(500);
+
+    /// The host's clock, which shows `wall` at `now`.
+    pub(crate) fn new(now: Instant, wall: Timestamp) -> Self {
+        Self { instant: now, wall }
+    }
+
+    /// Follows the host's clock, if it has been set meanwhile.
+    pub(crate) fn follow(&mut self, now: Instant, wall: Timestamp) {
+        let off = wall.duration_since(self.time(now).0).unsigned_abs();
+        if off > Self::SLACK {
+            *self = Self::new(now, wall);
+        }
+    }
+
+    /// What the clock, as it is set now, would have shown then.
+    pub(crate) fn time(&self, at: Instant) -> Time {
+        let wall = match at.checked_duration_since(self.instant) {
+            Some(later) => self.wall.saturating_add(later),
+            None => self
+                .wall
+                .saturating_sub(self.instant.saturating_duration_since(at)),
+        };
+        // Only a span of calendar units would be refused.
+        Time(wall.unwrap_or(self.wall))
     }
 }
 
@@ -291,7 +325,7 @@ mod tests {
                 profile: "vm0/small".parse().unwrap(),
                 group: "vm0/demo".parse().unwrap(),
                 phase: Phase::Preparing,
-                phase_started_at: Time::now(),
+                phase_started_at: Time(Timestamp::UNIX_EPOCH),
             }],
             waiting,
             idle_vms: Vec::new(),
@@ -300,8 +334,8 @@ mod tests {
                 host: HostUsage::default(),
                 total: Resources::default(),
             },
-            started_at: Time::now(),
-            updated_at: Time::now(),
+            started_at: Time(Timestamp::UNIX_EPOCH),
+            updated_at: Time(Timestamp::UNIX_EPOCH),
         }
     }
 
@@ -311,6 +345,32 @@ mod tests {
         assert_eq!(time.to_string(), "2026-11-23T22:24:28.123Z");
         let whole: Time = serde_json::from_str("\"2026-11-23T22:24:28Z\"").unwrap();
         assert_eq!(whole.to_string(), "2026-11-23T22:24:28.000Z");
+    }
+
+    #[test]
+    fn what_happened_stays_as_long_ago_as_it_is_when_the_clock_is_set() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let begin = Instant::now();
+        let wall: Timestamp = "2026-11-23T12:00:00Z".parse().unwrap();
+        let mut clock = Clock::new(begin, wall);
+        let later = begin + HOUR;
+        let event = begin + HOUR / 2;
+        // A small correction is not followed: what was written once stays as it is.
+        clock.follow(later, wall + HOUR + Duration::from_millis(20));
+        assert_eq!(clock.time(event).to_string(), "2026-11-23T12:30:00.000Z");
+        assert_eq!(clock.time(later).to_string(), "2026-11-23T13:00:00.000Z");
+        for (set, then, now) in [
+            (
+                wall + HOUR * 2,
+                "2026-11-23T13:30:00.000Z",
+                "2026-11-23T14:00:00.000Z",
+            ),
+            (wall, "2026-11-23T11:30:00.000Z", "2026-11-23T12:00:00.000Z"),
+        ] {
+            clock.follow(later, set);
+            assert_eq!(clock.time(event).to_string(), then);
+            assert_eq!(clock.time(later).to_string(), now);
+        }
     }
 
     #[tokio::test]

@@ -217,7 +217,8 @@ impl Machine {
             .opt("-device", "virtio-serial-device")
             .opt(
                 "-device",
-                format!("virtserialport,chardev=agent,name={AGENT_PORT}"),
+                // With an id QEMU says when the guest opens and closes it.
+                format!("virtserialport,chardev=agent,name={AGENT_PORT},id={AGENT_PORT}"),
             );
         if start == Start::Clone {
             line.opt("-incoming", "defer");

@@ -119,8 +119,29 @@ pub(crate) enum Shutdown {
 struct Observed {
     migration: Option<Migration>,
     shutdown: Option<Shutdown>,
+    port: Port,
     /// Whether the connection is over.
     ended: bool,
+}
+
+/// The guest's end of its one virtio-serial port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Port {
+    #[default]
+    NotYetOpen,
+    Open,
+    /// Whoever opens it again is not who had it.
+    Closed,
+}
+
+impl Port {
+    fn changed(&mut self, open: bool) {
+        *self = match (*self, open) {
+            (Port::NotYetOpen, true) => Port::Open,
+            // QEMU sends at most one such event a second, with the newest state: a second "open" hides a "closed".
+            _ => Port::Closed,
+        };
+    }
 }
 
 #[derive(Serialize)]
@@ -297,6 +318,16 @@ impl Qmp {
         }
     }
 
+    /// Resolves to true when the guest has closed its port, and to false when the connection has ended before that.
+    pub(crate) fn port_closed(&self) -> impl Future<Output = bool> + Send + use<> {
+        let mut observed = self.observed.clone();
+        async move {
+            let over = |seen: &Observed| seen.port == Port::Closed || seen.ended;
+            let seen = observed.wait_for(over).await;
+            seen.is_ok_and(|seen| seen.port == Port::Closed)
+        }
+    }
+
     /// Why QEMU said it was shutting down, once the connection has ended; waits `grace` for what is still in it.
     pub(crate) async fn last_words(&mut self, grace: Duration) -> Option<Shutdown> {
         let _ = tokio::time::timeout(grace, self.observed.wait_for(|seen| seen.ended)).await;
@@ -349,6 +380,10 @@ fn note(seen: &mut Observed, event: &str, data: &Value) {
             "failed" | "cancelled" => seen.migration = Some(Migration::Failed),
             _ => {}
         },
+        "VSERPORT_CHANGE" => {
+            let open = data.get("open").and_then(Value::as_bool);
+            seen.port.changed(open.unwrap_or_default());
+        }
         "SHUTDOWN" => {
             seen.shutdown = Some(match text("reason") {
                 "guest-shutdown" => Shutdown::GuestPoweredOff,
@@ -469,6 +504,28 @@ mod tests {
             qmp.last_words(Duration::from_secs(5)).await,
             Some(Shutdown::GuestReset)
         );
+    }
+
+    #[tokio::test]
+    async fn a_port_closed_by_the_guest_is_told_also_when_it_is_open_again() {
+        let change = |open: &str| {
+            format!(r#"{{"event":"VSERPORT_CHANGE","data":{{"open":{open},"id":"agent"}}}}"#)
+        };
+        for (events, closed) in [
+            (vec!["true"], false),
+            (vec!["true", "false"], true),
+            (vec!["true", "true"], true),
+        ] {
+            let mut answer = r#"{"return":{},"id":1}"#.to_owned();
+            for open in &events {
+                answer += "\n";
+                answer += &change(open);
+            }
+            let (qmp, qemu) = with(&[&answer]).await;
+            let told = qmp.unwrap().port_closed();
+            qemu.await.unwrap();
+            assert_eq!(told.await, closed, "{events:?}");
+        }
     }
 
     #[tokio::test]

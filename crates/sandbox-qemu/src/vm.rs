@@ -288,9 +288,10 @@ impl Starting {
             qmp.run(Command::Cont).await.map_err(qmp_error("resume"))?;
             self.done("resume");
         }
+        let stream = self.agent.take().ok_or_else(used_twice)?;
+        follow_port(&qmp, &stream).map_err(io_error("watch the guest's port"))?;
         self.vm.qmp = Some(qmp);
         self.step = "handshake";
-        let stream = self.agent.take().ok_or_else(used_twice)?;
         // The limit around all of this is the one that counts.
         let client = Client::connect(stream, Duration::MAX).await?;
         self.done("handshake");
@@ -299,6 +300,20 @@ impl Starting {
         self.done("mount");
         Ok(client)
     }
+}
+
+/// QEMU keeps its end of the control channel open when the guest has closed the port: nobody would ever answer. This
+/// ends the channel as if it had not.
+fn follow_port(qmp: &Qmp, channel: &UnixStream) -> std::io::Result<()> {
+    let channel = channel.as_fd().try_clone_to_owned()?;
+    let closed = qmp.port_closed();
+    tokio::spawn(async move {
+        if closed.await {
+            // It may have ended meanwhile, which is the aim.
+            let _ = rustix::net::shutdown(&channel, rustix::net::Shutdown::Both);
+        }
+    });
+    Ok(())
 }
 
 fn used_twice() -> SandboxError {

@@ -45,6 +45,13 @@ fn images() -> PathBuf {
     std::env::var_os("VM0_TEST_IMAGES").map_or_else(|| target().join("test-home"), PathBuf::from)
 }
 
+/// Where a test leaves a file for a person to look at.
+pub fn kept(name: &str) -> PathBuf {
+    let directory = target().join("test-kept");
+    fs::create_dir_all(&directory).expect("the target directory can be written");
+    directory.join(name)
+}
+
 /// Hashes of a profile's image, as `runner build --dry-run` prints them; `None` when it is not built.
 fn hashes(profile: &str) -> Option<(String, String)> {
     let output = Command::new(binary())

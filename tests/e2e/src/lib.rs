@@ -15,6 +15,7 @@
 //! Nothing here sleeps for a fixed time: waits end with the event, and deadlines are for hangs only.
 
 mod audit;
+mod clock;
 mod host;
 mod mounts;
 mod process;
@@ -25,7 +26,8 @@ mod submit;
 mod text;
 mod wait;
 
-pub use host::{Host, HostBuilder};
+pub use clock::{DaemonClock, seconds_now};
+pub use host::{Host, HostBuilder, kept};
 pub use mounts::in_own_mounts;
 pub use process::{Proc, processes_of_uids};
 pub use queue::Job;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use host::slot::{Resources, SlotId};
+use jiff::Timestamp;
 use sandbox::{EngineKind, Sandbox, Template};
 use tokio::sync::watch;
 
@@ -19,8 +20,8 @@ use crate::executor::{self, Ended, Progress, Setting, VmSource};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::provider::Provider;
 use crate::queue::{ClaimedJob, JobResult};
-use crate::resource_budget::{Budget, Lease};
-use crate::status::{Phase, Status, StatusWriter, Time};
+use crate::resource_budget::{self, Budget, Lease};
+use crate::status::{Clock, Phase, Status, StatusWriter};
 
 /// Who this daemon is.
 #[derive(Clone, Debug)]
@@ -65,7 +66,8 @@ struct Held {
 
 pub(super) struct Owner {
     identity: Identity,
-    started_at: Time,
+    started: Instant,
+    clock: Clock,
     plan: Plan,
     pub(super) templates: BTreeMap<ProfileName, Arc<dyn Template>>,
     pub(super) shapes: BTreeMap<ProfileName, Resources>,
@@ -89,23 +91,21 @@ pub(crate) async fn run(
 ) -> u8 {
     let mut inbox = parts.inbox;
     let directory = Arc::new(Directory::new(parts.mailbox.clone()));
-    let shape = |template: &Arc<dyn Template>| {
-        let shape = template.shape();
-        Resources {
-            vcpu: shape.vcpu,
-            memory_mb: shape.memory_mb,
-            disk_mb: shape.disk_mb,
-        }
-    };
     let shapes: BTreeMap<ProfileName, Resources> = parts
         .templates
         .iter()
-        .map(|(name, template)| (name.clone(), shape(template)))
+        .map(|(name, template)| {
+            (
+                name.clone(),
+                resource_budget::of_vm(template.shape(), template.overhead_mb()),
+            )
+        })
         .collect();
     let rules = rules(&parts.config, &shapes, &parts.budget);
     let mut owner = Owner {
         identity: parts.identity,
-        started_at: Time::now(),
+        started: now(),
+        clock: Clock::new(now(), Timestamp::now()),
         plan: Plan::new(rules, now()),
         templates: parts.templates,
         shapes,
@@ -392,7 +392,9 @@ impl Owner {
         });
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
+        let now = now();
+        self.clock.follow(now, Timestamp::now());
         Status {
             name: self.identity.name.clone(),
             instance: self.identity.instance.clone(),
@@ -401,13 +403,13 @@ impl Owner {
             engine: self.identity.engine,
             mode: self.plan.mode(),
             max_concurrent: self.plan.capacity(),
-            active_runs: self.plan.active_runs(),
+            active_runs: self.plan.active_runs(&self.clock),
             waiting: self.plan.waiting(),
-            idle_vms: self.plan.idle_vms(),
+            idle_vms: self.plan.idle_vms(&self.clock),
             warm: self.plan.warm_pools(),
             budget: self.plan.budget(),
-            started_at: self.started_at,
-            updated_at: Time::now(),
+            started_at: self.clock.time(self.started),
+            updated_at: self.clock.time(now),
         }
     }
 }

@@ -1,11 +1,10 @@
 //! Jobs that were found and are not admitted yet, and which of them is next.
 //!
-//! Oldest first. A job that does not fit may be overtaken by ones that need less, so that a host is not idle behind a
+//! In the order in which they were found, which no clock has a say in. A job that does not fit may be overtaken by ones that need less, so that a host is not idle behind a
 //! giant; but only [`MAX_OVERTAKES`] times: then everybody behind waits until it fits, which it does at the latest
 //! when the host is empty (the first job is always admitted).
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::time::SystemTime;
 
 use crate::names::{ProfileName, RunId};
 use crate::queue::JobHead;
@@ -24,8 +23,10 @@ struct Entry {
 /// The waiting jobs.
 #[derive(Debug, Default)]
 pub(super) struct Waiting {
-    jobs: BTreeMap<(SystemTime, RunId), Entry>,
-    keys: HashMap<RunId, SystemTime>,
+    jobs: BTreeMap<u64, Entry>,
+    keys: HashMap<RunId, u64>,
+    /// How many there have ever been.
+    found: u64,
 }
 
 impl Waiting {
@@ -34,20 +35,20 @@ impl Waiting {
         if self.keys.contains_key(&head.run_id) {
             return;
         }
-        self.keys.insert(head.run_id, head.submitted);
+        self.found = self.found.saturating_add(1);
+        self.keys.insert(head.run_id, self.found);
         let entry = Entry {
             blocked: false,
             overtaken: 0,
             head,
         };
-        self.jobs
-            .insert((entry.head.submitted, entry.head.run_id), entry);
+        self.jobs.insert(self.found, entry);
     }
 
     /// Forgets a job.
     pub(super) fn remove(&mut self, id: RunId) -> Option<JobHead> {
-        let submitted = self.keys.remove(&id)?;
-        Some(self.jobs.remove(&(submitted, id))?.head)
+        let place = self.keys.remove(&id)?;
+        Some(self.jobs.remove(&place)?.head)
     }
 
     /// Those that may be admitted now, in the order in which they should be tried.
@@ -69,8 +70,8 @@ impl Waiting {
 
     /// It was tried and did not fit.
     pub(super) fn block(&mut self, id: RunId) {
-        if let Some(submitted) = self.keys.get(&id)
-            && let Some(entry) = self.jobs.get_mut(&(*submitted, id))
+        if let Some(place) = self.keys.get(&id)
+            && let Some(entry) = self.jobs.get_mut(place)
         {
             entry.blocked = true;
         }
@@ -78,8 +79,8 @@ impl Waiting {
 
     /// It was admitted: takes it out, and counts against those it overtook.
     pub(super) fn admit(&mut self, id: RunId) -> Option<JobHead> {
-        let submitted = *self.keys.get(&id)?;
-        for (_, older) in self.jobs.range_mut(..(submitted, id)) {
+        let place = *self.keys.get(&id)?;
+        for (_, older) in self.jobs.range_mut(..place) {
             older.overtaken = older.overtaken.saturating_add(1);
         }
         self.remove(id)
@@ -116,7 +117,7 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use std::time::{Duration, SystemTime};
 
     fn head(profile: &str, second: u64) -> JobHead {
         JobHead {
@@ -134,16 +135,17 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_is_next_whatever_order_they_came_in() {
+    fn who_was_found_first_is_next_whatever_the_clock_said() {
         let mut waiting = Waiting::default();
-        let (old, young) = (head("vm0/small", 1), head("vm0/small", 2));
-        waiting.add(young.clone());
-        waiting.add(old.clone());
-        waiting.add(old.clone());
+        // Between the two the host's clock was set back, or somebody gave his job an old date.
+        let (first_found, second_found) = (head("vm0/small", 3600), head("vm0/small", 2));
+        waiting.add(first_found.clone());
+        waiting.add(second_found.clone());
+        waiting.add(first_found.clone());
         assert_eq!(waiting.len(), 2);
-        assert_eq!(first(&waiting).unwrap(), old.run_id);
-        waiting.admit(old.run_id).unwrap();
-        assert_eq!(first(&waiting).unwrap(), young.run_id);
+        assert_eq!(first(&waiting).unwrap(), first_found.run_id);
+        waiting.admit(first_found.run_id).unwrap();
+        assert_eq!(first(&waiting).unwrap(), second_found.run_id);
     }
 
     #[test]

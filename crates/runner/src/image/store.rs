@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use host::fs::{Access, Dir, Lock, LockKind};
-use sandbox::{ImageFiles, Shape, SnapshotOutcome};
+use sandbox::{ImageFiles, SandboxError, Shape, SnapshotOutcome};
 use sandbox_qemu::Accel;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -230,7 +230,7 @@ impl Store {
             return Ok(());
         }
         Err(ImageError::DiskFull {
-            path: self.path(Path::new("")),
+            path: self.home.at(Path::new(IMAGES)),
             free_mb,
             need_mb,
         })
@@ -244,13 +244,16 @@ impl Store {
                 .any(|line| line.contains("No space left on device")),
             ImageError::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
             ImageError::Fs(error) => error.kind() == Some(std::io::ErrorKind::StorageFull),
+            ImageError::Sandbox(SandboxError::Io { source, .. }) => {
+                source.kind() == std::io::ErrorKind::StorageFull
+            }
             _ => false,
         };
         if !full {
             return error;
         }
         ImageError::DiskFull {
-            path: self.path(Path::new("")),
+            path: self.home.at(Path::new(IMAGES)),
             free_mb: self.free_mb(),
             need_mb,
         }
@@ -258,7 +261,7 @@ impl Store {
 
     /// Free space of the file system that holds the images, MiB.
     fn free_mb(&self) -> u64 {
-        rustix::fs::statvfs(self.path(Path::new("")))
+        rustix::fs::statvfs(self.home.at(Path::new(IMAGES)))
             .map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >> 20)
             .unwrap_or(u64::MAX)
     }
@@ -501,15 +504,21 @@ mod tests {
             store.require_space(u64::MAX),
             Err(ImageError::DiskFull { .. })
         ));
-        let error = ImageError::Tool {
+        let tool = ImageError::Tool {
             what: "packing".to_owned(),
             status: "exit status: 1".to_owned(),
             last: vec!["write error: No space left on device".to_owned()],
         };
-        assert!(matches!(
-            store.explain(error, 1),
-            ImageError::DiskFull { .. }
-        ));
+        let engine = ImageError::Sandbox(SandboxError::Io {
+            action: "save the guest's memory".to_owned(),
+            source: std::io::ErrorKind::StorageFull.into(),
+        });
+        for error in [tool, engine] {
+            assert!(matches!(
+                store.explain(error, 1),
+                ImageError::DiskFull { .. }
+            ));
+        }
     }
 
     fn abandoned_in(home: &Path) -> usize {

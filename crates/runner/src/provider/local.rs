@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use host::fs::Dir;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -19,12 +19,14 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use super::{Provider, ProviderEvent};
 use crate::names::{ProfileName, RunId};
 use crate::queue::{
-    Change, Claim, JobResult, LiveRunner, Look, QueueError, RunnerQueue, Scan, Watch,
+    Change, Claim, FirstSeen, JobResult, LiveRunner, Look, QueueError, RunnerQueue, Scan, Watch,
 };
 
 /// How often the directory is looked through whatever inotify says.
 const SLOW_SCAN: Duration = Duration::from_secs(5);
-/// When to look again at a file that may still be being written.
+/// A malformed file that nobody declared finished may still be being written while it has not been the same for this long.
+const STILL_BEING_WRITTEN: Duration = Duration::from_secs(2);
+/// When to look again at such a file.
 const LOOK_AGAIN: Duration = Duration::from_millis(2100);
 /// How often an answer that could not be written (a full disk) is tried again.
 const RETRY_ANSWER: Duration = Duration::from_secs(1);
@@ -74,6 +76,8 @@ impl LocalProvider {
             claimed: HashMap::new(),
             unwritten: Vec::new(),
             nameless: HashSet::new(),
+            unfinished: FirstSeen::default(),
+            markers: FirstSeen::default(),
             next_scan: Instant::now(),
             next_expire: Instant::now(),
         };
@@ -139,6 +143,10 @@ struct Worker {
     unwritten: Vec<(JobResult, bool)>,
     /// Names that were complained about already.
     nameless: HashSet<OsString>,
+    /// Malformed files that somebody may still be writing.
+    unfinished: FirstSeen<SystemTime>,
+    /// Cancel markers without a job.
+    markers: FirstSeen<()>,
     next_scan: Instant,
     next_expire: Instant,
 }
@@ -233,6 +241,7 @@ impl Worker {
         match self.queue.scan() {
             Ok(scan) => {
                 let there: HashSet<RunId> = scan.jobs.iter().copied().collect();
+                self.unfinished.keep(|id| there.contains(&id));
                 let lost: Vec<RunId> = self
                     .offered
                     .keys()
@@ -259,7 +268,7 @@ impl Worker {
         }
         if Instant::now() >= self.next_expire {
             self.next_expire = Instant::now() + EXPIRE;
-            if let Err(error) = self.queue.expire() {
+            if let Err(error) = self.queue.expire(&mut self.markers) {
                 tracing::warn!(%error, "cannot remove old answers");
             }
         }
@@ -272,11 +281,15 @@ impl Worker {
         }
         match self.queue.look(id, finished) {
             Look::NotOurs => {}
-            Look::Unfinished => self.next_scan = self.next_scan.min(Instant::now() + LOOK_AGAIN),
-            Look::Bad(reason) => {
-                tracing::info!(run = %id, reason, "refused a job");
-                self.claim_and_answer(&JobResult::failed(id, 1, &reason));
+            Look::Unfinished { reason, stamp } => {
+                let now = Instant::now();
+                if self.unfinished.age(id, stamp, now) < STILL_BEING_WRITTEN {
+                    self.next_scan = self.next_scan.min(now + LOOK_AGAIN);
+                } else {
+                    self.refuse(id, &reason);
+                }
             }
+            Look::Bad(reason) => self.refuse(id, &reason),
             Look::Fresh(head) if self.queue.is_cancelled(id, head.submitter) => {
                 self.claim_and_answer(&JobResult::cancelled(id));
             }
@@ -298,6 +311,11 @@ impl Worker {
                 Err(error) => tracing::warn!(%error, "cannot tell which runners are alive"),
             },
         }
+    }
+
+    fn refuse(&mut self, id: RunId, reason: &str) {
+        tracing::info!(run = %id, reason, "refused a job");
+        self.claim_and_answer(&JobResult::failed(id, 1, reason));
     }
 
     /// Deals with a cancel marker.

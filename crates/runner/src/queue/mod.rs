@@ -10,6 +10,7 @@
 //! Whatever is killed between two steps, the next runner that looks finishes the story: a job without a claim is
 //! new, a claim whose owner is dead is answered, a claim whose result is there is only cleaned up.
 
+mod first_seen;
 mod group;
 mod job;
 mod network;
@@ -18,6 +19,7 @@ mod result;
 mod runner;
 mod watch;
 
+pub(crate) use first_seen::FirstSeen;
 pub(crate) use group::{GroupQueue, JobState, Listed, QueueError};
 pub(crate) use job::{Job, JobFields, MAX_PROMPT_BYTES, MAX_STRING_BYTES, is_reserved};
 pub(crate) use network::{

@@ -4,11 +4,12 @@ use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use host::fs::{Access, Dir, FsError, LockKind};
 use serde::{Deserialize, Serialize};
 
+use super::first_seen::FirstSeen;
 use super::group::{
     CLAIMS, GroupQueue, QueueError, QueueFile, RESULTS, RUNNERS, cancel_name, claim_name,
     collected_name, job_name, result_name,
@@ -19,9 +20,7 @@ use super::result::JobResult;
 use super::watch::Watch;
 use crate::names::{ProfileName, RunId, SessionId};
 
-/// A malformed file that nobody declared finished may still be being written for this long.
-const STILL_BEING_WRITTEN: Duration = Duration::from_secs(2);
-/// Results that nobody fetched are removed after this long.
+/// Results that nobody fetched are removed after this long, by the host's clock: they outlive runners.
 const RESULT_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Cancel markers without a job are removed after this long: they may be early, not lost.
 const MARKER_LIFE: Duration = Duration::from_secs(60);
@@ -80,8 +79,13 @@ pub(crate) enum Look {
     NotOurs,
     /// It can never become a job: answer it with this.
     Bad(String),
-    /// It makes no sense yet, but is so young that somebody may still be writing it.
-    Unfinished,
+    /// It makes no sense, but somebody may still be writing it: if it does not change, it is bad for this reason.
+    Unfinished {
+        /// What is wrong with it.
+        reason: String,
+        /// What changes when somebody writes to it.
+        stamp: SystemTime,
+    },
 }
 
 /// A job that is ours.
@@ -162,12 +166,16 @@ impl RunnerQueue {
         Ok(watch)
     }
 
-    /// Lists the directory.
+    /// Lists the directory, jobs in the order in which they were submitted.
     pub(crate) fn scan(&self) -> Result<Scan, QueueError> {
         let mut scan = Scan::default();
         for entry in self.group.dir.list()? {
             scan.add(entry.name);
         }
+        scan.jobs.sort_by_cached_key(|id| {
+            let meta = self.group.dir.metadata(job_name(*id)).ok().flatten();
+            (meta.and_then(|meta| meta.modified().ok()), *id)
+        });
         Ok(scan)
     }
 
@@ -183,7 +191,10 @@ impl RunnerQueue {
             ReadJob::Good(read) => {
                 Look::Fresh(JobHead::of(&read.job, read.submitter, read.submitted))
             }
-            ReadJob::Bad { modified, .. } if !finished && is_young(modified) => Look::Unfinished,
+            ReadJob::Bad {
+                reason,
+                modified: Some(stamp),
+            } if !finished => Look::Unfinished { reason, stamp },
             ReadJob::Bad { reason, .. } => Look::Bad(reason),
         }
     }
@@ -350,20 +361,20 @@ impl RunnerQueue {
     }
 
     /// Removes answers that nobody fetched and markers that nothing belongs to.
-    pub(crate) fn expire(&self) -> Result<(), QueueError> {
+    pub(crate) fn expire(&self, markers: &mut FirstSeen<()>) -> Result<(), QueueError> {
         for entry in self.results.list()? {
             if is_older(&self.results, &entry.name, RESULT_LIFE) {
                 self.results.remove_tree(&entry.name)?;
             }
         }
-        for entry in self.group.dir.list()? {
-            let Some(QueueFile::Cancel(id)) = QueueFile::parse(&entry.name) else {
-                continue;
-            };
-            if is_older(&self.group.dir, &entry.name, MARKER_LIFE)
-                && self.group.dir.metadata(job_name(id))?.is_none()
-            {
-                self.group.dir.remove_tree(&entry.name)?;
+        let cancels: HashSet<RunId> = self.scan()?.cancels.into_iter().collect();
+        markers.keep(|id| cancels.contains(&id));
+        let now = Instant::now();
+        for id in cancels {
+            if self.group.dir.metadata(job_name(id))?.is_some() {
+                markers.forget(id);
+            } else if markers.age(id, (), now) >= MARKER_LIFE {
+                self.group.dir.remove_tree(cancel_name(id))?;
             }
         }
         Ok(())
@@ -486,13 +497,6 @@ fn own_or_replace(group: &GroupQueue, name: &str) -> Result<Dir, QueueError> {
         }
     }
     Ok(group.dir.create_new_dir(name, 0o755)?)
-}
-
-fn is_young(modified: Option<SystemTime>) -> bool {
-    // A time in the future counts as old: it must not keep the file from being answered.
-    modified
-        .and_then(|at| at.elapsed().ok())
-        .is_some_and(|age| age < STILL_BEING_WRITTEN)
 }
 
 fn is_older(dir: &Dir, name: &OsStr, limit: Duration) -> bool {

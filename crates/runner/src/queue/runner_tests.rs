@@ -173,23 +173,59 @@ fn files_that_can_never_be_jobs_are_answered_with_the_reason() {
 }
 
 #[test]
-fn a_young_file_that_nobody_called_finished_is_left_alone_for_a_moment() {
+fn a_file_that_makes_no_sense_is_bad_once_it_is_finished_whatever_its_time_says() {
     let group = Group::new();
     let runner = group.runner();
     let id = RunId::random();
     std::fs::write(group.path(job_name(id)), b"{\"run_id\":").unwrap();
-    assert!(matches!(runner.look(id, false), Look::Unfinished));
-    assert!(matches!(runner.look(id, true), Look::Bad(_)));
-    let old = SystemTime::now() - Duration::from_secs(10);
     let file = std::fs::File::options()
         .append(true)
         .open(group.path(job_name(id)))
         .unwrap();
-    file.set_modified(old).unwrap();
-    assert!(matches!(runner.look(id, false), Look::Bad(_)));
-    file.set_modified(SystemTime::now() + Duration::from_secs(3600))
+    let hour = Duration::from_secs(3600);
+    for time in [SystemTime::now() - hour, SystemTime::now() + hour] {
+        file.set_modified(time).unwrap();
+        let Look::Unfinished { stamp, .. } = runner.look(id, false) else {
+            panic!("it may still be being written");
+        };
+        assert_eq!(stamp, time);
+        assert!(matches!(runner.look(id, true), Look::Bad(_)));
+    }
+}
+
+#[test]
+fn a_scan_gives_jobs_in_the_order_of_their_submission() {
+    let group = Group::new();
+    let runner = group.runner();
+    let ids: Vec<RunId> = (0..20).map(|_| group.submit()).collect();
+    for (second, id) in (0..).zip(&ids) {
+        let file = std::fs::File::options()
+            .append(true)
+            .open(group.path(job_name(*id)))
+            .unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(second))
+            .unwrap();
+    }
+    assert_eq!(runner.scan().unwrap().jobs, ids);
+}
+
+#[test]
+fn a_cancel_marker_without_a_job_may_be_early_and_is_kept_a_while() {
+    let group = Group::new();
+    let runner = group.runner();
+    let id = RunId::random();
+    group.submitter().cancel(id).unwrap();
+    let marker = std::fs::File::options()
+        .append(true)
+        .open(group.path(cancel_name(id)))
         .unwrap();
-    assert!(matches!(runner.look(id, false), Look::Bad(_)));
+    let mut markers = FirstSeen::default();
+    // The clock was set: the marker looks a day old and is not.
+    marker
+        .set_modified(SystemTime::now() - Duration::from_secs(86_400))
+        .unwrap();
+    runner.expire(&mut markers).unwrap();
+    assert!(runner.is_cancelled(id, rustix::process::geteuid().as_raw()));
 }
 
 #[test]

@@ -203,6 +203,72 @@ fn a_damaged_image_is_refused_and_built_anew() {
     host.finish();
 }
 
+/// A home on a file system with this much room, MiB, in a mount namespace of the test's own; without the image.
+fn little_room(room_mb: u64) -> Option<Builder> {
+    e2e::in_own_mounts("builds")?;
+    let host = Host::new().own_file_system(room_mb).prepare()?;
+    let arguments = ["build", "--profile", "vm0/small"]
+        .map(str::to_owned)
+        .to_vec();
+    let builder = Builder { host, arguments };
+    fs::remove_dir_all(builder.image()).expect("the image is there");
+    Some(builder)
+}
+
+impl Builder {
+    /// The build failed for want of room, says where and what to do, and left nothing.
+    fn failed_for_room(&self, (status, said): (ExitStatus, String)) {
+        assert_eq!(status.code(), Some(1), "{said}");
+        let images = self.host.home().join("images");
+        let place = format!("not enough disk space in {}", images.display());
+        for wanted in [place.as_str(), "hint: ", "--home DIR"] {
+            assert!(said.contains(wanted), "{wanted:?} in {said}");
+        }
+        assert_eq!(self.staging(), Vec::<String>::new());
+        assert!(!self.image().exists());
+        assert!(
+            self.doctor().contains("PASS  leftovers"),
+            "{}",
+            self.doctor()
+        );
+    }
+}
+
+#[test]
+fn a_build_without_room_is_refused_at_once() {
+    let Some(builder) = little_room(300) else {
+        return;
+    };
+    builder.failed_for_room(builder.start().ends());
+    builder.host.finish();
+}
+
+#[test]
+fn a_build_whose_disk_fills_up_says_so_and_the_next_one_begins_anew() {
+    let Some(builder) = little_room(1300) else {
+        return;
+    };
+    let mut build = builder.start();
+    build.stderr.wait_for("installing packages …", LONG);
+    let filler = builder.host.fill_disk(0);
+    builder.failed_for_room(build.ends());
+
+    fs::remove_file(filler).expect("our file");
+    let mut build = builder.start();
+    if std::env::var_os("VM0_TEST_SLOW").is_some() {
+        let (status, said) = build.ends();
+        assert!(status.success(), "{said}");
+        assert!(builder.host.try_start_runner());
+        builder.host.submit("true").run().expect_exit(0);
+    } else {
+        build.stderr.wait_for("fetching the kernel …", LONG);
+        build.process().signal(Signal::INT);
+        build.ends();
+    }
+    assert_eq!(builder.staging(), Vec::<String>::new());
+    builder.host.finish();
+}
+
 #[test]
 fn a_build_killed_at_any_step_leaves_nothing_that_the_next_one_trusts() {
     if std::env::var_os("VM0_TEST_SLOW").is_none() {

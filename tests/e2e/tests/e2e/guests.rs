@@ -1,6 +1,8 @@
 //! What a hostile guest can do: end its own job.
 
-use e2e::Host;
+use std::time::Instant;
+
+use e2e::{Host, LONG, eventually};
 
 /// The next job runs, and everything ends clean.
 fn still_works(host: Host) {
@@ -112,6 +114,25 @@ fn garbage_on_the_control_channel_harms_only_the_guest_that_sent_it() {
                   sudo timeout 5 sh -c \"head -c 1000000 /dev/urandom > $port\"; done; exit 5";
     let outcome = host.submit(prompt).timeout_secs(60).run();
     assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
+    still_works(host);
+}
+
+#[test]
+fn a_guest_that_closes_its_control_channel_is_killed_and_its_submitter_told() {
+    let Some(host) = Host::new().start() else {
+        return;
+    };
+    // Root takes the driver off the device below the port: PID 1 lives, and can never answer again.
+    let prompt =
+        "cd /sys/bus/virtio/drivers/virtio_console && ls -d virtio* | sudo tee unbind; sleep 1000";
+    let begin = Instant::now();
+    let outcome = host.submit(prompt).timeout_secs(170).run();
+    outcome.expect_error(&["closed its control channel"]);
+    assert!(
+        begin.elapsed() < LONG / 2,
+        "told by the job's timeout only: {outcome:?}"
+    );
+    eventually("the VM is gone", LONG, || host.vms().is_empty());
     still_works(host);
 }
 

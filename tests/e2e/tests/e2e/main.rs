@@ -3,8 +3,11 @@
 mod bad_jobs;
 mod budget;
 mod builds;
+mod clock;
 mod crashes;
 mod full_disk;
+mod full_image;
 mod guests;
 mod jobs;
 mod operators;
+mod terminal;

@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::io::Write;
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 
-use e2e::{Host, LONG, eventually};
+use e2e::Host;
 use rustix::process::Signal;
+
+use crate::terminal::Tmux;
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -125,91 +127,16 @@ fn collected_files_are_there_when_submit_ends() {
     host.finish();
 }
 
-/// A tmux server of this test's own. Dropping it ends it and what runs in it.
-struct Tmux {
-    socket: tempfile::TempDir,
-}
-
-impl Tmux {
-    fn run(&self, args: &[&str]) -> Output {
-        Command::new("tmux")
-            .arg("-S")
-            .arg(self.socket.path().join("s"))
-            .args(args)
-            .output()
-            .unwrap()
-    }
-
-    fn screen(&self) -> String {
-        ok(self.run(&["capture-pane", "-p"]))
-    }
-
-    fn shows(&self, wanted: &str) {
-        eventually(
-            &format!("{wanted:?} on the screen:\n{}", self.screen()),
-            LONG,
-            || self.screen().contains(wanted),
-        );
-    }
-}
-
-impl Drop for Tmux {
-    fn drop(&mut self) {
-        self.run(&["kill-server"]);
-    }
-}
-
 #[test]
 fn exec_it_is_a_real_terminal_that_follows_resizes() {
     let Some(host) = Host::new().start() else {
         return;
     };
-    if Command::new("tmux").arg("-V").output().is_err() {
-        e2e::skip("it needs tmux");
+    let Some(tmux) = Tmux::new() else {
         return host.finish();
-    }
-    let job = host.submit("sleep 1000").spawn();
-    let run = job.running();
-    let tmux = Tmux {
-        socket: tempfile::tempdir().unwrap(),
     };
-    let exec = host.runner(&["exec", &run, "-it", "--", "bash"]);
-    let mut line = format!(
-        "VM0_RUNNER_HOME={} {}",
-        host.home().display(),
-        exec.get_program().display()
-    );
-    for argument in exec.get_args() {
-        line += &format!(" {}", argument.display());
-    }
-    ok(tmux.run(&[
-        "-f",
-        "/dev/null",
-        "new-session",
-        "-d",
-        "-x",
-        "90",
-        "-y",
-        "30",
-        &line,
-    ]));
-    tmux.shows("$");
-    ok(tmux.run(&["send-keys", "tty && echo size=$(stty size)", "Enter"]));
-    tmux.shows("size=30 90");
-    tmux.shows("/dev/pts/");
-    ok(tmux.run(&["resize-window", "-x", "111", "-y", "40"]));
-    ok(tmux.run(&["send-keys", "clear; echo now=$(stty size)", "Enter"]));
-    tmux.shows("now=40 111");
-    // Ctrl-C reaches the guest's program, not the command.
-    // Only once that program has the terminal: a terminal that is signalled forgets what is typed and printed.
-    let program = "(echo begun=$((20 + 2)); exec sleep 500)";
-    ok(tmux.run(&["send-keys", program, "Enter"]));
-    tmux.shows("begun=22");
-    ok(tmux.run(&["send-keys", "C-c"]));
-    ok(tmux.run(&["send-keys", "echo still=$((40 + 2))", "Enter"]));
-    tmux.shows("still=42");
-    ok(tmux.run(&["send-keys", "exit", "Enter"]));
-    drop(tmux);
+    let job = host.submit("sleep 1000").spawn();
+    tmux.try_out(&host, &job.running());
     job.signal(Signal::INT);
     job.wait();
     host.finish();

@@ -29,7 +29,7 @@ use crate::config::WarmConfig;
 use crate::names::{GroupName, ProfileName, RunId, SessionId};
 use crate::pool::Pool;
 use crate::queue::{ClaimedJob, JobHead, JobResult};
-use crate::status::{Mode, Phase, Time};
+use crate::status::{Mode, Phase};
 
 /// A pool is not refilled while jobs that started just now are likely to be still starting: the CPU is worth more to
 /// them. This long for as many of them as there are CPUs, twice as long for twice as many.
@@ -95,7 +95,6 @@ struct Vm {
     state: VmState,
     /// Since when it is in this state: the least recently used go first.
     since: Instant,
-    since_time: Time,
 }
 
 /// A VM that was set aside for a job.
@@ -135,7 +134,7 @@ struct Run {
     /// VMs that have to be reaped before its own is made.
     evicting: BTreeSet<SlotId>,
     phase: Phase,
-    phase_since: Time,
+    phase_since: Instant,
     started: Instant,
     admitted_at: u64,
 }
@@ -209,12 +208,12 @@ impl Plan {
                 if let Some(run) = self.runs.get_mut(&run)
                     && matches!(run.stage, Stage::Executing)
                 {
-                    run.enter(phase);
+                    run.enter(phase, now);
                 }
             }
-            Event::Ended { result, reusable } => self.on_ended(result, reusable),
+            Event::Ended { result, reusable } => self.on_ended(result, reusable, now),
             Event::Completed(run) => self.on_completed(run, now),
-            Event::Cancel(run) => self.cancel(run, CancelReason::User),
+            Event::Cancel(run) => self.cancel(run, CancelReason::User, now),
             Event::Warmed { profile, outcome } => self.on_warmed(profile, outcome, now),
             Event::Parked { slot, parked } => self.on_parked(slot, parked, now),
             Event::Demoted { slot } => self.on_demoted(slot, now),
@@ -238,7 +237,9 @@ impl Plan {
             Event::Drain if self.mode == Mode::Running => self.mode = Mode::Draining,
             Event::Resume if self.mode == Mode::Draining => self.mode = Mode::Running,
             Event::Drain | Event::Resume => {}
-            Event::Stop if self.mode == Mode::Stopping => self.cancel_all(CancelReason::Stopping),
+            Event::Stop if self.mode == Mode::Stopping => {
+                self.cancel_all(CancelReason::Stopping, now)
+            }
             Event::Stop => {
                 self.mode = Mode::Stopping;
                 self.stop_at = Some(now + self.rules.stop_timeout);
@@ -257,7 +258,7 @@ impl Plan {
         }
         if self.stop_at.is_some_and(|at| at <= now) {
             self.stop_at = None;
-            self.cancel_all(CancelReason::Stopping);
+            self.cancel_all(CancelReason::Stopping, now);
         }
         let timeout = self.rules.idle_timeout;
         let running = self.mode == Mode::Running;
@@ -306,7 +307,7 @@ impl Plan {
         for id in ids {
             let claimed = |run: &Run| !matches!(run.stage, Stage::Claiming { .. });
             if self.runs.get(&id).is_some_and(claimed) {
-                self.complete(JobResult::failed(id, 1, reason), false);
+                self.complete(JobResult::failed(id, 1, reason), false, now);
             }
         }
     }
@@ -334,9 +335,9 @@ impl Plan {
 }
 
 impl Run {
-    fn enter(&mut self, phase: Phase) {
+    fn enter(&mut self, phase: Phase, now: Instant) {
         self.phase = phase;
-        self.phase_since = Time::now();
+        self.phase_since = now;
     }
 }
 
@@ -346,14 +347,12 @@ impl Vm {
             profile,
             state,
             since: now,
-            since_time: Time::now(),
         }
     }
 
     fn enter(&mut self, state: VmState, now: Instant) {
         self.state = state;
         self.since = now;
-        self.since_time = Time::now();
     }
 }
 

@@ -10,7 +10,7 @@ use crate::daemon::event::{Action, CancelReason};
 use crate::names::{ProfileName, RunId};
 use crate::pool::Pool;
 use crate::queue::{ClaimedJob, JobHead, JobResult};
-use crate::status::{Mode, Phase, Time};
+use crate::status::{Mode, Phase};
 
 impl Plan {
     /// Sets about admitting the next job, unless one is under way.
@@ -136,7 +136,7 @@ impl Plan {
                 },
                 evicting,
                 phase: Phase::Preparing,
-                phase_since: Time::now(),
+                phase_since: now,
                 started: now,
                 admitted_at: self.admitted,
             },
@@ -173,15 +173,15 @@ impl Plan {
         let head = JobHead::of(&job.job, job.submitter, job.submitted);
         let same = head == run.head;
         run.started = now;
-        run.enter(Phase::Preparing);
+        run.enter(Phase::Preparing, now);
         run.stage = Stage::MakingRoom(job);
         if let Some(reason) = &self.failed {
             let result = JobResult::failed(id, 1, reason);
-            self.complete(result, false);
+            self.complete(result, false, now);
         } else if !same {
             // Somebody rewrote it after it was found: what was decided for it was decided for another job.
             let result = JobResult::failed(id, 1, "the job file was changed while it was claimed");
-            self.complete(result, false);
+            self.complete(result, false, now);
         } else {
             self.start_if_there_is_room(id);
         }
@@ -214,37 +214,37 @@ impl Plan {
         }
     }
 
-    pub(super) fn cancel(&mut self, id: RunId, why: CancelReason) {
+    pub(super) fn cancel(&mut self, id: RunId, why: CancelReason, now: Instant) {
         match self.runs.get(&id).map(|run| &run.stage) {
-            Some(Stage::MakingRoom(_)) => self.complete(why.result(id), false),
+            Some(Stage::MakingRoom(_)) => self.complete(why.result(id), false, now),
             Some(Stage::Executing) => self.actions.push(Action::Cancel { run: id, why }),
             // Not claimed yet: the provider answers it, or tells us again when it is. Completing: too late.
             Some(Stage::Claiming { .. } | Stage::Completing { .. }) | None => {}
         }
     }
 
-    pub(super) fn cancel_all(&mut self, why: CancelReason) {
+    pub(super) fn cancel_all(&mut self, why: CancelReason, now: Instant) {
         let ids: Vec<RunId> = self.runs.keys().copied().collect();
         for id in ids {
-            self.cancel(id, why);
+            self.cancel(id, why, now);
         }
     }
 
-    pub(super) fn on_ended(&mut self, result: JobResult, reusable: bool) {
+    pub(super) fn on_ended(&mut self, result: JobResult, reusable: bool, now: Instant) {
         if let Some(run) = self.runs.get(&result.run_id)
             && matches!(run.stage, Stage::Executing)
         {
-            self.complete(result, reusable);
+            self.complete(result, reusable, now);
         }
     }
 
     /// The only place that answers: a run gets here once, because it leaves in the stage `Completing`.
-    pub(super) fn complete(&mut self, result: JobResult, reusable: bool) {
+    pub(super) fn complete(&mut self, result: JobResult, reusable: bool, now: Instant) {
         if let Some(run) = self.runs.get_mut(&result.run_id)
             && !matches!(run.stage, Stage::Completing { .. })
         {
             run.stage = Stage::Completing { reusable };
-            run.enter(Phase::Finishing);
+            run.enter(Phase::Finishing, now);
             self.actions.push(Action::Complete(result));
         }
     }

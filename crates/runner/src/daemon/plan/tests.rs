@@ -5,10 +5,13 @@ mod any_order;
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
+use jiff::Timestamp;
+
 use super::*;
 use crate::daemon::event::Warmed;
 use crate::queue::Job;
 use crate::queue::test_support::fields;
+use crate::status::{ActiveRun, Clock, IdleVm};
 
 const SMALL: Resources = Resources {
     vcpu: 1,
@@ -102,6 +105,18 @@ impl Bench {
             panic!("not asked; asked were {:?}", self.asked)
         };
         which(&self.asked.remove(found)).unwrap()
+    }
+
+    fn clock(&self) -> Clock {
+        Clock::new(self.now, Timestamp::UNIX_EPOCH)
+    }
+
+    fn runs(&self) -> Vec<ActiveRun> {
+        self.plan.active_runs(&self.clock())
+    }
+
+    fn idle_vms(&self) -> Vec<IdleVm> {
+        self.plan.idle_vms(&self.clock())
     }
 
     fn nothing_asked(&self) {
@@ -235,13 +250,13 @@ fn a_job_is_admitted_claimed_started_answered_and_its_vm_destroyed_in_this_order
     let job = bench.submit("vm0/small");
     let run = job.job.run_id;
     let slot = bench.start(job);
-    assert_eq!(bench.plan.active_runs().len(), 1);
+    assert_eq!(bench.runs().len(), 1);
     bench.nothing_asked();
     bench.end(run, true);
     // Without a session nobody could use the VM again.
     assert_eq!(bench.destroyed(), slot);
     bench.nothing_asked();
-    assert!(bench.plan.active_runs().is_empty());
+    assert!(bench.runs().is_empty());
 }
 
 #[test]
@@ -336,7 +351,7 @@ fn a_lost_claim_returns_a_warm_vm_to_the_pool_and_destroys_a_new_slot() {
     bench.take(|a| matches!(a, Action::Demote(_)).then_some(()));
     bench.tell(Event::Demoted { slot });
     assert_eq!(bench.plan.warm_pools()[1].ready, 1);
-    assert!(bench.plan.active_runs().is_empty());
+    assert!(bench.runs().is_empty());
     drop(job);
 
     let big = bench.submit("vm0/big");
@@ -442,7 +457,7 @@ fn a_vm_is_reused_only_when_everything_about_the_next_job_is_the_same() {
     bench.start(first);
     bench.end(run, true);
     let idle = bench.parked();
-    assert_eq!(bench.plan.idle_vms().len(), 1);
+    assert_eq!(bench.idle_vms().len(), 1);
 
     let other_session = bench.submit_with("vm0/small", Some("t"));
     assert!(!bench.admit().2);
@@ -489,7 +504,7 @@ fn idle_vms_expire_and_the_oldest_goes_when_there_are_too_many() {
     bench.nothing_asked();
     bench.pass(Duration::from_secs(60));
     assert_eq!([bench.destroyed(), bench.destroyed()], idle[1..]);
-    assert!(bench.plan.idle_vms().is_empty());
+    assert!(bench.idle_vms().is_empty());
 }
 
 #[test]

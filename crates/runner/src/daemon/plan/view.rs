@@ -3,7 +3,7 @@
 use super::{Plan, Run, Stage, VmState};
 use crate::names::RunId;
 use crate::resource_budget::estimated_capacity;
-use crate::status::{ActiveRun, BudgetStatus, IdleVm, Mode, WarmPool};
+use crate::status::{ActiveRun, BudgetStatus, Clock, IdleVm, Mode, WarmPool};
 
 impl Plan {
     pub(in crate::daemon) fn mode(&self) -> Mode {
@@ -15,7 +15,7 @@ impl Plan {
     }
 
     /// Runs that are ours, oldest first.
-    pub(in crate::daemon) fn active_runs(&self) -> Vec<ActiveRun> {
+    pub(in crate::daemon) fn active_runs(&self, clock: &Clock) -> Vec<ActiveRun> {
         let mut runs: Vec<(&RunId, &Run)> = self
             .runs
             .iter()
@@ -29,12 +29,12 @@ impl Plan {
                 profile: run.head.profile.clone(),
                 group: self.rules.group.clone(),
                 phase: run.phase,
-                phase_started_at: run.phase_since,
+                phase_started_at: clock.time(run.phase_since),
             })
             .collect()
     }
 
-    pub(in crate::daemon) fn idle_vms(&self) -> Vec<IdleVm> {
+    pub(in crate::daemon) fn idle_vms(&self, clock: &Clock) -> Vec<IdleVm> {
         let slots = self.idle_lru();
         let shown = slots.into_iter().filter_map(|slot| {
             let vm = self.vms.get(&slot)?;
@@ -45,7 +45,7 @@ impl Plan {
                 session_id: key.session.clone(),
                 slot: slot.0,
                 profile: vm.profile.clone(),
-                idle_since: vm.since_time,
+                idle_since: clock.time(vm.since),
             })
         });
         shown.collect()
