@@ -21,8 +21,17 @@ fn main() -> io::Result<()> {
         println!("cargo::rerun-if-env-changed={variable}");
         code += &guest_binary(variable, constant)?;
     }
-    code += &flavours(Path::new("image"))?;
+    let image = Path::new("image");
+    code += &table("FLAVOUR_FILES", "FlavourFile", image, &below(image)?)?;
     fs::write(out.join("embedded.rs"), code)?;
+    let proxy = Path::new("mitm-addon");
+    let mut files = Vec::new();
+    collect(&proxy.join("src"), &mut files)?;
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "py"));
+    files.sort();
+    files.push(proxy.join("requirements.txt"));
+    let code = table("PROXY_FILES", "ProxyFile", proxy, &files)?;
+    fs::write(out.join("proxy.rs"), code)?;
     let commit = commit();
     let version = env::var("CARGO_PKG_VERSION").unwrap_or_default();
     println!("cargo::rustc-env=VM0_RUNNER_COMMIT={commit}");
@@ -44,8 +53,8 @@ fn guest_binary(variable: &str, constant: &str) -> io::Result<String> {
     ))
 }
 
-/// Every file below `image/<directory>/`, sorted, as one table.
-fn flavours(root: &Path) -> io::Result<String> {
+/// Every file in the directories below `root`, sorted.
+fn below(root: &Path) -> io::Result<Vec<PathBuf>> {
     println!("cargo::rerun-if-changed={}", root.display());
     let mut files = Vec::new();
     for entry in fs::read_dir(root)? {
@@ -55,13 +64,19 @@ fn flavours(root: &Path) -> io::Result<String> {
         }
     }
     files.sort();
-    let mut code = "pub(crate) const FLAVOUR_FILES: &[FlavourFile] = &[\n".to_owned();
+    Ok(files)
+}
+
+/// Files with their paths relative to `root`, as one table.
+fn table(name: &str, kind: &str, root: &Path, files: &[PathBuf]) -> io::Result<String> {
+    let mut code = format!("pub(crate) const {name}: &[{kind}] = &[\n");
     for file in files {
-        let absolute = fs::canonicalize(&file)?;
+        println!("cargo::rerun-if-changed={}", file.display());
+        let absolute = fs::canonicalize(file)?;
         let relative = file.strip_prefix(root).map_err(io::Error::other)?;
         writeln!(
             code,
-            "    FlavourFile {{ path: {relative:?}, bytes: include_bytes!({absolute:?}) }},"
+            "    {kind} {{ path: {relative:?}, bytes: include_bytes!({absolute:?}) }},"
         )
         .map_err(io::Error::other)?;
     }

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+pub use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
 use crate::host::{Host, HostPattern};

@@ -6,9 +6,10 @@
 mod render;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use policy::{Draft, InternalAllow};
 use serde::{Deserialize, Serialize};
 
 use crate::names::{GroupName, ImageHash, ProfileName, RunnerName};
@@ -29,6 +30,9 @@ pub(crate) struct Config {
     /// How VMs share the host.
     #[serde(default)]
     pub(crate) sandbox: SandboxConfig,
+    /// What jobs reach, and through what.
+    #[serde(default)]
+    pub(crate) network: NetworkConfig,
     /// Which engine runs the VMs.
     #[serde(default)]
     pub(crate) engine: EngineChoice,
@@ -62,6 +66,9 @@ pub(crate) struct ProfileConfig {
     /// How many warmed VMs are kept ready.
     #[serde(default)]
     pub(crate) warm: WarmConfig,
+    /// What its jobs may reach unless they say otherwise; what it denies holds whatever they say.
+    #[serde(default)]
+    pub(crate) policy: Draft,
 }
 
 /// Marks of the warm pool of one profile.
@@ -79,6 +86,46 @@ impl Default for WarmConfig {
         Self { low: 1, high: 2 }
     }
 }
+
+/// What jobs reach, and through what.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct NetworkConfig {
+    /// Private addresses, CIDRs and host names that jobs may reach all the same.
+    pub(crate) internal_allow: InternalAllow,
+    /// Processes of the proxy; 0: one for every 16 CPUs.
+    pub(crate) proxy_workers: u16,
+    /// File of the certificate authorities that the proxy trusts upstream; empty: mitmproxy's own list.
+    pub(crate) ssl_verify_upstream_trusted_ca: PathBuf,
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self {
+            internal_allow: InternalAllow::default(),
+            proxy_workers: 0,
+            ssl_verify_upstream_trusted_ca: HOST_AUTHORITIES.into(),
+        }
+    }
+}
+
+impl NetworkConfig {
+    /// How many processes of the proxy run on this host.
+    pub(crate) fn workers(&self) -> u16 {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        match self.proxy_workers {
+            0 => u16::try_from(cpus.div_ceil(16))
+                .unwrap_or(MAX_WORKERS)
+                .min(MAX_WORKERS),
+            workers => workers,
+        }
+    }
+}
+
+/// Where Debian and Ubuntu keep the host's certificate authorities.
+const HOST_AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
+/// Most processes of the proxy: as many services as the launcher has.
+const MAX_WORKERS: u16 = host::launcher::SERVICES;
 
 /// How VMs share the host.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -215,6 +262,15 @@ impl Config {
             return refuse(
                 "sandbox.concurrency_factor".to_owned(),
                 format!("it is {factor}; it must be a finite number above 0"),
+            );
+        }
+        if self.network.proxy_workers > MAX_WORKERS {
+            return refuse(
+                "network.proxy_workers".to_owned(),
+                format!(
+                    "it is {}; it must be 0 to {MAX_WORKERS}",
+                    self.network.proxy_workers
+                ),
             );
         }
         for (key, value, range) in [

@@ -14,6 +14,7 @@ use guest_control::{
     ControlError, ExecSpec, ExitReport, ExitStatus, Session, Stream, UserSpec, Wake,
 };
 use host::fs::Dir;
+use host::net::NetworkId;
 use sandbox::{Place, Sandbox, SandboxError, Template};
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -23,6 +24,7 @@ use last_line::LastLine;
 
 use crate::daemon::CancelReason;
 use crate::names::RunId;
+use crate::network::{Admission, JobNetworks, NetworkError};
 use crate::provider::Provider;
 use crate::queue::{Job, JobResult, MAX_STRING_BYTES, is_reserved};
 use crate::run_log::RunLog;
@@ -68,6 +70,8 @@ pub(crate) struct Setting {
     pub(crate) log_max: u64,
     /// `USE_MOCK_CLAUDE` of the runner's own environment.
     pub(crate) mock: Option<String>,
+    /// The network of jobs; without it VMs have none.
+    pub(crate) networks: Option<Arc<JobNetworks>>,
     /// Restores and warm-ups that go on at the same time.
     pub(crate) restores: Arc<tokio::sync::Semaphore>,
 }
@@ -88,15 +92,26 @@ pub(crate) struct Ended {
     pub(crate) reusable: bool,
 }
 
+/// A claimed job, and what it runs in.
+pub(crate) struct Work<'a> {
+    /// The job.
+    pub(crate) job: &'a Job,
+    /// Who submitted it.
+    pub(crate) submitter: u32,
+    /// Where its VM comes from.
+    pub(crate) source: VmSource,
+    /// The VM's network, where this runner has networks.
+    pub(crate) network: Option<NetworkId>,
+}
+
 /// Runs a claimed job. Resolves soon after `cancel` says so, whatever it is at.
 pub(crate) async fn execute(
     setting: &Setting,
-    job: &Job,
-    source: VmSource,
+    work: Work<'_>,
     mut cancel: watch::Receiver<Option<CancelReason>>,
     progress: &dyn Progress,
 ) -> Ended {
-    let run = job.run_id;
+    let run = work.job.run_id;
     let mut log = match RunLog::create(&setting.home, run, setting.log_max) {
         Ok(log) => log,
         Err(error) => {
@@ -104,12 +119,17 @@ pub(crate) async fn execute(
             return Ended::failed(JobResult::failed(run, 1, &why));
         }
     };
+    let mut admission = None;
     let ended = tokio::select! {
         // A job that is cancelled and ends at the same moment has ended.
         biased;
-        ended = attempt(setting, job, source, &mut log, progress) => ended,
+        ended = attempt(setting, work, &mut admission, &mut log, progress) => ended,
         reason = cancelled(&mut cancel) => Ended::failed(reason.result(run)),
     };
+    // Whatever happened: nothing of the job may still speak, and its network log is whole before the answer.
+    if let Some(admission) = admission {
+        admission.end().await;
+    }
     // The agent's own last line is in the log already; everything else is said there too.
     if let Some(error) = &ended.result.error
         && ended.result.exit_code != 0
@@ -132,21 +152,32 @@ async fn cancelled(cancel: &mut watch::Receiver<Option<CancelReason>>) -> Cancel
 
 async fn attempt(
     setting: &Setting,
-    job: &Job,
-    source: VmSource,
+    work: Work<'_>,
+    admission: &mut Option<Admission>,
     log: &mut RunLog,
     progress: &dyn Progress,
 ) -> Ended {
+    let Work { job, source, .. } = work;
     let run = job.run_id;
-    let sandbox = match vm_up(setting, source).await {
+    // Both at once: neither needs the other, and the agent needs both.
+    let network = admit(setting, job, work.submitter, work.network);
+    let (sandbox, admitted) = tokio::join!(vm_up(setting, source), network);
+    let sandbox = match sandbox {
         Ok(sandbox) => sandbox,
         Err(error) => {
             let why = format!("the job's VM could not be started: {error}");
             return Ended::failed(JobResult::failed(run, 1, &why));
         }
     };
+    match admitted {
+        Ok(admitted) => *admission = admitted,
+        Err(error) => {
+            let why = format!("the job got no network: {error}");
+            return Ended::failed(JobResult::failed(run, 1, &why));
+        }
+    }
     progress.vm(&sandbox);
-    let mut ended = match agent(setting, job, &sandbox, log, progress).await {
+    let mut ended = match agent(setting, job, admission.as_ref(), &sandbox, log, progress).await {
         Ok(ended) => ended,
         Err(error) => {
             let why = explain(&sandbox, error).await;
@@ -174,6 +205,19 @@ async fn attempt(
         }
     }
     ended
+}
+
+/// Registers the job's network, where this runner has networks.
+async fn admit(
+    setting: &Setting,
+    job: &Job,
+    submitter: u32,
+    network: Option<NetworkId>,
+) -> Result<Option<Admission>, NetworkError> {
+    match (&setting.networks, network) {
+        (Some(networks), Some(network)) => Ok(Some(networks.admit(job, submitter, network).await?)),
+        _ => Ok(None),
+    }
 }
 
 /// Gets a VM that runs and has a mounted disk.
@@ -211,13 +255,18 @@ pub(crate) fn wake_now() -> Result<Wake, SandboxError> {
 }
 
 /// The agent's environment: the job's own, and over it what only the runner may say.
-fn environment(job: &Job, mock: Option<&str>) -> Vec<(String, String)> {
+fn environment(
+    job: &Job,
+    admission: Option<&Admission>,
+    mock: Option<&str>,
+) -> Vec<(String, String)> {
     // Refused at submit already; this is the place that must hold even if that one is wrong.
     let own = job
         .environment
         .iter()
         .filter(|(name, _)| !is_reserved(name));
     let mut env: Vec<(String, String)> = own.map(|(n, v)| (n.clone(), v.clone())).collect();
+    env.extend(admission.into_iter().flat_map(Admission::environment));
     let mut set = |name: &str, value: &str| env.push((name.to_owned(), value.to_owned()));
     set("VM0_RUN_ID", &job.run_id.to_string());
     set("VM0_API_URL", "");
@@ -245,6 +294,7 @@ fn is_long(prompt: &str) -> bool {
 async fn agent(
     setting: &Setting,
     job: &Job,
+    admission: Option<&Admission>,
     sandbox: &Sandbox,
     log: &mut RunLog,
     progress: &dyn Progress,
@@ -253,7 +303,7 @@ async fn agent(
     let limit = asked.map_or(setting.job_timeout, |asked| asked.min(setting.job_timeout));
     let spec = ExecSpec {
         argv: vec![AGENT.to_vec()],
-        env: environment(job, setting.mock.as_deref()),
+        env: environment(job, admission, setting.mock.as_deref()),
         cwd: None,
         user: UserSpec::User,
         stdin: is_long(&job.prompt),

@@ -61,6 +61,7 @@ impl Bench {
             job_timeout: Duration::from_secs(7200),
             log_max: 1 << 20,
             mock: Some("true".to_owned()),
+            networks: None,
             restores: Arc::new(Semaphore::new(1)),
         };
         Self {
@@ -79,7 +80,13 @@ impl Bench {
     async fn run(&self, job: &Job) -> (Ended, Vec<Phase>) {
         let heard = Heard::default();
         let cancel = self.cancel.subscribe();
-        let ended = execute(&self.setting, job, self.source(), cancel, &heard).await;
+        let work = Work {
+            job,
+            submitter: 0,
+            source: self.source(),
+            network: None,
+        };
+        let ended = execute(&self.setting, work, cancel, &heard).await;
         let phases = heard.0.into_inner().unwrap();
         (ended, phases)
     }

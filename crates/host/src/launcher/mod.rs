@@ -16,6 +16,7 @@ mod signals;
 mod wire;
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
@@ -459,6 +460,15 @@ impl Launcher {
             Ok(Ok(None)) => Err(failed(&step, "its process is gone")),
             Ok(Err(e)) => Err(failed(&step, e)),
             Err(e) => Err(failed(&step, e)),
+        }
+    }
+
+    /// Takes what `owner` handed over under `name`, which only root may read beside them.
+    pub async fn take_handover(&self, name: &str, owner: u32) -> Result<File, LauncherError> {
+        let (reply, fds) = self.ask(Op::TakeHandover(name.to_owned(), owner)).await?;
+        match (reply, fds.into_iter().next()) {
+            (Reply::Handover, Some(file)) => Ok(file.into()),
+            (other, _) => Err(unexpected(&other)),
         }
     }
 

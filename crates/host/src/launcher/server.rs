@@ -264,6 +264,12 @@ impl Server {
                 self.unpublished = true;
                 self.answer(id, result);
             }
+            Op::TakeHandover(name, owner) => match crate::handover::take(&name, owner) {
+                Ok(file) => self.answer_with(id, Ok(Reply::Handover), Some(&file.into())),
+                Err(error) => {
+                    self.answer(id, Err(Refusal::step("take what was handed over", error)))
+                }
+            },
             Op::Memory(slot) => match self.memory_file(slot) {
                 Ok(file) => self.answer_with(id, Ok(Reply::MemoryFile), Some(&file)),
                 Err(refusal) => self.answer(id, Err(refusal)),

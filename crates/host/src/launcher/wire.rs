@@ -40,6 +40,8 @@ pub(super) enum Op {
     Usage,
     ReclaimOrphans,
     Memory(SlotId),
+    /// Name and uid of whoever left it.
+    TakeHandover(String, u32),
     MakeHub(HubConfig),
     MakeNetwork,
     UnpluggedDevice,
@@ -125,6 +127,8 @@ pub(super) enum Reply {
     Count(u32),
     /// With the process's opened `smaps_rollup` beside it.
     MemoryFile,
+    /// With the file beside it.
+    Handover,
     /// With its sockets beside it.
     Hub(HubNumber),
     Network(NetworkId),

@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use clap::ArgGroup;
+use policy::InternalAllow;
 
 use crate::config::{
-    self, Config, EngineChoice, ProfileConfig, Rendered, SandboxConfig, WarmConfig,
+    self, Config, EngineChoice, NetworkConfig, ProfileConfig, Rendered, SandboxConfig, WarmConfig,
 };
 use crate::context::{CliError, Context};
 use crate::home::{Home, rel};
@@ -64,6 +65,9 @@ pub(crate) struct Args {
     /// Most VMs that wait so [default: 4]
     #[arg(long, value_name = "N")]
     idle_max: Option<u32>,
+    /// A private address, CIDR or host name that jobs may reach all the same; may be repeated
+    #[arg(long, value_name = "CIDR|HOST")]
+    internal_allow: Vec<String>,
     /// Which engine runs the VMs
     #[arg(long, value_enum, default_value = "auto")]
     engine: EngineChoice,
@@ -173,6 +177,7 @@ fn configure(
                 disk_mb: profile.disk_mb,
                 flavour: profile.flavour,
                 warm: args.warm.map(|marks| marks.0).unwrap_or_default(),
+                policy: policy::Draft::default(),
             },
         );
         if before.is_some() {
@@ -193,6 +198,11 @@ fn configure(
             memory_reserve_mb: args.memory_reserve_mb.unwrap_or(defaults.memory_reserve_mb),
             idle_timeout_secs: args.idle_timeout_secs.unwrap_or(defaults.idle_timeout_secs),
             idle_max: args.idle_max.unwrap_or(defaults.idle_max),
+        },
+        network: NetworkConfig {
+            internal_allow: InternalAllow::parse(&args.internal_allow)
+                .map_err(|error| CliError::usage(format_args!("--internal-allow: {error}")))?,
+            ..NetworkConfig::default()
         },
         engine: args.engine,
         stop_timeout_secs: args.stop_timeout_secs.unwrap_or(config::STOP_TIMEOUT_SECS),

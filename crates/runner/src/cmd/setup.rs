@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::context::{CliError, Context, block_on};
 use crate::image::{Steps, Tool};
 use crate::profile::{Flavour, ProfileSpec};
-use crate::proxy::Authority;
+use crate::proxy::{Authority, install};
 
 /// Command line.
 #[derive(Debug, clap::Args)]
@@ -68,14 +68,24 @@ pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
         package: "nftables",
         program: "nft",
     };
-    [qemu, nft].into_iter().chain(tools).collect()
+    let venv = Requirement {
+        package: "python3-venv",
+        program: PYTHON_VENV,
+    };
+    [qemu, nft, venv].into_iter().chain(tools).collect()
 }
+
+/// No program of its own, but what Debian leaves out of Python.
+const PYTHON_VENV: &str = "python3 -m venv";
 
 /// Those that are not there.
 pub(crate) fn missing(flavours: &[Flavour]) -> Vec<Requirement> {
     requirements(flavours)
         .into_iter()
-        .filter(|needed| !Tool::exists(needed.program))
+        .filter(|needed| match needed.program {
+            PYTHON_VENV => !install::python_is_ready(),
+            program => !Tool::exists(program),
+        })
         .collect()
 }
 
@@ -159,6 +169,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         } else {
             Authority::ensure(&home, &steps).await?;
         }
+        install::ensure(&home, args.from.as_deref(), &steps).await?;
         Ok(())
     })?;
     if args.json {

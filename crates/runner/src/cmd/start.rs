@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -24,7 +25,9 @@ use crate::executor::Setting;
 use crate::home::{Home, rel};
 use crate::image::Store;
 use crate::names::{ProfileName, RunId, RunnerName};
+use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
 use crate::provider::local::LocalProvider;
+use crate::proxy::{Authority, ProxyConfig, install};
 use crate::queue::LiveRunner;
 use crate::resource_budget::{self, Budget, HostSize};
 use crate::status::{STATUS_FILE, StatusWriter};
@@ -78,6 +81,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         );
     }
     let home = context.home()?;
+    let proxy = proxy_parts(&home, &config)?;
     let instance = RunId::random().to_string();
     let launcher = LauncherConfig::from_env(instance.clone())?;
     let run_dir = launcher.run_dir.clone();
@@ -99,6 +103,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             instance,
             launcher: launcher.clone(),
             run_dir,
+            proxy,
         };
         let result = starting.run().await;
         // Whatever is left of our VMs goes now.
@@ -150,6 +155,38 @@ fn log_to_file(home: &Home, name: &RunnerName) -> Result<(), CliError> {
     Ok(())
 }
 
+/// Memory that one process of the proxy takes, MiB: measured at 85 under load.
+const PROXY_MB: u64 = 128;
+/// Most networks that are kept ready for VMs to come.
+const MOST_READY: usize = 16;
+
+/// What only root may open: the proxy's key, and with it the rest of what it is started from.
+fn proxy_parts(home: &Home, config: &Config) -> Result<ProxyConfig, CliError> {
+    let missing = || {
+        CliError::failed(
+            "the proxy, which carries all traffic of jobs, is not installed here for this runner",
+        )
+        .with_hint("sudo runner setup")
+    };
+    let files = install::installed(home)?.ok_or_else(missing)?;
+    Authority::load(home)?.ok_or_else(missing)?;
+    let trusted = &config.network.ssl_verify_upstream_trusted_ca;
+    if !trusted.as_os_str().is_empty() && !trusted.is_file() {
+        return Err(CliError::failed(format_args!(
+            "{}, which the proxy is to trust upstream, cannot be found",
+            trusted.display()
+        ))
+        .with_hint("install ca-certificates, or set network.ssl_verify_upstream_trusted_ca"));
+    }
+    Ok(ProxyConfig {
+        workers: config.network.workers(),
+        files: files.as_fd().try_clone_to_owned()?,
+        authority: Authority::for_proxy(home)?,
+        trusted: (!trusted.as_os_str().is_empty()).then(|| trusted.clone()),
+        resolver: host::net::RESOLVER_FOR_PROXY,
+    })
+}
+
 /// What is there when the daemon starts.
 struct Starting {
     config: Config,
@@ -157,6 +194,7 @@ struct Starting {
     instance: String,
     launcher: Launcher,
     run_dir: PathBuf,
+    proxy: ProxyConfig,
 }
 
 impl Starting {
@@ -167,6 +205,7 @@ impl Starting {
             instance,
             launcher,
             run_dir,
+            proxy,
         } = self;
         tracing::info!(
             runner = %config.name, group = %config.group, instance, pid = std::process::id(),
@@ -181,8 +220,36 @@ impl Starting {
         let instance_dir = instances.create_dir(instance.as_str(), 0o700)?;
         let _alive = instance_dir.lock("lock", LockKind::Exclusive, 0o600)?;
 
+        home.logs()?;
+        let home_dir = Arc::new(home.dir().try_clone()?);
+        let log_max = config.log_max_mb.saturating_mul(1 << 20);
+        let proxies = u64::from(proxy.workers).saturating_mul(PROXY_MB);
+        let warm: u32 = config
+            .profiles
+            .values()
+            .map(|profile| profile.warm.low)
+            .sum();
+        let policies = config.profiles.iter();
+        let settings = NetworkSettings {
+            internal_allow: config.network.internal_allow.clone(),
+            profiles: policies
+                .map(|(name, profile)| (name.clone(), profile.policy.clone()))
+                .collect(),
+            log_max,
+            ready: usize::try_from(warm).unwrap_or(0).clamp(2, MOST_READY),
+            proxy,
+        };
+        // The proxy comes up while images are verified.
+        let (networks, pool) = JobNetworks::start(
+            Arc::clone(&home_dir),
+            launcher.clone(),
+            settings,
+            instance_dir.try_clone()?,
+        )
+        .await?;
         let (templates, kind) = open_profiles(&config, &home, &launcher).await?;
-        let resident = templates.values().map(|t| t.resident_mb()).sum();
+        let resident = templates.values().map(|t| t.resident_mb()).sum::<u64>();
+        let resident = resident.saturating_add(proxies);
         let size = HostSize::detect(home.path())?;
         let sandbox = &config.sandbox;
         let limits = resource_budget::effective(
@@ -197,8 +264,9 @@ impl Starting {
             instance.clone(),
             limits,
             sandbox.max_concurrent,
-            None,
+            Some(pool),
         );
+        networks.proxy().ready().await?;
 
         let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
         daemon::watch_signals(&mailbox)?;
@@ -216,20 +284,21 @@ impl Starting {
         let provider = Arc::new(provider);
         // Restores are bound by the CPU: more at once only makes all of them late.
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        home.logs()?;
         let setting = Setting {
-            home: Arc::new(home.dir().try_clone()?),
+            home: home_dir,
             provider: Arc::clone(&provider) as Arc<_>,
             job_timeout: config.job_timeout(),
-            log_max: config.log_max_mb.saturating_mul(1 << 20),
+            log_max,
             mock: std::env::var("USE_MOCK_CLAUDE").ok(),
+            networks: Some(networks),
             restores: Arc::new(Semaphore::new(cpus)),
         };
         let socket = instance_dir.bind_socket("control.sock", 0o600)?;
         let owner = home.owner().uid;
         let status_dir = instance_dir.try_clone()?;
         let link = home.ensure_dir(rel::runner(&config.name))?;
-        let target = format!("instances/{instance}/{STATUS_FILE}");
+        let target = |file: &str| format!("instances/{instance}/{file}");
+        let (status_target, registry_target) = (target(STATUS_FILE), target(REGISTRY_FILE));
         let parts = Parts {
             identity: Identity {
                 name: config.name.clone(),
@@ -250,8 +319,13 @@ impl Starting {
             parts,
             |first| {
                 let writer = StatusWriter::start(status_dir, first);
-                if let Err(error) = link.symlink_atomic(target, STATUS_FILE) {
-                    tracing::warn!(%error, "the link to status.json cannot be made");
+                for (target, file) in [
+                    (status_target, STATUS_FILE),
+                    (registry_target, REGISTRY_FILE),
+                ] {
+                    if let Err(error) = link.symlink_atomic(target, file) {
+                        tracing::warn!(%error, "the link to {file} cannot be made");
+                    }
                 }
                 writer
             },

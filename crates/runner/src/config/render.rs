@@ -40,6 +40,14 @@ impl Display for Rendered<'_> {
              \x20 idle_timeout_secs: {}\n\
              \x20 # Most VMs that wait so.\n\
              \x20 idle_max: {}\n\n\
+             # What jobs reach, and through what.\n\
+             network:\n\
+             \x20 # Private addresses that jobs may reach all the same: CIDRs and host names, such as [10.1.0.0/16, git.internal].\n\
+             \x20 internal_allow: {}\n\
+             \x20 # Processes of the proxy; 0: one for every 16 CPUs.\n\
+             \x20 proxy_workers: {}\n\
+             \x20 # Certificate authorities that the proxy trusts upstream; empty: mitmproxy's own list.\n\
+             \x20 ssl_verify_upstream_trusted_ca: {}\n\n\
              # auto (the fastest that is proved to work on this host), qemu or firecracker.\n\
              engine: {}\n\n\
              # How long a stopping runner lets jobs finish before it cancels them, seconds.\n\
@@ -53,6 +61,9 @@ impl Display for Rendered<'_> {
             sandbox.memory_reserve_mb,
             sandbox.idle_timeout_secs,
             sandbox.idle_max,
+            json(&config.network.internal_allow),
+            config.network.proxy_workers,
+            json(&config.network.ssl_verify_upstream_trusted_ca),
             config.engine.name(),
             config.stop_timeout_secs,
             config.job_timeout_secs,
@@ -74,7 +85,8 @@ fn profile_lines(
          {}    rootfs_hash: \"{}\"\n    snapshot_hash: \"{}\"\n\
          {}    vcpu: {}\n    memory_mb: {}\n    disk_mb: {}\n\
          {}    flavour: {}\n\
-         {}    warm: {{low: {}, high: {}}}",
+         {}    warm: {{low: {}, high: {}}}\n\
+         {}    policy: {}",
         why("    # The build, as `runner build` printed it.\n"),
         profile.rootfs_hash,
         profile.snapshot_hash,
@@ -87,5 +99,15 @@ fn profile_lines(
         why("    # VMs kept ready: below `low` new ones are made, up to `high`.\n"),
         profile.warm.low,
         profile.warm.high,
+        why(
+            "    # What its jobs may reach unless they say otherwise (docs/network.md); what it denies holds in any case.\n"
+        ),
+        json(&profile.policy),
     )
+}
+
+/// A value as JSON, which is YAML too.
+fn json(value: &impl serde::Serialize) -> String {
+    // Strings, numbers and lists: writing them into memory cannot fail.
+    serde_json::to_string(value).unwrap_or_default()
 }

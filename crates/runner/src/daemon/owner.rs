@@ -16,7 +16,7 @@ use super::plan::{Plan, ProfilePlan, Rules};
 use super::watchers::{Inbox, Mailbox};
 use crate::config::{Config, WarmConfig};
 use crate::control::server::RunLookup;
-use crate::executor::{self, Ended, Progress, Setting, VmSource};
+use crate::executor::{self, Ended, Progress, Setting, VmSource, Work};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::provider::Provider;
 use crate::queue::{ClaimedJob, JobResult};
@@ -334,8 +334,15 @@ impl Owner {
             mailbox: self.mailbox.clone(),
             run,
         };
+        let network = self.vm_place(slot).network;
         let task = tokio::spawn(async move {
-            executor::execute(&setting, &job.job, source, cancelled, &told).await
+            let work = Work {
+                job: &job.job,
+                submitter: job.submitter,
+                source,
+                network,
+            };
+            executor::execute(&setting, work, cancelled, &told).await
         });
         let mailbox = self.mailbox.clone();
         // A claim is answered whatever becomes of the executor.

@@ -126,6 +126,7 @@ where
                 job_timeout: Duration::from_secs(60),
                 log_max: 1 << 20,
                 mock: None,
+                networks: None,
                 restores: Arc::new(Semaphore::new(1)),
             },
             mailbox: mailbox.clone(),

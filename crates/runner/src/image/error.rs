@@ -21,6 +21,12 @@ pub(crate) enum ImageError {
     /// The image was built for another proxy.
     #[error("the image trusts another certificate authority than this home's proxy has")]
     OtherAuthority,
+    /// Too old a Python.
+    #[error("this host's Python is {version}, and the proxy needs 3.11 or later")]
+    OldPython {
+        /// What it says of itself.
+        version: String,
+    },
     /// A program that does the work is not installed.
     #[error("{program} is not installed")]
     NoTool {

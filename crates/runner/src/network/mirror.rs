@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use host::fs::Dir;
+use policy::log::Timestamp;
 use serde::Serialize;
 use tokio::sync::watch;
 
 use super::registrations::Registration;
 use crate::home::rel;
 use crate::names::RunId;
-use crate::status::Time;
 
 /// Its name, in the instance's directory and as a link in the runner's.
 pub(crate) const REGISTRY_FILE: &str = "proxy-registry.json";
@@ -23,7 +23,7 @@ pub(crate) struct Entry {
     pub(super) address: Ipv4Addr,
     run_id: RunId,
     generation: u64,
-    registered_at: Time,
+    registered_at: Timestamp,
     /// Below the home.
     network_log_path: String,
     /// Which of the proxy's ports its web traffic is redirected to.
@@ -57,7 +57,7 @@ impl Entry {
 struct File<'a> {
     /// By address in the hub.
     vms: BTreeMap<Ipv4Addr, &'a Entry>,
-    updated_at: Time,
+    updated_at: Timestamp,
 }
 
 /// Writes the file whenever something changed, until the sender is gone. `port_of` says which worker serves an address.
@@ -74,7 +74,7 @@ pub(crate) async fn write_all(
         }
         let file = File {
             vms: now.iter().map(|entry| (entry.address, entry)).collect(),
-            updated_at: Time::now(),
+            updated_at: Timestamp::now(),
         };
         let written = serde_json::to_vec_pretty(&file)
             .map_err(std::io::Error::other)

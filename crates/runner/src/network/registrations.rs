@@ -7,14 +7,13 @@ use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use policy::log::Line;
+use policy::log::{Line, Timestamp};
 use policy::{Policy, Secret};
 use tokio::sync::watch;
 
 use super::log::NetworkLog;
 use super::mirror::Entry;
 use crate::names::RunId;
-use crate::status::Time;
 
 /// One registration as others see it.
 #[derive(Clone, Debug)]
@@ -30,7 +29,7 @@ pub(crate) struct Registration {
     /// Its secrets, with their values.
     pub(crate) secrets: Arc<[Secret]>,
     /// Since when.
-    pub(crate) since: Time,
+    pub(crate) since: Timestamp,
 }
 
 #[derive(Debug)]
@@ -84,7 +83,7 @@ impl Registrations {
             run,
             policy,
             secrets,
-            since: Time::now(),
+            since: Timestamp::now(),
         };
         let kept = Kept {
             registration: registration.clone(),

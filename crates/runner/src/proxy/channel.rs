@@ -52,7 +52,7 @@ impl Channel {
     /// Starts to speak; `hear` gets what the worker says unasked.
     pub(crate) fn start(
         socket: StdUnixStream,
-        hear: impl Fn(FromProxy) + Send + 'static,
+        hear: impl FnMut(FromProxy) + Send + 'static,
     ) -> std::io::Result<Self> {
         socket.set_nonblocking(true)?;
         let (read, write) = UnixStream::from_std(socket)?.into_split();
@@ -129,7 +129,11 @@ async fn write_all(mut socket: OwnedWriteHalf, mut outbox: mpsc::Receiver<Line>)
     }
 }
 
-async fn read_all(socket: OwnedReadHalf, waiting: &Mutex<Waiting>, hear: impl Fn(FromProxy)) {
+async fn read_all(
+    socket: OwnedReadHalf,
+    waiting: &Mutex<Waiting>,
+    mut hear: impl FnMut(FromProxy),
+) {
     let mut lines = FramedRead::new(socket, LinesCodec::new_with_max_length(MAX_MESSAGE));
     while let Some(line) = lines.next().await {
         let message = line

@@ -79,6 +79,7 @@ impl Jobs {
             memory_mb: size.memory_mb,
             disk_mb: size.disk_mb,
             flavour: size.flavour,
+            policy: Default::default(),
             warm: WarmConfig {
                 low: warm,
                 high: warm,
@@ -93,6 +94,7 @@ impl Jobs {
                 concurrency_factor: 64.0,
                 ..SandboxConfig::default()
             },
+            network: Default::default(),
             engine: EngineChoice::Auto,
             stop_timeout_secs: 0,
             job_timeout_secs: JOB_TIMEOUT_SECS,

@@ -1,0 +1,97 @@
+//! What the resolver asks the daemon: who is behind an address, and what an answer opens.
+
+use std::collections::HashSet;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use host::launcher::Launcher;
+use host::net::{NetworkId, RESOLVER_FOR_PROXY};
+use policy::Host;
+use policy::log::Line;
+use policy::ranges::Reach;
+use resolver::{Client, Directory, Unusable, Vm};
+
+use super::kernel::Names;
+use super::registrations::Registrations;
+
+/// Programs use an answer a little longer than they may.
+const GRACE: Duration = Duration::from_secs(60);
+
+pub(super) struct RunDirectory {
+    pub(super) launcher: Launcher,
+    pub(super) registrations: Arc<Registrations>,
+    pub(super) opened: Arc<Mutex<HashSet<Ipv4Addr>>>,
+    pub(super) names: Names,
+}
+
+#[async_trait]
+impl Directory for RunDirectory {
+    fn client(&self, address: Ipv4Addr) -> Option<Client> {
+        if address == RESOLVER_FOR_PROXY {
+            return Some(Client::Proxy);
+        }
+        let registration = self.registrations.find(address)?;
+        Some(Client::Vm(Arc::new(Vm {
+            address,
+            generation: registration.generation,
+            run_id: registration.run.to_string(),
+            policy: registration.policy,
+        })))
+    }
+
+    async fn on_answer(
+        &self,
+        client: &Client,
+        name: &Host,
+        addresses: &[Reach],
+        ttl: Duration,
+    ) -> Result<(), Unusable> {
+        let unusable = |error: host::launcher::LauncherError| Unusable(error.to_string());
+        let ttl = ttl.saturating_add(GRACE);
+        let internal: Vec<Ipv4Addr> = addresses
+            .iter()
+            .filter_map(|reach| match reach {
+                Reach::Internal(address) => Some(*address),
+                Reach::Public(_) | Reach::Refused(_) => None,
+            })
+            .collect();
+        if !internal.is_empty() {
+            let launcher = &self.launcher;
+            launcher
+                .allow_internal(internal, ttl)
+                .await
+                .map_err(unusable)?;
+        }
+        let Client::Vm(vm) = client else {
+            return Ok(());
+        };
+        let ports = vm.policy.open_ports(name);
+        let Some(network) = NetworkId::of_slot_address(vm.address).filter(|_| !ports.is_empty())
+        else {
+            return Ok(());
+        };
+        let mut destinations = Vec::new();
+        for reach in addresses {
+            let (Reach::Public(address) | Reach::Internal(address)) = reach else {
+                continue;
+            };
+            self.names.remember(vm.address, *address, name);
+            destinations.extend(ports.iter().map(|port| SocketAddrV4::new(*address, *port)));
+        }
+        {
+            let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+            opened.insert(vm.address);
+        }
+        self.launcher
+            .open_destinations(network, destinations, ttl)
+            .await
+            .map_err(unusable)
+    }
+
+    fn log(&self, vm: &Vm, line: Line) {
+        self.registrations
+            .write(vm.address, Some(vm.generation), &line);
+    }
+}

@@ -1,0 +1,290 @@
+//! One worker: a mitmdump that is started, asked whether it listens, told who is who, and started again when it dies.
+//!
+//! ```text
+//! start ─▶ listening ─▶ told all registrations ─▶ ready ─ it died, or broke its protocol ─▶ down ─ pause ─▶ start
+//! ```
+//!
+//! Jobs go on meanwhile: their connections are refused until it is ready again, on the same port.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use host::launcher::{CgroupLimits, Launcher, LauncherError, ServiceId, ServiceSpec};
+use policy::wire::{FromProxy, Request};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::channel::{Channel, ChannelError};
+use crate::network::{Registration, Registrations};
+
+/// How long mitmdump may take to listen: half a second on an idle host, more when many things start at once.
+const START_LIMIT: Duration = Duration::from_secs(90);
+/// First pause after a death, doubled with each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A worker that lived this long died for a new reason.
+const SETTLED: Duration = Duration::from_secs(60);
+/// A worker that does not answer is as good as dead.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// Where the worker sees its files.
+const SHOWN: &str = "/proxy";
+/// Memory limit of one worker, bytes: 93 MB after its start, and bounded work for each connection.
+const MEMORY_MAX: u64 = 1 << 30;
+
+/// How a worker is.
+#[derive(Clone, Debug)]
+pub(crate) enum State {
+    /// On its way up.
+    Starting,
+    /// It listens and knows everybody.
+    Ready(Channel),
+    /// It died and will be started again.
+    Down(String),
+}
+
+/// What a worker is started from.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// Which service it is.
+    pub(super) service: ServiceId,
+    /// Where it listens, on every address of the hub.
+    pub(super) port: u16,
+    /// The directory that holds `venv` and `addon`.
+    pub(super) files: OwnedFd,
+    /// Key and certificate, sealed.
+    pub(super) authority: OwnedFd,
+    /// Whom it trusts upstream: a bundle as it sees it, or nothing for its own.
+    pub(super) trusted: Option<PathBuf>,
+    /// The address at which it asks for names.
+    pub(super) resolver: Ipv4Addr,
+}
+
+/// Keeps a worker running until `state` has no reader any more.
+pub(super) async fn keep(
+    plan: Plan,
+    launcher: Launcher,
+    registrations: Arc<Registrations>,
+    state: watch::Sender<State>,
+) {
+    let mut pause = FIRST_PAUSE;
+    while !state.is_closed() {
+        let started = Instant::now();
+        let died = run_once(&plan, &launcher, &registrations, &state).await;
+        let why = match died {
+            Err(LauncherError::Gone) => return,
+            Err(error) => error.to_string(),
+            Ok(why) => why,
+        };
+        tracing::error!(
+            worker = plan.service.0,
+            why,
+            "the proxy ended and is started again"
+        );
+        state.send_replace(State::Down(why));
+        // What it left is reaped before the next one takes its place.
+        if let Err(error) = launcher.kill_service(plan.service).await {
+            tracing::warn!(%error, "a dead proxy cannot be cleaned up after");
+        }
+        if started.elapsed() > SETTLED {
+            pause = FIRST_PAUSE;
+        }
+        sleep(pause).await;
+        pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
+    }
+}
+
+/// From its start to its end; says why it ended.
+async fn run_once(
+    plan: &Plan,
+    launcher: &Launcher,
+    registrations: &Arc<Registrations>,
+    state: &watch::Sender<State>,
+) -> Result<String, LauncherError> {
+    let step = |step: &str, error: std::io::Error| LauncherError::Step {
+        step: step.to_owned(),
+        message: error.to_string(),
+    };
+    let (ours, theirs) = UnixStream::pair().map_err(|e| step("connect the proxy", e))?;
+    let spec = spec(plan, theirs).map_err(|e| step("prepare the proxy", e))?;
+    launcher.launch_service(spec).await?;
+
+    let (listening, listens) = oneshot::channel();
+    let mut listening = Some(listening);
+    let lines = Arc::clone(registrations);
+    let hear = move |message| match message {
+        FromProxy::Log {
+            address,
+            generation,
+            line,
+        } => lines.write(address, Some(generation), &line),
+        FromProxy::Listening { .. } => {
+            if let Some(listening) = listening.take() {
+                let _ = listening.send(());
+            }
+        }
+        FromProxy::Answer { .. } => {}
+    };
+    let channel = Channel::start(ours, hear).map_err(|e| step("speak to the proxy", e))?;
+    match timeout(START_LIMIT, listens).await {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) => return Ok("it ended before it listened".to_owned()),
+        Err(_) => {
+            return Ok(format!(
+                "it did not listen within {} s",
+                START_LIMIT.as_secs()
+            ));
+        }
+    }
+    // Nobody is admitted between the list and the announcement: both happen without a wait for another task.
+    for registration in registrations.all() {
+        if let Err(error) = register(&channel, &registration).await
+            && let ChannelError::Closed = error
+        {
+            return Ok("it ended while it was told who is who".to_owned());
+        }
+    }
+    state.send_replace(State::Ready(channel.clone()));
+    tracing::info!(
+        worker = plan.service.0,
+        port = plan.port,
+        "the proxy listens"
+    );
+    let mut readers = state.subscribe();
+    tokio::select! {
+        () = channel.closed() => {}
+        reaped = launcher.wait_service(plan.service) => {
+            let reaped = reaped?;
+            return Ok(match (reaped.code, reaped.signal) {
+                _ if reaped.oom_killed => "it ran out of memory".to_owned(),
+                (Some(code), _) => format!("it exited with code {code}"),
+                (None, Some(signal)) => format!("signal {signal} killed it"),
+                (None, None) => "it died".to_owned(),
+            });
+        }
+        // Held open by ourselves; only so that the receiver is used.
+        _ = readers.wait_for(|_| false) => {}
+    }
+    Ok("it closed its connection to the runner".to_owned())
+}
+
+/// Tells a worker who is behind an address.
+pub(super) async fn register(
+    channel: &Channel,
+    registration: &Registration,
+) -> Result<(), ChannelError> {
+    let run = registration.run.to_string();
+    let request = Request::Register {
+        address: registration.address,
+        generation: registration.generation,
+        run_id: &run,
+        policy: &registration.policy,
+        secrets: &registration.secrets,
+    };
+    ask(channel, &request).await
+}
+
+/// Asks, within a limit.
+pub(super) async fn ask(channel: &Channel, request: &Request<'_>) -> Result<(), ChannelError> {
+    match timeout(ANSWER_LIMIT, channel.ask(request)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(ChannelError::Refused(format!(
+            "it did not answer within {} s",
+            ANSWER_LIMIT.as_secs()
+        ))),
+    }
+}
+
+fn spec(plan: &Plan, socket: UnixStream) -> std::io::Result<ServiceSpec> {
+    let (complaints, complains) = std::io::pipe()?;
+    tell_complaints(plan.service, complaints)?;
+    let mut args: Vec<String> = [
+        "-I",
+        "/proxy/venv/bin/mitmdump",
+        "--mode",
+        "transparent",
+        "--listen-host",
+        "0.0.0.0",
+        "--listen-port",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    args.push(plan.port.to_string());
+    let trusted = plan.trusted.as_ref().map(|path| path.display().to_string());
+    for (name, value) in [
+        ("connection_strategy", "lazy"),
+        ("upstream_cert", "false"),
+        ("websocket", "false"),
+        ("termlog_verbosity", "warn"),
+        ("flow_detail", "0"),
+    ]
+    .into_iter()
+    .chain(
+        trusted
+            .as_deref()
+            .map(|path| ("ssl_verify_upstream_trusted_ca", path)),
+    ) {
+        args.push("--set".to_owned());
+        args.push(format!("{name}={value}"));
+    }
+    args.extend(["-s", "/proxy/addon/mitm_addon.py"].map(str::to_owned));
+    let environment = [
+        ("PATH", "/usr/bin:/bin"),
+        ("HOME", "/nonexistent"),
+        ("LC_ALL", "C.UTF-8"),
+        // Its threads are few and short-lived; arenas for each only keep memory.
+        ("MALLOC_ARENA_MAX", "2"),
+    ];
+    Ok(ServiceSpec {
+        service: plan.service,
+        program: PathBuf::from("/proxy/venv/bin/python"),
+        args: args.into_iter().map(Into::into).collect(),
+        environment: environment
+            .map(|(name, value)| (name.into(), value.into()))
+            .to_vec(),
+        fds: vec![
+            (complains.into(), 2),
+            (socket.into(), 3),
+            (plan.authority.try_clone()?, 4),
+        ],
+        shown: vec![(plan.files.try_clone()?, PathBuf::from(SHOWN))],
+        resolv_conf: format!(
+            "nameserver {}\noptions timeout:5 attempts:2\n",
+            plan.resolver
+        ),
+        limits: CgroupLimits {
+            memory_max: MEMORY_MAX,
+            pids_max: 256,
+            cpu_weight: 400,
+        },
+    })
+}
+
+/// What it prints goes into our log, line by line, bounded.
+fn tell_complaints(service: ServiceId, complaints: std::io::PipeReader) -> std::io::Result<()> {
+    const LONGEST: u64 = 4096;
+    std::thread::Builder::new()
+        .name("proxy-stderr".to_owned())
+        .spawn(move || {
+            let mut reader = BufReader::new(complaints);
+            let mut line = Vec::new();
+            while matches!(
+                reader.by_ref().take(LONGEST).read_until(b'\n', &mut line),
+                Ok(1..)
+            ) {
+                let text = String::from_utf8_lossy(&line);
+                tracing::warn!(
+                    worker = service.0,
+                    "proxy: {}",
+                    crate::terminal::escape(text.trim_end())
+                );
+                line.clear();
+            }
+        })?;
+    Ok(())
+}
