@@ -30,7 +30,7 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 [ -x "$runner" ] || "$top/scripts/build.sh"
 (umask 077 && mkdir -p "$home")
-"$runner" setup --profile=vm0/small >&2
+"$runner" --home "$home" setup --profile=vm0/small >&2
 "$runner" --home "$home" build --profile vm0/small >&2
 
 work=$(mktemp -d)

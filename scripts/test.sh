@@ -194,7 +194,7 @@ prepare_images() {
     export VM0_RUNNER_BIN=$target/release/runner
     export VM0_TEST_IMAGES=$target/test-home
     (umask 077 && mkdir -p "$VM0_TEST_IMAGES")
-    as_root "$VM0_RUNNER_BIN" setup "${@/#/--profile=}" && for profile in "$@"; do
+    as_root env VM0_RUNNER_HOME="$VM0_TEST_IMAGES" "$VM0_RUNNER_BIN" setup "${@/#/--profile=}" && for profile in "$@"; do
         as_root env VM0_RUNNER_HOME="$VM0_TEST_IMAGES" "$VM0_RUNNER_BIN" build --profile "$profile" || return
     done
 }

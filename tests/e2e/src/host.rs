@@ -317,7 +317,8 @@ impl HostBuilder {
         let image = images().join("images").join(&rootfs);
         if let Some(room_mb) = self.own_file_system {
             // ext4's own tables take a few more.
-            let size = size_of(&image) + ((room_mb + 40) << 20);
+            let proxy = size_of(&images().join("proxy"));
+            let size = size_of(&image) + proxy + ((room_mb + 40) << 20);
             mount_ext4(home.path(), size);
         }
         let linked = home.path().join("images").join(&rootfs);
@@ -326,6 +327,15 @@ impl HostBuilder {
             copy_tree(&image, &linked);
         } else {
             link_tree(&image, &linked);
+        }
+        // The proxy and the authority that the image trusts, as `runner setup` made them.
+        for part in ["ca", "proxy"] {
+            let (from, to) = (images().join(part), home.path().join(part));
+            if self.owner.is_some() || self.own_file_system.is_some() {
+                copy_tree(&from, &to);
+            } else {
+                link_tree(&from, &to);
+            }
         }
         let mut runs = binary();
         if self.owner.is_some() {

@@ -6,6 +6,7 @@
 //!
 //! Jobs go on meanwhile: their connections are refused until it is ready again, on the same port.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
@@ -34,6 +35,8 @@ const SETTLED: Duration = Duration::from_secs(60);
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Where the worker sees its files.
 const SHOWN: &str = "/proxy";
+/// And the authorities it trusts upstream.
+const TRUSTED: &str = "/trusted.crt";
 /// Memory limit of one worker, bytes: 93 MB after its start, and bounded work for each connection.
 const MEMORY_MAX: u64 = 1 << 30;
 
@@ -215,7 +218,12 @@ fn spec(plan: &Plan, socket: UnixStream) -> std::io::Result<ServiceSpec> {
     .map(str::to_owned)
     .to_vec();
     args.push(plan.port.to_string());
-    let trusted = plan.trusted.as_ref().map(|path| path.display().to_string());
+    let mut shown = vec![(plan.files.try_clone()?, PathBuf::from(SHOWN))];
+    if let Some(path) = &plan.trusted {
+        // Opened anew for each start: the host's list changes.
+        shown.push((File::open(path)?.into(), PathBuf::from(TRUSTED)));
+    }
+    let trusted = plan.trusted.as_ref().map(|_| TRUSTED);
     for (name, value) in [
         ("connection_strategy", "lazy"),
         ("upstream_cert", "false"),
@@ -224,11 +232,8 @@ fn spec(plan: &Plan, socket: UnixStream) -> std::io::Result<ServiceSpec> {
         ("flow_detail", "0"),
     ]
     .into_iter()
-    .chain(
-        trusted
-            .as_deref()
-            .map(|path| ("ssl_verify_upstream_trusted_ca", path)),
-    ) {
+    .chain(trusted.map(|path| ("ssl_verify_upstream_trusted_ca", path)))
+    {
         args.push("--set".to_owned());
         args.push(format!("{name}={value}"));
     }
@@ -252,7 +257,7 @@ fn spec(plan: &Plan, socket: UnixStream) -> std::io::Result<ServiceSpec> {
             (socket.into(), 3),
             (plan.authority.try_clone()?, 4),
         ],
-        shown: vec![(plan.files.try_clone()?, PathBuf::from(SHOWN))],
+        shown,
         resolv_conf: format!(
             "nameserver {}\noptions timeout:5 attempts:2\n",
             plan.resolver
