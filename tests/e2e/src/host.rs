@@ -622,7 +622,7 @@ impl Host {
 
     /// The processes of VMs.
     pub fn vms(&self) -> Vec<Proc> {
-        processes_of_uids(&self.range.uids)
+        processes_of_uids(&self.range.slots())
     }
 
     /// Kills the daemon and checks that its VMs are gone within a second.

@@ -12,8 +12,10 @@ use crate::process::{processes_of_uids, processes_with_environment};
 const ROOT: &str = "/run/vm0-e2e";
 /// Well below the runner's own range, in the same unassigned span.
 const FIRST_UID: u32 = 2_100_000_000;
-/// Slots of one host.
-const UIDS: u32 = 4096;
+/// Slots of one host: a uid for each VM.
+const SLOTS: u32 = 4096;
+/// Those, and behind them the services'.
+const UIDS: u32 = 2 * SLOTS;
 const RANGES: u32 = 256;
 
 /// Held as long as the test runs.
@@ -45,6 +47,11 @@ impl RunRange {
             return range;
         }
         panic!("all {RANGES} ranges of {ROOT} are taken");
+    }
+
+    /// Uids of VMs.
+    pub(crate) fn slots(&self) -> Range<u32> {
+        self.uids.start..self.uids.start + SLOTS
     }
 
     /// The variable that every process of this host carries.
