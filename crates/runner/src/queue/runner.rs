@@ -340,7 +340,25 @@ impl RunnerQueue {
             answered.push(id);
         }
         registry::sweep(&self.runners)?;
+        self.remove_half_written()?;
         Ok(answered)
+    }
+
+    /// Removes files that a runner was killed over. Only while no other runner of the group lives, which might be
+    /// writing one; we ourselves are not, as whoever writes is who calls this.
+    fn remove_half_written(&self) -> Result<(), QueueError> {
+        let others = registry::live(&self.runners)?;
+        if others.iter().any(|runner| runner.instance != self.instance) {
+            return Ok(());
+        }
+        for dir in [&self.claims, &self.results] {
+            for entry in dir.list()? {
+                if entry.name.as_encoded_bytes().starts_with(b".tmp-") {
+                    dir.remove_file(&entry.name)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn claimant(&self, claim: &str) -> Option<String> {

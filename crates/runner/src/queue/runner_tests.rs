@@ -265,6 +265,22 @@ fn a_runner_killed_between_its_answer_and_the_clean_up_keeps_its_answer() {
 }
 
 #[test]
+fn what_a_killed_runner_was_writing_goes_when_nobody_else_may_be_writing_it() {
+    let group = Group::new();
+    let runner = group.runner();
+    let half = [".results/.tmp-1", ".claims/.tmp-2"].map(|name| group.path(name));
+    for path in &half {
+        std::fs::write(path, "{").unwrap();
+    }
+    let other = group.runner();
+    runner.recover(&HashSet::new()).unwrap();
+    assert!(half.iter().all(|path| path.exists()));
+    drop(other);
+    runner.recover(&HashSet::new()).unwrap();
+    assert!(!half.iter().any(|path| path.exists()));
+}
+
+#[test]
 fn planted_claims_and_results_do_not_cheat() {
     let group = Group::new();
     let runner = group.runner();
