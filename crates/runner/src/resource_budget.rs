@@ -218,13 +218,20 @@ struct Place(Arc<Shared>);
 
 impl Place {
     fn take(shared: &Arc<Shared>) -> Option<Self> {
-        shared
-            .firm
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |held| {
-                (held < shared.max_concurrent).then(|| held.saturating_add(1))
-            })
-            .ok()
-            .map(|_| Self(Arc::clone(shared)))
+        let mut held = shared.firm.load(Ordering::Acquire);
+        while held < shared.max_concurrent {
+            let taken = shared.firm.compare_exchange(
+                held,
+                held.saturating_add(1),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            match taken {
+                Ok(_) => return Some(Self(Arc::clone(shared))),
+                Err(other) => held = other,
+            }
+        }
+        None
     }
 }
 

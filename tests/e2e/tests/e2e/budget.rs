@@ -38,6 +38,12 @@ fn the_first_job_is_admitted_even_above_the_budget_and_the_second_waits_for_it()
             .is_some_and(|runs| runs.len() == 1)
     });
     assert_eq!(status["active_runs"][0]["run_id"], run.as_str());
+    // The VM's own memory, and what its engine may take beside it.
+    let leased = status["budget"]["host"]["firm"]["memory_mb"].as_u64();
+    assert!(
+        leased.is_some_and(|mb| (256 + 96..=256 + 160).contains(&mb)),
+        "{status}"
+    );
     assert!(host.runner(&["kill", &run]).status().unwrap().success());
     first.wait();
     second.wait().expect_exit(0);

@@ -110,6 +110,8 @@ struct Chosen {
 struct Admitting {
     run: RunId,
     vm: Option<Chosen>,
+    /// Room has come free since: a refusal that is on its way knows nothing of it.
+    outdated: bool,
 }
 
 #[derive(Debug)]
@@ -222,7 +224,7 @@ impl Plan {
             // Pressure on the host, ours or another runner's, is answered; room that came free is tried.
             Event::Usage(usage) => {
                 self.revoke_for(usage);
-                self.waiting.unblock();
+                self.room_came_free();
             }
             Event::LauncherGone => self.fail(
                 "the launcher process has ended; every VM of this runner was stopped with it",
@@ -254,7 +256,7 @@ impl Plan {
         }
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
-            self.waiting.unblock();
+            self.room_came_free();
         }
         if self.stop_at.is_some_and(|at| at <= now) {
             self.stop_at = None;
@@ -269,6 +271,14 @@ impl Plan {
         };
         for slot in self.slots_where(useless) {
             self.destroy(slot);
+        }
+    }
+
+    /// Everybody who waits for room may be tried again, also whoever is being refused at this moment.
+    fn room_came_free(&mut self) {
+        self.waiting.unblock();
+        if let Some(admitting) = &mut self.admitting {
+            admitting.outdated = true;
         }
     }
 

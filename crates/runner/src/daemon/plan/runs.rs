@@ -30,7 +30,11 @@ impl Plan {
             slot,
             idle: self.take(slot),
         });
-        self.admitting = Some(Admitting { run, vm });
+        self.admitting = Some(Admitting {
+            run,
+            vm,
+            outdated: false,
+        });
     }
 
     /// The job to admit next, and the VM that is there for it. A job whose VM is being prepared waits for that one:
@@ -152,9 +156,9 @@ impl Plan {
     }
 
     pub(super) fn on_refused(&mut self, id: RunId, usage: Option<HostUsage>, now: Instant) {
-        if let Some(admitting) = self.admitting.take_if(|admitting| admitting.run == id)
-            && let Some(vm) = admitting.vm
-        {
+        let admitting = self.admitting.take_if(|admitting| admitting.run == id);
+        let outdated = admitting.as_ref().is_some_and(|one| one.outdated);
+        if let Some(vm) = admitting.and_then(|admitting| admitting.vm) {
             // Its lease was never made firm.
             self.settle(vm.slot, vm.idle, now);
         }
@@ -162,7 +166,10 @@ impl Plan {
             Some(usage) => self.usage = usage,
             None => self.retry_at = Some(now + RETRY),
         }
-        self.waiting.block(id);
+        // Whoever is blocked is tried again when room comes free, and that may have been just now.
+        if !(outdated && usage.is_some()) {
+            self.waiting.block(id);
+        }
     }
 
     pub(super) fn on_claimed(&mut self, job: Box<ClaimedJob>, now: Instant) {

@@ -303,6 +303,21 @@ fn a_refused_job_is_tried_again_when_room_comes_free_and_never_claimed_before() 
 }
 
 #[test]
+fn a_job_refused_while_room_came_free_is_tried_again_at_once() {
+    for free in [
+        Event::Released(SlotId(99)),
+        Event::Usage(HostUsage::default()),
+    ] {
+        let mut bench = Bench::new();
+        let job = bench.submit("vm0/small");
+        // The launcher has said no already, and its answer is on its way.
+        bench.tell(free);
+        assert_eq!(bench.refuse(), job.job.run_id);
+        assert_eq!(bench.admit().0, job.job.run_id);
+    }
+}
+
+#[test]
 fn a_job_that_the_launcher_failed_to_reserve_for_is_tried_again_after_a_while() {
     let mut bench = Bench::new();
     let job = bench.submit("vm0/small");

@@ -54,7 +54,7 @@ impl Plan {
         {
             let idle = idle.take();
             self.settle(slot, idle, now);
-            self.waiting.unblock();
+            self.room_came_free();
         }
     }
 
@@ -78,7 +78,7 @@ impl Plan {
         } else if let VmState::Parking(key) = &vm.state {
             let key = key.clone();
             self.settle(slot, Some(key), now);
-            self.waiting.unblock();
+            self.room_came_free();
             while let idle = self.idle_lru()
                 && idle.len() > self.rules.idle_max
                 && let Some(oldest) = idle.first()
@@ -143,7 +143,7 @@ impl Plan {
 
     pub(super) fn on_released(&mut self, slot: SlotId) {
         self.vms.remove(&slot);
-        self.waiting.unblock();
+        self.room_came_free();
         let ids: Vec<RunId> = self
             .runs
             .iter_mut()
