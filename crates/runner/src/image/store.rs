@@ -353,12 +353,20 @@ mod tests {
 
     use super::*;
 
+    const CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----";
+
     fn store(path: &Path) -> Store {
+        fs::create_dir_all(path.join(rel::CA)).unwrap();
+        fs::write(path.join(rel::CA).join("ca.pem"), CERTIFICATE).unwrap();
         Store::open(Arc::new(Home::open_or_create(path).unwrap())).unwrap()
     }
 
     fn inputs() -> Vec<(String, String)> {
-        vec![("flavour".to_owned(), "small".to_owned())]
+        let authority = manifest::sha256(CERTIFICATE.as_bytes());
+        vec![
+            ("flavour".to_owned(), "small".to_owned()),
+            (AUTHORITY_INPUT.to_owned(), authority),
+        ]
     }
 
     fn hash() -> ImageHash {
@@ -411,6 +419,21 @@ mod tests {
         let image = store.image(&hash()).unwrap();
         assert!(image.kernel.is_file());
         assert_eq!(abandoned_in(temp.path()), 0);
+    }
+
+    #[test]
+    fn an_image_that_trusts_another_authority_or_none_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = store(temp.path());
+        publish(&store);
+        store.image(&hash()).unwrap();
+        let certificate = temp.path().join(rel::CA).join("ca.pem");
+        fs::write(&certificate, format!("{CERTIFICATE} of another")).unwrap();
+        let refused = store.image(&hash());
+        assert!(matches!(refused, Err(ImageError::OtherAuthority)));
+        fs::remove_file(&certificate).unwrap();
+        let refused = store.image(&hash());
+        assert!(matches!(refused, Err(ImageError::NoAuthority)));
     }
 
     #[test]
