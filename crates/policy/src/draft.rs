@@ -3,6 +3,7 @@
 //! The canonical form is a draft too, the one without shorthands, so there is one way in for both.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -115,7 +116,8 @@ impl<'de> Deserialize<'de> for Draft {
 }
 
 /// `HOST[:PORT]`, as `--allow` and `--deny` take it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct RuleArgument {
     host: HostPattern,
     port: Option<u16>,
@@ -145,6 +147,29 @@ impl FromStr for RuleArgument {
         };
         let host = host.parse().map_err(|error| refuse(format!("{error}")))?;
         Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for RuleArgument {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.port {
+            Some(port) => write!(f, "{}:{port}", self.host),
+            None => write!(f, "{}", self.host),
+        }
+    }
+}
+
+impl From<RuleArgument> for String {
+    fn from(argument: RuleArgument) -> Self {
+        argument.to_string()
+    }
+}
+
+impl TryFrom<String> for RuleArgument {
+    type Error = DraftError;
+
+    fn try_from(text: String) -> Result<Self, DraftError> {
+        text.parse()
     }
 }
 

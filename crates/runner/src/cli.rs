@@ -63,6 +63,8 @@ enum Command {
     Cp(cmd::cp::Args),
     /// Show a job's log
     Logs(cmd::logs::Args),
+    /// Show or change what a running job may reach
+    Policy(cmd::policy::Args),
     /// Cancel a running job
     Kill(cmd::kill::Args),
     /// Check every prerequisite of this host
@@ -110,6 +112,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode, CliError> {
         Command::Exec(args) => cmd::exec::run(args, context),
         Command::Cp(args) => cmd::cp::run(args, context),
         Command::Logs(args) => cmd::logs::run(args, context),
+        Command::Policy(args) => cmd::policy::run(args, context),
         Command::Kill(args) => cmd::kill::run(args, context),
         Command::Doctor(args) => cmd::doctor::run(args, context),
         Command::Benchmark(args) => cmd::benchmark::run(args, context),

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::network::{Registration, Registrations};
+use crate::status::{ProxyWorker, WorkerState};
 pub(crate) use ca::Authority;
 use channel::{Channel, ChannelError};
 use worker::State;
@@ -104,11 +105,28 @@ impl Proxy {
     }
 
     /// How every worker is, for people.
-    pub(crate) fn states(&self) -> Vec<State> {
-        self.workers
-            .iter()
-            .map(|worker| worker.borrow().clone())
-            .collect()
+    pub(crate) fn states(&self) -> Vec<ProxyWorker> {
+        let states = self.workers.iter().map(|worker| {
+            let (state, reason) = match &*worker.borrow() {
+                State::Starting => (WorkerState::Starting, None),
+                State::Ready(_) => (WorkerState::Ready, None),
+                State::Down(why) => (WorkerState::Down, Some(why.clone())),
+            };
+            ProxyWorker { state, reason }
+        });
+        states.collect()
+    }
+
+    /// Has somebody told whenever [`Proxy::states`] change.
+    pub(crate) fn on_change(&self, tell: impl Fn() + Clone + Send + 'static) {
+        for worker in &self.workers {
+            let (mut worker, tell) = (worker.clone(), tell.clone());
+            tokio::spawn(async move {
+                while worker.changed().await.is_ok() {
+                    tell();
+                }
+            });
+        }
     }
 
     /// Makes a registration, which must stand in the [`Registrations`] already, known.

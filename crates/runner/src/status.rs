@@ -97,6 +97,28 @@ pub(crate) struct WarmPool {
     pub(crate) last_error: Option<String>,
 }
 
+/// One process of the proxy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ProxyWorker {
+    /// How it is.
+    pub(crate) state: WorkerState,
+    /// Why it is down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) reason: Option<String>,
+}
+
+/// How a process of the proxy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum WorkerState {
+    /// On its way up.
+    Starting,
+    /// It carries jobs' traffic.
+    Ready,
+    /// It died and will be started again.
+    Down,
+}
+
 /// What is used of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct BudgetStatus {
@@ -214,6 +236,9 @@ pub(crate) struct Status {
     pub(crate) warm: Vec<WarmPool>,
     /// The host's budget.
     pub(crate) budget: BudgetStatus,
+    /// The proxy's workers.
+    #[serde(default)]
+    pub(crate) proxy: Vec<ProxyWorker>,
     /// When this process started.
     pub(crate) started_at: Time,
     /// When this was true.
@@ -334,6 +359,7 @@ mod tests {
                 host: HostUsage::default(),
                 total: Resources::default(),
             },
+            proxy: Vec::new(),
             started_at: Time(Timestamp::UNIX_EPOCH),
             updated_at: Time(Timestamp::UNIX_EPOCH),
         }

@@ -1,22 +1,26 @@
-//! `runner logs`: what a job printed, also after it has ended.
+//! `runner logs`: what a job printed, or what it did in the network, also after it has ended.
 
+mod network;
 pub(crate) mod tail;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::context::{CliError, Context, block_on};
 use crate::control::client::{self, RunPrefix};
-use crate::home::Home;
+use crate::home::{Home, rel};
 use crate::names::RunId;
 use crate::terminal::{self, Escaper};
+use network::Table;
 use tail::Tail;
 
 /// Command line.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "On a terminal, control characters in the log are shown escaped; elsewhere it is copied byte by \
-byte.\n\nExamples:\n  runner logs 6f1c\n  runner logs 6f1c --follow\n  runner logs 6f1c --raw > job.log"
+byte.\n\nExamples:\n  runner logs 6f1c\n  runner logs 6f1c --follow\n  runner logs 6f1c --raw > job.log\n  \
+runner logs 6f1c --network --follow\n  runner logs 6f1c --network --json | jq 'select(.action == \"DENY\")'"
 )]
 pub(crate) struct Args {
     /// Beginning of the run's id
@@ -28,14 +32,29 @@ pub(crate) struct Args {
     /// Do not escape control characters, even on a terminal
     #[arg(long)]
     raw: bool,
+    /// Show what the job did in the network instead: requests, connections, queries, and what was denied
+    #[arg(long, conflicts_with = "raw")]
+    network: bool,
+    /// Print the network log's own lines, one JSON object each (docs/network.md, "Network log")
+    #[arg(long, requires = "network")]
+    json: bool,
 }
 
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let home = context.home()?;
     block_on(async {
-        let run = find(&home, &args.run).await?;
-        let mut tail = Tail::open(home.logs()?, &run)?;
+        let run = find(&home, &args.run, args.network).await?;
+        let (what, path): (_, PathBuf) = match args.network {
+            true => ("network log", rel::network_log(&run)),
+            false => ("log", rel::system_log(&run)),
+        };
+        let mut tail = Tail::open(home.logs()?, &path)?;
+        // A job that gets no network never has a log of it: that it is over, its other log tells.
+        let mut end = match args.network {
+            true => Some(Tail::open(home.logs()?, &rel::system_log(&run))?),
+            false => None,
+        };
         // The watch is set, so a job that ends from here on is noticed by its log being closed.
         let mut active = args.follow
             && client::active_runs(&home)
@@ -43,15 +62,24 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
                 .iter()
                 .any(|active| active.info.run_id == run);
         if !active && !tail.exists() {
-            return Err(CliError::failed(format_args!("run {run} has no log")));
+            return Err(none(what, &run, args.network));
         }
-        let mut out = Out::new(args.raw || !terminal::is_terminal(io::stdout()));
+        let mut out = Out::new(&args);
         loop {
             let piece = tail.read()?;
             if !piece.is_empty() {
                 out.write(&piece)?;
-            } else if active && !tail.is_closed() {
-                tail.changed().await?;
+            } else if active && !tail.is_closed() && !end.as_ref().is_some_and(Tail::is_closed) {
+                match &mut end {
+                    None => tail.changed().await?,
+                    Some(end) => {
+                        end.look()?;
+                        tokio::select! {
+                            changed = tail.changed() => changed?,
+                            ended = end.changed() => ended?,
+                        }
+                    }
+                }
             } else if active {
                 // Closed: once more, for what was written just before.
                 active = false;
@@ -63,21 +91,39 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     })
 }
 
+fn none(what: &str, run: &RunId, network: bool) -> CliError {
+    let error = CliError::failed(format_args!("run {run} has no {what}"));
+    if network {
+        error.with_hint(format_args!(
+            "its job got no network, or not yet: `runner logs {run}` says how far it came"
+        ))
+    } else {
+        error
+    }
+}
+
+/// The run whose log has this name.
+fn run_of(name: &str, network: bool) -> Option<RunId> {
+    let system = || name.strip_prefix("system-")?.strip_suffix(".log");
+    let other = || name.strip_prefix("network-")?.strip_suffix(".jsonl");
+    let id = system().or_else(|| network.then(other).flatten())?;
+    id.parse().ok()
+}
+
 /// Finds the run among logs and active runs.
-async fn find(home: &Home, prefix: &RunPrefix) -> Result<RunId, CliError> {
+async fn find(home: &Home, prefix: &RunPrefix, network: bool) -> Result<RunId, CliError> {
     let mut found: Vec<RunId> = Vec::new();
     for entry in home.logs()?.list()? {
-        let run = entry
-            .name
-            .to_str()
-            .and_then(|name| name.strip_prefix("system-")?.strip_suffix(".log"))
-            .and_then(|id| id.parse().ok());
+        let name = entry.name.to_str();
+        let run = name.and_then(|name| run_of(name, network));
         found.extend(run.filter(|run| prefix.matches(*run)));
     }
     if found.is_empty() {
         return Ok(client::find(home, prefix).await?.info.run_id);
     }
     found.sort_unstable();
+    // One that has both logs.
+    found.dedup();
     match found.as_slice() {
         [run] => Ok(*run),
         several => {
@@ -91,37 +137,53 @@ async fn find(home: &Home, prefix: &RunPrefix) -> Result<RunId, CliError> {
     }
 }
 
-/// Stdout, with the log escaped or as it is.
-struct Out {
-    escaper: Option<Escaper>,
+/// Stdout, with the log as it is to be shown.
+enum Out {
+    /// Byte by byte.
+    Raw,
+    /// Escaped.
+    Escaped(Escaper),
+    /// The network log, for people.
+    Table(Table),
 }
 
 impl Out {
-    fn new(raw: bool) -> Self {
-        Self {
-            escaper: (!raw).then(Escaper::default),
+    fn new(args: &Args) -> Self {
+        let is_terminal = terminal::is_terminal(io::stdout());
+        if args.network && !args.json {
+            let columns = is_terminal.then(|| terminal::size(io::stdout()));
+            return Self::Table(Table::new(
+                columns.map(|size| size.map_or(100, |size| size.cols)),
+            ));
+        }
+        if args.raw || !is_terminal {
+            Self::Raw
+        } else {
+            Self::Escaped(Escaper::default())
         }
     }
 
     fn write(&mut self, piece: &[u8]) -> Result<(), CliError> {
-        let mut stdout = io::stdout().lock();
-        match &mut self.escaper {
-            Some(escaper) => stdout.write_all(escaper.push(piece).as_bytes()),
-            None => stdout.write_all(piece),
+        match self {
+            Self::Raw => print(piece),
+            Self::Escaped(escaper) => print(escaper.push(piece).as_bytes()),
+            Self::Table(table) => print(table.push(piece).as_bytes()),
         }
-        .and_then(|()| stdout.flush())
-        .map_err(CliError::stdout)
     }
 
     fn finish(&mut self) -> Result<(), CliError> {
-        let rest = self.escaper.as_mut().map(Escaper::finish);
-        self.write_rest(rest.unwrap_or_default().as_bytes())
+        match self {
+            Self::Raw => Ok(()),
+            Self::Escaped(escaper) => print(escaper.finish().as_bytes()),
+            Self::Table(table) => print(table.finish().as_bytes()),
+        }
     }
+}
 
-    fn write_rest(&mut self, rest: &[u8]) -> Result<(), CliError> {
-        io::stdout()
-            .write_all(rest)
-            .and_then(|()| io::stdout().flush())
-            .map_err(CliError::stdout)
-    }
+fn print(bytes: &[u8]) -> Result<(), CliError> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(bytes)
+        .and_then(|()| stdout.flush())
+        .map_err(CliError::stdout)
 }

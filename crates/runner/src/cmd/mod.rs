@@ -11,6 +11,7 @@ pub(crate) mod kill;
 pub(crate) mod local;
 pub(crate) mod logs;
 mod parse;
+pub(crate) mod policy;
 pub(crate) mod setup;
 pub(crate) mod start;
 pub(crate) mod version;

@@ -19,6 +19,7 @@ use std::io;
 use bytes::{Bytes, BytesMut};
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use guest_control::{ExecSpec, ExitReport, FileSpec, PtySize};
+use policy::RuleArgument;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
@@ -78,6 +79,21 @@ pub(crate) enum Request {
         /// Which run.
         run: RunId,
     },
+    // Added later: an older daemon ends the connection at what it does not know.
+    /// What may a run reach? Answered with [`Reply::Policy`].
+    Policy {
+        /// Which run.
+        run: RunId,
+    },
+    /// Puts rules before a run's others, denials first. Answered with [`Reply::Policy`] when they hold.
+    ChangePolicy {
+        /// Which run.
+        run: RunId,
+        /// What it is kept from.
+        deny: Vec<RuleArgument>,
+        /// What it may reach.
+        allow: Vec<RuleArgument>,
+    },
 }
 
 /// Later frames of the client.
@@ -131,6 +147,30 @@ pub(crate) enum Reply {
     Done,
     /// The operation failed; last frame.
     Failed(Failure),
+    /// The run's policy in its canonical form, JSON.
+    Policy(String),
+    /// The operation was refused or failed, and somebody can act; last frame.
+    Refused(Refusal),
+}
+
+/// A failure with what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Refusal {
+    /// A sentence; control characters are escaped.
+    pub(crate) message: String,
+    /// What to do.
+    pub(crate) hint: String,
+}
+
+impl Refusal {
+    /// Says why, and what to do.
+    pub(crate) fn new(message: impl std::fmt::Display, hint: impl std::fmt::Display) -> Self {
+        let escaped = |text: String| crate::terminal::escape(&text);
+        Self {
+            message: escaped(message.to_string()),
+            hint: escaped(hint.to_string()),
+        }
+    }
 }
 
 /// Why an operation failed.

@@ -5,7 +5,7 @@
 //! ```text
 //! accepted ─ peer is owner or root? ─ no ─▶ closed
 //!    │ first frame
-//!    ├─ Runs, Status, Cancel ──▶ one answer ──▶ closed
+//!    ├─ Runs, Status, Cancel, Policy… ──▶ one answer ──▶ closed
 //!    ├─ ReadFile, WriteFile ───▶ bytes ──▶ Done ──▶ closed
 //!    └─ Exec, Attach ──▶ attached ─┬─ process ended ──▶ Exited ──▶ closed
 //!                                  ├─ Detach ──▶ left running, can be attached to again
@@ -23,13 +23,14 @@ use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use guest_control::{Client, ExecSpec, FileSpec, PtySize, Session, Stream};
+use policy::RuleArgument;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::protocol::{
-    self, CHUNK, Connection, Failure, Input, Reply, Request, RunInfo, STDIN_WINDOW,
+    self, CHUNK, Connection, Failure, Input, Refusal, Reply, Request, RunInfo, STDIN_WINDOW,
 };
 use super::sessions::Sessions;
 use crate::names::RunId;
@@ -40,7 +41,8 @@ const FIRST_FRAME_LIMIT: Duration = Duration::from_secs(10);
 /// Connections served at once; more wait in the socket's backlog.
 const MAX_CONNECTIONS: usize = 256;
 
-/// What the server asks the daemon. Implementations answer from the daemon's own state and must not block.
+/// What the server asks the daemon. Implementations answer from the daemon's own state and must not
+/// block; only a change of policy waits, for the proxy.
 #[async_trait]
 pub(crate) trait RunLookup: Send + Sync + 'static {
     /// The runs that are active now, oldest first.
@@ -51,6 +53,15 @@ pub(crate) trait RunLookup: Send + Sync + 'static {
     async fn cancel(&self, run: RunId) -> Result<(), Failure>;
     /// What `status.json` says now.
     async fn status(&self) -> String;
+    /// What a run may reach, in canonical form.
+    async fn policy(&self, run: RunId) -> Result<String, Refusal>;
+    /// Puts rules before a run's others, denials first; returns the changed policy when it holds.
+    async fn change_policy(
+        &self,
+        run: RunId,
+        deny: &[RuleArgument],
+        allow: &[RuleArgument],
+    ) -> Result<String, Refusal>;
 }
 
 /// Serves the socket until the future is dropped, which ends every connection.
@@ -108,6 +119,13 @@ struct Handler {
     sessions: Arc<Sessions>,
 }
 
+fn policy(answer: Result<String, Refusal>) -> Reply {
+    match answer {
+        Ok(canonical) => Reply::Policy(canonical),
+        Err(refusal) => Reply::Refused(refusal),
+    }
+}
+
 /// How an attachment ended.
 enum End {
     Exited,
@@ -128,6 +146,10 @@ impl Handler {
                 Ok(()) => Reply::Done,
                 Err(failure) => Reply::Failed(failure),
             },
+            Request::Policy { run } => policy(self.lookup.policy(run).await),
+            Request::ChangePolicy { run, deny, allow } => {
+                policy(self.lookup.change_policy(run, &deny, &allow).await)
+            }
             Request::Exec { run, spec, detach } => {
                 return self.exec(connection, run, spec, detach).await;
             }

@@ -17,13 +17,14 @@ use guest_control::{
     Client, ExecSpec, ExitReport, ExitStatus, FileSpec, GuestStats, MountSource, Wake,
 };
 use host::fs::{Lock, LockKind};
+use policy::{Policy, RuleArgument};
 use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::protocol::{Failure, RunInfo};
+use super::protocol::{Failure, Refusal, RunInfo};
 use super::server::RunLookup;
 use crate::home::{Home, rel};
 use crate::names::RunId;
@@ -265,6 +266,7 @@ struct Lookup {
     info: RunInfo,
     client: Mutex<Option<Client>>,
     cancelled: AtomicBool,
+    policy: Mutex<Policy>,
 }
 
 #[async_trait]
@@ -288,6 +290,26 @@ impl RunLookup for Lookup {
     }
     async fn status(&self) -> String {
         "{}".to_owned()
+    }
+    async fn policy(&self, run: RunId) -> Result<String, Refusal> {
+        self.change_policy(run, &[], &[]).await
+    }
+    async fn change_policy(
+        &self,
+        run: RunId,
+        deny: &[RuleArgument],
+        allow: &[RuleArgument],
+    ) -> Result<String, Refusal> {
+        if run != self.info.run_id {
+            return Err(Refusal::new("no such run", "name another"));
+        }
+        let mut policy = self.policy.lock().unwrap();
+        let denied = deny.iter().map(RuleArgument::deny);
+        let allowed = allow.iter().map(RuleArgument::allow);
+        *policy = policy
+            .with_rules_first(denied.chain(allowed).collect())
+            .map_err(|error| Refusal::new(error, "name fewer"))?;
+        Ok(policy.to_json())
     }
 }
 
@@ -328,6 +350,7 @@ impl Daemon {
             },
             client: Mutex::new(None),
             cancelled: AtomicBool::new(false),
+            policy: Mutex::default(),
         });
         let (near, mut far) = tokio::io::duplex(64 << 10);
         let mut tasks = vec![tokio::spawn(async move {

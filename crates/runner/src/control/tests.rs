@@ -338,6 +338,32 @@ async fn an_unknown_run_is_refused_and_a_known_one_cancelled() {
 }
 
 #[tokio::test]
+async fn a_policy_is_shown_and_changed_and_a_refusal_says_what_to_do() {
+    use crate::cmd::policy::ask;
+    let daemon = Daemon::start();
+    let mut run = only_run(&daemon).await;
+    let before = ask(&run, Vec::new(), Vec::new()).await.unwrap();
+    assert_eq!(before, policy::Policy::default().to_json());
+    let rule = |text: &str| vec![text.parse().unwrap()];
+    let changed = ask(&run, rule("*.b.example"), rule("a.b.example:22")).await;
+    let changed = policy::Policy::from_json(&changed.unwrap()).unwrap();
+    let hosts: Vec<String> = changed
+        .rules()
+        .iter()
+        .map(|rule| rule.host().to_string())
+        .collect();
+    assert_eq!(hosts, ["*.b.example", "a.b.example"]);
+    let after = ask(&run, Vec::new(), Vec::new()).await.unwrap();
+    assert_eq!(after, changed.to_json());
+    let many = (0..=policy::MAX_RULES).map(|n| format!("h{n}.example").parse().unwrap());
+    let refused = ask(&run, Vec::new(), many.collect()).await.unwrap_err();
+    assert!(refused.to_string().contains("rules"), "{refused}");
+    run.info.run_id = RunId::random();
+    let refused = ask(&run, Vec::new(), Vec::new()).await.unwrap_err();
+    assert_eq!(refused.to_string(), "no such run");
+}
+
+#[tokio::test]
 async fn garbage_ends_one_connection_and_nothing_else() {
     use futures_util::SinkExt;
     let daemon = Daemon::start();

@@ -1,16 +1,18 @@
 //! What the control socket may look at: a copy of what the owner knows, behind a lock that is held for moments.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use guest_control::Client;
+use policy::{MergeError, RuleArgument};
 
 use super::event::Event;
 use super::watchers::Mailbox;
-use crate::control::protocol::{Failure, RunInfo};
+use crate::control::protocol::{Failure, Refusal, RunInfo};
 use crate::control::server::RunLookup;
 use crate::names::RunId;
+use crate::network::{JobNetworks, NetworkError};
 use crate::status::Status;
 
 #[derive(Default)]
@@ -23,13 +25,15 @@ struct Contents {
 pub(super) struct Directory {
     contents: Mutex<Contents>,
     mailbox: Mailbox,
+    networks: Option<Arc<JobNetworks>>,
 }
 
 impl Directory {
-    pub(super) fn new(mailbox: Mailbox) -> Self {
+    pub(super) fn new(mailbox: Mailbox, networks: Option<Arc<JobNetworks>>) -> Self {
         Self {
             contents: Mutex::default(),
             mailbox,
+            networks,
         }
     }
 
@@ -55,6 +59,50 @@ impl Directory {
         let contents = self.lock();
         let status = contents.status.as_ref();
         status.is_some_and(|status| status.active_runs.iter().any(|a| a.run_id == run))
+    }
+
+    /// The networks, for a run that is active.
+    fn networks_for(&self, run: RunId) -> Result<&JobNetworks, Refusal> {
+        if !self.is_active(run) {
+            return Err(Refusal::new(
+                format_args!("run {run} is not active"),
+                "only a running job has a policy that can be changed; `runner local list` shows them",
+            ));
+        }
+        self.networks
+            .as_deref()
+            .ok_or_else(|| refusal(run, &NetworkError::NoRun))
+    }
+}
+
+/// Why a run's policy cannot be told or changed.
+fn refusal(run: RunId, error: &NetworkError) -> Refusal {
+    match error {
+        NetworkError::NoRun => Refusal::new(
+            format_args!("run {run} has no network now"),
+            "its VM is still being prepared, or its job is ending: try again in a moment",
+        ),
+        NetworkError::Policy(MergeError::Policy(error)) => Refusal::new(
+            format_args!("the policy of run {run} cannot be changed: {error}"),
+            "name fewer hosts, or several by one pattern such as *.example.com",
+        ),
+        NetworkError::NoSecret(name) => Refusal::new(
+            format_args!(
+                "the policy of run {run} names the secret {name}, which its job does not have"
+            ),
+            format_args!("submit the job with --secret {name}=env:VARIABLE"),
+        ),
+        // The registration has the new policy already; whoever fell will be told it, or the run has to go.
+        NetworkError::Proxy(_) | NetworkError::Launcher(_) => Refusal::new(
+            format_args!(
+                "the policy of run {run} was changed, but it may not hold everywhere yet: {error}"
+            ),
+            format_args!("try again, or end the job with `runner kill {run}`"),
+        ),
+        error => Refusal::new(
+            format_args!("the policy of run {run} cannot be changed: {error}"),
+            "the runner's log says more: logs/runner-<name>.log in the home",
+        ),
     }
 }
 
@@ -92,6 +140,27 @@ impl RunLookup for Directory {
         }
         self.mailbox.event(Event::Cancel(run));
         Ok(())
+    }
+
+    async fn policy(&self, run: RunId) -> Result<String, Refusal> {
+        let policy = self.networks_for(run)?.policy(run);
+        let policy = policy.ok_or_else(|| refusal(run, &NetworkError::NoRun))?;
+        Ok(policy.to_json())
+    }
+
+    async fn change_policy(
+        &self,
+        run: RunId,
+        deny: &[RuleArgument],
+        allow: &[RuleArgument],
+    ) -> Result<String, Refusal> {
+        let networks = self.networks_for(run)?;
+        let denied = deny.iter().map(RuleArgument::deny);
+        let allowed = allow.iter().map(RuleArgument::allow);
+        let changed = networks.update(run, denied.chain(allowed).collect()).await;
+        let policy = changed.map_err(|error| refusal(run, &error))?;
+        tracing::info!(%run, denied = deny.len(), allowed = allow.len(), "a policy was changed");
+        Ok(policy.to_json())
     }
 
     async fn status(&self) -> String {

@@ -90,7 +90,15 @@ pub(crate) async fn run(
     serve: impl FnOnce(Arc<dyn RunLookup>),
 ) -> u8 {
     let mut inbox = parts.inbox;
-    let directory = Arc::new(Directory::new(parts.mailbox.clone()));
+    let networks = parts.setting.networks.clone();
+    if let Some(networks) = &networks {
+        let mailbox = parts.mailbox.clone();
+        // What becomes of the proxy is told in the status.
+        networks
+            .proxy()
+            .on_change(move || mailbox.event(Event::Time));
+    }
+    let directory = Arc::new(Directory::new(parts.mailbox.clone(), networks));
     let shapes: BTreeMap<ProfileName, Resources> = parts
         .templates
         .iter()
@@ -415,6 +423,12 @@ impl Owner {
             idle_vms: self.plan.idle_vms(&self.clock),
             warm: self.plan.warm_pools(),
             budget: self.plan.budget(),
+            proxy: self
+                .setting
+                .networks
+                .as_ref()
+                .map(|networks| networks.proxy().states())
+                .unwrap_or_default(),
             started_at: self.clock.time(self.started),
             updated_at: self.clock.time(now),
         }

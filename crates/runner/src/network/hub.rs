@@ -237,12 +237,17 @@ impl JobNetworks {
         opened.insert(address);
     }
 
-    /// Puts rules before a running job's others.
+    /// What a running job may reach; nothing where it has no network.
+    pub(crate) fn policy(&self, run: RunId) -> Option<Arc<Policy>> {
+        self.registrations.of_run(run).map(|found| found.policy)
+    }
+
+    /// Puts rules before a running job's others; gives the policy that holds from now on.
     pub(crate) async fn update(
         &self,
         run: RunId,
         first: Vec<policy::Rule>,
-    ) -> Result<(), NetworkError> {
+    ) -> Result<Arc<Policy>, NetworkError> {
         let before = self.registrations.of_run(run).ok_or(NetworkError::NoRun)?;
         let changed = before
             .policy
@@ -265,7 +270,7 @@ impl JobNetworks {
             }
             self.open_addresses(&registration, network).await?;
         }
-        Ok(())
+        Ok(registration.policy)
     }
 
     async fn end(&self, registration: &Registration, network: NetworkId) {

@@ -6,6 +6,7 @@
 //!
 //! Jobs go on meanwhile: their connections are refused until it is ready again, on the same port.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::net::Ipv4Addr;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use host::launcher::{CgroupLimits, Launcher, LauncherError, ServiceId, ServiceSpec};
+use policy::Policy;
 use policy::wire::{FromProxy, Request};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, timeout};
@@ -144,13 +146,8 @@ async fn run_once(
             ));
         }
     }
-    // Nobody is admitted between the list and the announcement: both happen without a wait for another task.
-    for registration in registrations.all() {
-        if let Err(error) = register(&channel, &registration).await
-            && let ChannelError::Closed = error
-        {
-            return Ok("it ended while it was told who is who".to_owned());
-        }
+    if tell_all(&channel, registrations).await.is_err() {
+        return Ok("it ended while it was told who is who".to_owned());
     }
     state.send_replace(State::Ready(channel.clone()));
     tracing::info!(
@@ -174,6 +171,46 @@ async fn run_once(
         _ = readers.wait_for(|_| false) => {}
     }
     Ok("it closed its connection to the runner".to_owned())
+}
+
+/// Tells a worker everything, until it knows what holds now: jobs end, and policies change, while it is told. Those who
+/// come or change afterwards find it ready: between the last look and the announcement nobody else's turn comes.
+async fn tell_all(channel: &Channel, registrations: &Registrations) -> Result<(), ChannelError> {
+    let mut told: HashMap<(Ipv4Addr, u64), Arc<Policy>> = HashMap::new();
+    loop {
+        let current = registrations.all();
+        let key = |registration: &Registration| (registration.address, registration.generation);
+        let ended = told
+            .keys()
+            .find(|known| {
+                !current
+                    .iter()
+                    .any(|registration| key(registration) == **known)
+            })
+            .copied();
+        let news = current.iter().find(|registration| {
+            told.get(&key(registration))
+                .is_none_or(|policy| !Arc::ptr_eq(policy, &registration.policy))
+        });
+        let answer = if let Some((address, generation)) = ended {
+            told.remove(&(address, generation));
+            let request = Request::Unregister {
+                address,
+                generation,
+            };
+            ask(channel, &request).await
+        } else if let Some(registration) = news {
+            told.insert(key(registration), Arc::clone(&registration.policy));
+            register(channel, registration).await
+        } else {
+            return Ok(());
+        };
+        match answer {
+            Err(ChannelError::Closed) => return Err(ChannelError::Closed),
+            Err(error) => tracing::warn!(%error, "the proxy does not take a registration"),
+            Ok(()) => {}
+        }
+    }
 }
 
 /// Tells a worker who is behind an address.

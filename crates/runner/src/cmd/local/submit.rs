@@ -119,7 +119,10 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let run = job.run_id;
     block_on(async {
         let tail = match args.follow {
-            true => Some(Tail::open(home.logs()?, &run)?),
+            true => Some(Tail::open(
+                home.logs()?,
+                &crate::home::rel::system_log(&run),
+            )?),
             false => None,
         };
         let waiter = Waiter::new(&queue, &args.group, &job, tail, args.raw)?;

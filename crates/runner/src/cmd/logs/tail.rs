@@ -1,18 +1,15 @@
-//! Reading a job's system log while it grows.
+//! Reading a job's log while it grows.
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::PathBuf;
+use std::path::Path;
 
 use host::fs::{Access, Dir};
 use inotify::{EventMask, Inotify, WatchMask};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-
-use crate::home::rel;
-use crate::names::RunId;
 
 /// Most bytes read at once: what a person is shown stays responsive.
 const PIECE: usize = 64 << 10;
@@ -39,8 +36,8 @@ impl AsRawFd for Changes {
 }
 
 impl Tail {
-    /// Watches for the log of `run`. Needs a runtime.
-    pub(crate) fn open(logs: Dir, run: &RunId) -> io::Result<Self> {
+    /// Watches for a log; of its path only the name counts. Needs a runtime.
+    pub(crate) fn open(logs: Dir, log: &Path) -> io::Result<Self> {
         let inotify = Inotify::init()?;
         let path = format!(
             "/proc/self/fd/{}",
@@ -49,10 +46,9 @@ impl Tail {
         inotify
             .watches()
             .add(path, WatchMask::CREATE | WatchMask::MOVED_TO)?;
-        let name: PathBuf = rel::system_log(run);
         let mut tail = Self {
             logs,
-            name: name.file_name().unwrap_or_default().to_owned(),
+            name: log.file_name().unwrap_or_default().to_owned(),
             file: None,
             // SAFETY: the inotify descriptor is open, and the `AsyncFd` owns it, until both are dropped together.
             changes: unsafe {
@@ -85,6 +81,11 @@ impl Tail {
         }
     }
 
+    /// Looks whether the log has come to be, for who wants to know its end only.
+    pub(crate) fn look(&mut self) -> io::Result<()> {
+        self.open_file()
+    }
+
     /// Whether the log is there.
     pub(crate) fn exists(&self) -> bool {
         self.file.is_some()
@@ -107,7 +108,7 @@ impl Tail {
         Ok(piece)
     }
 
-    /// Waits until there may be more to read.
+    /// Waits until there may be more to read. Nothing is lost if it is dropped.
     pub(crate) async fn changed(&mut self) -> io::Result<()> {
         let mut guard = self.changes.readable_mut().await?;
         let mut buffer = [0_u8; 4096];
