@@ -13,14 +13,19 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::audit;
+use crate::network_log::NetworkLog;
 use crate::process::{Proc, processes_of_uids};
 use crate::range::RunRange;
 use crate::skip::{skip, test_name};
 use crate::submit::Submit;
 use crate::wait::{LONG, eventually, eventually_some};
+use crate::world::{Wiring, World};
 
 /// Time within which everything of a runner must be gone once it is dead.
 const GONE: Duration = Duration::from_secs(20);
+
+/// Shows what follows the hosts file and the resolv.conf of a world.
+const INTO_WORLD: &str = "mount --bind \"$1\" /etc/hosts && mount --bind \"$2\" /etc/resolv.conf && shift 2 && exec \"$@\"";
 
 /// The checkout.
 fn top() -> &'static Path {
@@ -168,6 +173,7 @@ pub struct HostBuilder {
     owner: Option<u32>,
     own_file_system: Option<u64>,
     range: Option<Arc<RunRange>>,
+    wiring: Option<Wiring>,
 }
 
 impl Default for HostBuilder {
@@ -183,6 +189,7 @@ impl Default for HostBuilder {
             owner: None,
             own_file_system: None,
             range: None,
+            wiring: None,
         }
     }
 }
@@ -253,6 +260,12 @@ impl HostBuilder {
     /// The same machine as `other`: its run directory, so its slots and its budget.
     pub fn beside(mut self, other: &Host) -> Self {
         self.range = Some(other.range.clone());
+        self
+    }
+
+    /// The runner in the host's namespace of this world, so that its jobs reach the world's servers.
+    pub fn world(mut self, world: &World) -> Self {
+        self.wiring = Some(world.wiring());
         self
     }
 
@@ -366,6 +379,7 @@ impl HostBuilder {
             binary: runs,
             environment: self.environment,
             own_file_system: self.own_file_system.is_some(),
+            wiring: self.wiring,
             daemon: Mutex::new(None),
             finished: false,
         })
@@ -381,6 +395,10 @@ impl HostBuilder {
         let mut yaml = format!("name: {}\ngroup: {}\n", self.name, self.group);
         for (key, value) in &self.options {
             yaml += &format!("{key}: {value}\n");
+        }
+        if let Some(wiring) = &self.wiring {
+            let trusted = wiring.trusted.display();
+            yaml += &format!("network:\n  ssl_verify_upstream_trusted_ca: {trusted}\n");
         }
         if !self.sandbox.is_empty() {
             yaml += "sandbox:\n";
@@ -424,6 +442,7 @@ pub struct Host {
     binary: PathBuf,
     environment: Vec<(String, String)>,
     own_file_system: bool,
+    wiring: Option<Wiring>,
     daemon: Mutex<Option<Daemon>>,
     finished: bool,
 }
@@ -509,9 +528,24 @@ impl Host {
     pub fn start_command(&self) -> Command {
         // A killed test takes its runner along.
         let mut command = Command::new("setpriv");
-        command
-            .args(["--pdeathsig", "KILL", "--"])
-            .arg(&self.binary);
+        command.args(["--pdeathsig", "KILL", "--"]);
+        if let Some(wiring) = &self.wiring {
+            // Every step replaces itself by the next: the child is the runner in the end.
+            let net = format!("--net={}", wiring.namespace.display());
+            command
+                .args(["nsenter", &net, "--", "unshare", "--mount"])
+                .args([
+                    "--propagation",
+                    "private",
+                    "--",
+                    "sh",
+                    "-c",
+                    INTO_WORLD,
+                    "sh",
+                ])
+                .args([&wiring.hosts, &wiring.resolv_conf]);
+        }
+        command.arg(&self.binary);
         let config = self.config.to_str().expect("test paths are text");
         let mut command = self.in_environment(command, &["start", "--config", config, "--local"]);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
@@ -607,6 +641,11 @@ impl Host {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// A run's network log, each line checked for what every line of its type has.
+    pub fn network_log(&self, run: &str) -> NetworkLog {
+        NetworkLog::read(&self.home().join(format!("logs/network-{run}.jsonl")))
+    }
+
     /// The daemon's process.
     pub fn daemon(&self) -> Proc {
         let pid = self.held().as_ref().expect("the runner runs").process.pid;
@@ -618,6 +657,19 @@ impl Host {
         let mut children = self.daemon().children();
         assert_eq!(children.len(), 1, "the daemon's children: {children:?}");
         children.remove(0)
+    }
+
+    /// The processes of the proxy.
+    pub fn proxies(&self) -> Vec<Proc> {
+        let mut found = self.launcher().children();
+        // Behind whatever keeps it in its namespaces.
+        let behind: Vec<Proc> = found.iter().flat_map(Proc::children).collect();
+        found.extend(behind);
+        found.retain(|process| {
+            let line = fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains("mitmdump")
+        });
+        found
     }
 
     /// The processes of VMs.

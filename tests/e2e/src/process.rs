@@ -1,8 +1,11 @@
 //! Processes, looked at through /proc and held by pidfd.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -48,6 +51,28 @@ impl Proc {
         poll(&mut fds, Some(&timeout)).expect("poll works") > 0
     }
 
+    /// Whether its memory, the memory of a VM included, holds this text somewhere.
+    pub fn memory_contains(&self, needle: &str) -> bool {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
+        let memory = File::open(format!("/proc/{}/mem", self.pid)).expect("root may read it");
+        let writable = maps.lines().filter_map(|line| {
+            let (range, rest) = line.split_once(' ')?;
+            let (first, end) = range.split_once('-')?;
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            (rest.starts_with("rw")).then_some((number(first)?, number(end)?))
+        });
+        let mut found = false;
+        for (first, end) in writable {
+            let part = Memory {
+                memory: &memory,
+                at: first,
+                end,
+            };
+            found |= contains(part, needle);
+        }
+        found
+    }
+
     /// Its direct children.
     pub fn children(&self) -> Vec<Proc> {
         let mut found = Vec::new();
@@ -64,6 +89,56 @@ impl Proc {
         }
         found
     }
+}
+
+/// A stretch of a process's memory, to read.
+struct Memory<'m> {
+    memory: &'m File,
+    at: u64,
+    end: u64,
+}
+
+impl Read for Memory<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let left = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
+        let length = left.min(buffer.len());
+        // What cannot be read (a device's memory, a page beyond a file's end) ends the stretch.
+        let read = self
+            .memory
+            .read_at(&mut buffer[..length], self.at)
+            .unwrap_or(0);
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+/// Whether the rest of `source` holds this text, by grep(1): fast enough for the memory of a VM.
+pub fn contains(mut source: impl Read, needle: &str) -> bool {
+    let mut grep = Command::new("grep")
+        .args([
+            "--text",
+            "--count",
+            "--fixed-strings",
+            "--null-data",
+            "--",
+            needle,
+        ])
+        .env("LC_ALL", "C")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("grep is installed");
+    let mut into = grep.stdin.take().expect("piped");
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = source.read(&mut buffer).expect("it can be read");
+        if read == 0 {
+            break;
+        }
+        into.write_all(&buffer[..read]).expect("grep reads on");
+    }
+    drop(into);
+    grep.wait().expect("our child").success()
 }
 
 /// Numbers of all processes.

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -27,6 +28,26 @@ pub(crate) struct RunRange {
 }
 
 impl RunRange {
+    /// The variable that the servers of a world carry, with the range's number.
+    pub(crate) const WORLD_VARIABLE: &str = "VM0_E2E_WORLD";
+
+    /// The name of one of its network namespaces.
+    pub(crate) fn namespace(&self, which: &str) -> String {
+        format!("vm0e2e-{}-{which}", self.number)
+    }
+
+    /// Its network namespaces that there are.
+    fn namespaces(&self) -> Vec<String> {
+        let prefix = self.namespace("");
+        fs::read_dir("/run/netns")
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| name.starts_with(&prefix))
+            .collect()
+    }
+
     /// Takes a free range, and clears what a killed holder left in it.
     pub(crate) fn take() -> Self {
         fs::create_dir_all(ROOT).expect("root may write to /run");
@@ -91,6 +112,11 @@ impl RunRange {
         let mut left = processes_with_environment(&self.environment_entry());
         left.retain(|process| process.pid != ours);
         left.extend(processes_of_uids(&self.uids));
+        left.extend(processes_with_environment(&format!(
+            "{}={}",
+            Self::WORLD_VARIABLE,
+            self.number
+        )));
         for process in &left {
             process.kill();
         }
@@ -100,6 +126,13 @@ impl RunRange {
         for cgroup in self.cgroups() {
             // Gone in the meantime, or still counting a zombie: the runner clears a slot before it uses it.
             let _ = fs::remove_dir(cgroup);
+        }
+        for namespace in self.namespaces() {
+            // Gone in the meantime is as good.
+            let _ = Command::new("ip")
+                .args(["netns", "delete", &namespace])
+                .stdin(Stdio::null())
+                .status();
         }
         match fs::remove_dir_all(&self.run_dir) {
             Ok(()) => {}

@@ -53,6 +53,19 @@ impl<'h> Submit<'h> {
         self.arg("--timeout").arg(&seconds.to_string())
     }
 
+    /// `--allow HOST[:PORT]`.
+    pub fn allow(self, host: &str) -> Self {
+        self.arg("--allow").arg(host)
+    }
+
+    /// `--secret NAME=env:…@HOST`, with the value in a variable of the command's.
+    pub fn secret(mut self, name: &str, value: &str, host: &str) -> Self {
+        let variable = format!("E2E_SECRET_{name}");
+        self.command.env(&variable, value);
+        self.arg("--secret")
+            .arg(&format!("{name}=env:{variable}@{host}"))
+    }
+
     /// One more argument.
     pub fn arg(mut self, argument: &str) -> Self {
         self.command.arg(argument);

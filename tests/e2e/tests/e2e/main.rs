@@ -9,5 +9,6 @@ mod full_disk;
 mod full_image;
 mod guests;
 mod jobs;
+mod network;
 mod operators;
 mod terminal;

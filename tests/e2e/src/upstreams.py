@@ -1,0 +1,158 @@
+"""The servers of a test's world: what they get goes, a JSON object a line, to the file named RECORD; they echo nothing."""
+
+import http.server
+import json
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+
+# A line for each thing that arrived.
+record_file = open(sys.argv[2], "a", buffering=1)
+record_lock = threading.Lock()
+
+
+def record(**what):
+    with record_lock:
+        record_file.write(json.dumps(what) + "\n")
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        record(at=self.server.at, path=self.path, headers=headers)
+        if self.path.startswith("/slow"):
+            self.slow()
+            return
+        length = int(headers.get("content-length", 0))
+        self.rfile.read(length)
+        body = b"hello from the world\n"
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def slow(self):
+        """A download that never ends by itself."""
+        self.send_response(200)
+        self.send_header("content-length", "1000000000")
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b"x" * 100)
+                time.sleep(0.05)
+        except OSError:
+            record(at=self.server.at, path=self.path, ended=True)
+            self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    at = "http"
+    context = None
+
+    def finish_request(self, request, client):
+        if self.context:
+            # In the connection's own thread: a slow handshake holds nobody up.
+            try:
+                request = self.context.wrap_socket(request, server_side=True)
+            except OSError:
+                return
+        super().finish_request(request, client)
+
+    def handle_error(self, *_):
+        pass
+
+
+def context(name):
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(f"{name}.pem", "server.key")
+    return made
+
+
+def tls(by_name, otherwise):
+    contexts = {name: context(certificate) for name, certificate in by_name.items()}
+
+    def choose(connection, name, _):
+        connection.context = contexts.get(name, connection.context)
+
+    first = context(otherwise)
+    first.sni_callback = choose
+    return first
+
+
+def web(at, address, port, tls_context=None):
+    server = Server((address, port), Web)
+    server.at, server.context = at, tls_context
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self):
+        record(at="echo")
+        while data := self.request.recv(65536):
+            self.request.sendall(data)
+
+
+def echo(address, port):
+    socketserver.ThreadingTCPServer.daemon_threads = True
+    server = socketserver.ThreadingTCPServer((address, port), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+def forbidden(address, port):
+    """Records whoever comes, over TCP and UDP."""
+    at = f"forbidden {address}:{port}"
+    tcp = socket.create_server((address, port))
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind((address, port))
+
+    def accept():
+        while True:
+            connection, _ = tcp.accept()
+            record(at=at, protocol="tcp")
+            connection.close()
+
+    def receive():
+        while True:
+            udp.recvfrom(65536)
+            record(at=at, protocol="udp")
+
+    for what in (accept, receive):
+        threading.Thread(target=what, daemon=True).start()
+
+
+if sys.argv[1] == "world":
+    certificates = {
+        "unknown.example.net": "unknown",
+        "expired.example.net": "expired",
+        "wrong.example.net": "wrong",
+    }
+    web("https", "198.18.0.2", 443, tls(certificates, "good"))
+    web("http", "198.18.0.2", 80)
+    echo("198.18.0.2", 9000)
+    for port in (22, 853, 8080, 9001):
+        forbidden("198.18.0.2", port)
+    udp443 = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp443.bind(("198.18.0.2", 443))
+    threading.Thread(target=lambda: record(at="forbidden quic", data=len(udp443.recv(65536))), daemon=True).start()
+    forbidden("198.18.0.53", 53)
+    for address in ("169.254.169.254", "10.9.9.9"):
+        for port in (22, 53, 80, 443):
+            forbidden(address, port)
+else:
+    # The host itself, on all its addresses: a service that has no business with VMs.
+    for port in (22, 80, 443, 8080):
+        forbidden("0.0.0.0", port)
+
+print("ready", flush=True)
+threading.Event().wait()
