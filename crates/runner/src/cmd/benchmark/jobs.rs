@@ -173,7 +173,7 @@ impl Jobs {
             samples.push(all_appeared(&mut answered, open, start)?);
             for job in jobs {
                 let result = queue.result(job.run_id)?;
-                if !result.is_some_and(|result| result.exit_code == 0) {
+                if result.is_none_or(|result| result.exit_code != 0) {
                     return Err(CliError::failed("a job of the benchmark's burst failed"));
                 }
                 queue.forget(job.run_id);

@@ -20,7 +20,7 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Submit a job and wait for its result
-    Submit(submit::Args),
+    Submit(Box<submit::Args>),
     /// Cancel a job
     Cancel(cancel::Args),
     /// List a group's jobs
@@ -30,7 +30,7 @@ enum Command {
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     match args.command {
-        Command::Submit(args) => submit::run(args, context),
+        Command::Submit(args) => submit::run(*args, context),
         Command::Cancel(args) => cancel::run(args, context),
         Command::List(args) => list::run(args, context),
     }
