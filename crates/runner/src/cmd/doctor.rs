@@ -1,6 +1,7 @@
 //! Checks every prerequisite of this host, and says which command fixes what is missing.
 
 mod checks;
+mod network;
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -97,7 +98,7 @@ struct Subject<'a> {
     profile: &'a ProfileSpec,
 }
 
-/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`].
+/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`] or [`network::ALL`].
 struct Check {
     name: &'static str,
     run: fn(&Subject<'_>) -> Outcome,
@@ -126,6 +127,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     };
     let checks: Vec<Line> = checks::ALL
         .iter()
+        .chain(network::ALL)
         .map(|check| Line {
             name: check.name,
             outcome: (check.run)(&subject),

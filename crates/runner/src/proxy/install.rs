@@ -12,7 +12,7 @@ use crate::home::{Home, rel};
 use crate::image::{ImageError, Steps, Tool, sha256};
 
 /// Oldest Python that runs it.
-const OLDEST: (u32, u32) = (3, 11);
+pub(crate) const OLDEST: (u32, u32) = (3, 11);
 /// Where everything lies in the home.
 const VENV: &str = "venv";
 const ADDON: &str = "addon";
@@ -37,6 +37,25 @@ pub(crate) fn python_is_ready() -> bool {
         .stderr(std::process::Stdio::null())
         .status();
     check.is_ok_and(|status| status.success())
+}
+
+/// Version of this host's Python, major and minor.
+pub(crate) fn python_version() -> Option<(u32, u32)> {
+    let output = std::process::Command::new("/usr/bin/python3")
+        .args(["-I", "-c", SAY_VERSION])
+        .stdin(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .output()
+        .ok()?;
+    numbers(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// Prints a version such as `3.11`.
+const SAY_VERSION: &str = "import sys; print('%d.%d' % sys.version_info[:2])";
+
+fn numbers(version: &str) -> Option<(u32, u32)> {
+    let (major, minor) = version.trim().split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// The directory to show the proxy, which holds `venv` and `addon`; nothing where `runner setup` has not made it, or for
@@ -149,18 +168,11 @@ async fn make(
 /// Version of the host's Python, such as `3.11`.
 async fn python(steps: &Steps) -> Result<String, ImageError> {
     let version = Tool::new("python3")
-        .args([
-            "-I",
-            "-c",
-            "import sys; print('%d.%d' % sys.version_info[:2])",
-        ])
+        .args(["-I", "-c", SAY_VERSION])
         .run("asking Python for its version", steps)
         .await?;
     let version = version.trim().to_owned();
-    let numbers = version
-        .split_once('.')
-        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
-    match numbers {
+    match numbers(&version) {
         Some(numbers) if numbers >= OLDEST => Ok(version),
         _ => Err(ImageError::OldPython { version }),
     }
