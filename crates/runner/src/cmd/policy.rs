@@ -4,7 +4,8 @@ use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use policy::{Effect, Mode, Policy, RuleArgument};
+use policy::{Effect, Mode, Policy, Rule, RuleArgument};
+use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::context::{CliError, Context, block_on};
@@ -98,11 +99,35 @@ fn table(policy: &Policy) -> String {
     }
     text.push_str("rules:\n");
     for rule in policy.rules() {
-        // Strings, numbers and lists: writing them into memory cannot fail. JSON is YAML too.
-        let rule = serde_json::to_string(rule).unwrap_or_default();
-        text.push_str(&format!("  - {}\n", terminal::escape(&rule)));
+        text.push_str(&format!("  - {}\n", terminal::escape(&rule_line(rule))));
     }
     text
+}
+
+/// A rule without what it says nothing about, as JSON, which is YAML too.
+fn rule_line(rule: &Rule) -> String {
+    // As somebody would write it; what is in no list follows.
+    const ORDER: [&str; 6] = ["name", "action", "scheme", "host", "port", "path"];
+    let Ok(Value::Object(mut fields)) = serde_json::to_value(rule) else {
+        return String::new();
+    };
+    fields.retain(|_, value| match value {
+        Value::Null => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        Value::Bool(_) | Value::Number(_) => true,
+    });
+    let first = ORDER
+        .iter()
+        .filter_map(|name| fields.remove(*name).map(|value| format!("{name}: {value}")));
+    let mut parts: Vec<String> = first.collect();
+    parts.extend(
+        fields
+            .iter()
+            .map(|(name, value)| format!("{name}: {value}")),
+    );
+    format!("{{{}}}", parts.join(", "))
 }
 
 #[cfg(test)]

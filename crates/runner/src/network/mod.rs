@@ -8,5 +8,7 @@ mod mirror;
 mod registrations;
 
 pub(crate) use hub::{Admission, JobNetworks, NetworkError, NetworkSettings};
+#[cfg(test)]
+pub(crate) use log::NetworkLog;
 pub(crate) use mirror::REGISTRY_FILE;
 pub(crate) use registrations::{Registration, Registrations};

@@ -330,3 +330,93 @@ fn tell_complaints(service: ServiceId, complaints: std::io::PipeReader) -> std::
         })?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use host::fs::Dir;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::names::RunId;
+    use crate::network::NetworkLog;
+
+    /// A worker that answers everything; before its first answer, `meanwhile` happens. Gives what it was told.
+    fn worker(
+        socket: UnixStream,
+        meanwhile: impl FnOnce() + Send + 'static,
+    ) -> std::thread::JoinHandle<Vec<(String, u64, Value)>> {
+        std::thread::spawn(move || {
+            let mut meanwhile = Some(meanwhile);
+            let mut answers = socket.try_clone().unwrap();
+            let mut told = Vec::new();
+            for line in BufReader::new(socket).lines() {
+                let order: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                if let Some(meanwhile) = meanwhile.take() {
+                    meanwhile();
+                }
+                writeln!(answers, r#"{{"id":{},"ok":true}}"#, order["id"]).unwrap();
+                let what = order["op"].as_str().unwrap().to_owned();
+                let rules = order["policy"]["rules"].clone();
+                told.push((what, order["generation"].as_u64().unwrap(), rules));
+            }
+            told
+        })
+    }
+
+    /// Beside the runtime, whose tasks end the channel.
+    async fn joined<T: Send + 'static>(thread: std::thread::JoinHandle<T>) -> T {
+        let join = tokio::task::spawn_blocking(move || thread.join().unwrap());
+        timeout(Duration::from_secs(20), join)
+            .await
+            .expect("an end in time")
+            .unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_changes_while_a_worker_is_told_it_is_told_too() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("logs")).unwrap();
+        let home = Dir::open(root.path()).unwrap();
+        let registrations = Arc::new(Registrations::new());
+        let add = |last: u8| {
+            let run = RunId::random();
+            let log = NetworkLog::create(&home, run, 1 << 20).unwrap();
+            let address = Ipv4Addr::new(100, 96, 0, last);
+            registrations.add(address, run, Arc::default(), Arc::from([]), log)
+        };
+        let only = add(1);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let changing = Arc::clone(&registrations);
+        let denied = "bad.example.com"
+            .parse::<policy::RuleArgument>()
+            .unwrap()
+            .deny();
+        let stays = only.clone();
+        let told = worker(theirs, move || {
+            let policy = stays.policy.with_rules_first(vec![denied]).unwrap();
+            changing.set_policy(stays.run, Arc::new(policy)).unwrap();
+        });
+        let channel = Channel::start(ours, |_| {}).unwrap();
+        tell_all(&channel, &registrations).await.unwrap();
+        drop(channel);
+        let told = joined(told).await;
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert_eq!(told[1].2[0]["host"], "bad.example.com");
+
+        // One that ends meanwhile does not stay behind.
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let ending = Arc::clone(&registrations);
+        let (address, generation) = (only.address, only.generation);
+        let told = worker(theirs, move || {
+            ending.remove(address, generation).unwrap();
+        });
+        let channel = Channel::start(ours, |_| {}).unwrap();
+        tell_all(&channel, &registrations).await.unwrap();
+        drop(channel);
+        let told = joined(told).await;
+        let orders: Vec<&str> = told.iter().map(|(what, ..)| what.as_str()).collect();
+        assert_eq!(orders, ["register", "unregister"]);
+    }
+}

@@ -1,7 +1,7 @@
 //! The network log as a table for people.
 //!
-//! Every exchange is one line, which fits the terminal: what is longer is cut with `…`. A second line, indented, says what
-//! went wrong, and the whole rule where the column had no room for the one that denied.
+//! Every exchange is one line, which fits the terminal: what is longer is cut with `…`. A second line, indented, says the
+//! whole rule, where the column had no room for one that denied, and what went wrong.
 
 use std::fmt::Write;
 
@@ -179,13 +179,12 @@ impl Table {
             padded(&rule, RULE),
             cut(&what, self.width.saturating_sub(BEFORE)),
         );
+        // What the column had no room for, where somebody will want to know it.
         let long_rule = *action != Action::Allow && rule.chars().count() > RULE;
-        let indent = " ".repeat(13);
-        if long_rule {
-            let _ = writeln!(row, "{indent}{on}rule{off}   {rule}");
-        }
-        if let Some(error) = error {
-            let _ = writeln!(row, "{indent}{on}error{off}  {}", one_line(error));
+        let more = [long_rule.then_some(rule), error.as_deref().map(one_line)];
+        let more: Vec<String> = more.into_iter().flatten().collect();
+        if !more.is_empty() {
+            let _ = writeln!(row, "{:13}{on}↳{off} {}", "", more.join(": "));
         }
         row
     }
@@ -289,11 +288,10 @@ mod tests {
 TIME (UTC)   ACTION TYPE   METHOD CODE  TOOK  SENT   GOT RULE         WHAT
 12:00:00.123 ALLOW  http   GET     200 131ms     0 12.3k github       api.github.com/repos/a/b
 12:00:01.000 DENY   http   DELETE  403  1.5s     0     1 github/DELE… http://api.github.com/a
-             rule   github/DELETE /{owner}
-             error  no
+             ↳ github/DELETE /{owner}: no
 12:00:02.000 AUDIT  dns    AAAA      -   3ms     -     - default      a.example → 198.18.0.1 198.18…
 12:00:03.000 DENY   packet tcp       -     -     -     - kernel:priv… 10.0.0.1:22 ×7
-             rule   kernel:private
+             ↳ kernel:private
 12:00:04.000 ALLOW  tcp    -         -  123s   999  1.5G git          git.example.com:22
 "
         );
@@ -355,7 +353,7 @@ TIME (UTC)   ACTION TYPE   METHOD CODE  TOOK  SENT   GOT RULE         WHAT
         let mut table = Table::new(Some(100));
         let rows = table.push(format!("{HTTP}\n{DENIED}\n{DNS}\n").as_bytes());
         let coloured: Vec<bool> = rows.lines().map(|row| row.contains('\u{1b}')).collect();
-        assert_eq!(coloured, [false, false, true, true, true, true]);
+        assert_eq!(coloured, [false, false, true, true, true]);
     }
 
     #[test]
