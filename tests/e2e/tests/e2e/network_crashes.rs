@@ -185,15 +185,19 @@ fn a_killed_runner_leaves_no_link_and_no_process_and_the_next_clears_its_table()
     world.finish();
 }
 
-#[test]
-fn two_runners_of_one_host_have_a_hub_each_and_do_not_disturb_each_other() {
+/// Two runners in one namespace; `beside`: in one run directory too, as on a real host.
+fn two_runners(beside: bool) {
     let Some(world) = World::new() else { return };
     let Some(one) = Host::new().world(&world).start() else {
         return;
     };
-    let Some(other) = Host::new().name("other").world(&world).start() else {
-        return;
+    let builder = Host::new().name("other").world(&world);
+    let builder = if beside {
+        builder.beside(&one)
+    } else {
+        builder
     };
+    let Some(other) = builder.start() else { return };
     assert_eq!((world.hub_links().len(), world.hub_tables().len()), (2, 2));
     let first = one.submit("curl -sSf https://www.example.com/one").spawn();
     let second = other
@@ -214,6 +218,19 @@ fn two_runners_of_one_host_have_a_hub_each_and_do_not_disturb_each_other() {
         .submit("curl -sSf https://www.example.com/still")
         .run();
     outcome.expect_exit(0);
+    // Neither in its life nor at its end has the one ended the other's proxy.
+    let told = other.daemon_log_text();
+    assert_eq!(told.matches("the proxy listens").count(), 1, "{told}");
     other.finish();
     world.finish();
+}
+
+#[test]
+fn two_runners_of_one_host_have_a_hub_each_and_do_not_disturb_each_other() {
+    two_runners(true);
+}
+
+#[test]
+fn two_run_directories_of_one_host_do_not_disturb_each_other() {
+    two_runners(false);
 }
