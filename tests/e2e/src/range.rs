@@ -12,7 +12,7 @@ use crate::process::{processes_of_uids, processes_with_environment};
 /// Where every copy of the tests on this machine finds the locks.
 const ROOT: &str = "/run/vm0-e2e";
 /// Well below the runner's own range, in the same unassigned span.
-const FIRST_UID: u32 = 2_100_000_000;
+const FIRST_UID: u32 = 2_110_000_000;
 /// Slots of one host.
 const SLOTS: u32 = 4096;
 /// And its services, the proxies, whose uids follow.

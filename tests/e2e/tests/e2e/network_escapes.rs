@@ -61,6 +61,14 @@ def ipv6():
         return "answer"
 
 question = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x03www\x07example\x03com\x00\x00\x01\x00\x01"
+# These are looked for in the log, which is told of the first twenty at most.
+tcp("169.254.169.254", 80)
+tcp("10.9.9.9", 443)
+tcp("198.18.0.2", 853)
+tcp("198.18.0.53", 53)
+udp("198.18.0.53", 53, question)
+udp("198.18.0.2", 443)
+icmp("198.18.0.2")
 for address in ("169.254.169.254", "10.9.9.9"):
     for port in (22, 80, 443):
         tcp(address, port)
@@ -70,13 +78,9 @@ for port in (22, 80, 443, 8080):
 for address in ("198.18.0.1", "100.127.0.1", "100.127.0.2"):
     for port in (22, 8080):
         tcp(address, port)
-for port in (22, 853, 8080, 9000, 9001):
+for port in (22, 8080, 9000, 9001):
     tcp("198.18.0.2", port)
-tcp("198.18.0.53", 53)
-udp("198.18.0.53", 53, question)
-udp("198.18.0.2", 443)
 udp("198.18.0.2", 853)
-icmp("198.18.0.2")
 icmp("169.254.169.254")
 for end in range(8):
     tcp(f"100.96.0.{end}", 80)
@@ -139,19 +143,19 @@ fn nothing_but_the_web_is_reached_from_inside_and_every_try_is_refused_at_once_a
             }
         }
     }
-    assert_eq!(probes, 43, "{log}");
+    assert_eq!(probes, 49, "{log}");
     assert_eq!(host.in_vm(&neighbour_run, "cat /tmp/visitors"), "");
     assert_eq!(world.arrived(), Vec::<Value>::new());
     assert_eq!(world.trespasses(), Vec::<Value>::new());
     let network = host.network_log(&outcome.run_id());
     for (protocol, host, port) in [
-        ("tcp", "169.254.169.254", Some(80)),
-        ("tcp", "10.9.9.9", Some(443)),
-        ("tcp", "198.18.0.2", Some(853)),
-        ("tcp", "198.18.0.53", Some(53)),
-        ("udp", "198.18.0.53", Some(53)),
-        ("udp", "198.18.0.2", Some(443)),
-        ("icmp", "198.18.0.2", None),
+        ("tcp", "169.254.169.254", 80),
+        ("tcp", "10.9.9.9", 443),
+        ("tcp", "198.18.0.2", 853),
+        ("tcp", "198.18.0.53", 53),
+        ("udp", "198.18.0.53", 53),
+        ("udp", "198.18.0.2", 443),
+        ("icmp", "198.18.0.2", 0),
     ] {
         let line = network.one(&[
             ("type", json!("packet")),
