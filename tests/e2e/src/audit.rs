@@ -17,6 +17,12 @@ pub(crate) fn leftovers(range: &RunRange, home: &Path, group: &str) -> Vec<Strin
             process.pid, process.name
         ));
     }
+    for process in processes_of_uids(&range.services) {
+        left.push(format!(
+            "process {} ({}) of the proxy",
+            process.pid, process.name
+        ));
+    }
     for process in processes_with_environment(&range.environment_entry()) {
         left.push(format!(
             "process {} ({}) of the runner",

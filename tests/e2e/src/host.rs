@@ -646,6 +646,14 @@ impl Host {
         NetworkLog::read(&self.home().join(format!("logs/network-{run}.jsonl")))
     }
 
+    /// What a script prints in a running job's VM, by `runner exec`; it must succeed.
+    pub fn in_vm(&self, run: &str, script: &str) -> String {
+        let output = self.runner(&["exec", run, "--", script]).output();
+        let output = output.expect("the runner starts");
+        assert!(output.status.success(), "{script}: {output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
     /// The daemon's process.
     pub fn daemon(&self) -> Proc {
         let pid = self.held().as_ref().expect("the runner runs").process.pid;
@@ -740,9 +748,14 @@ impl Host {
         self.finished = true;
     }
 
-    fn log_tail(&self) -> String {
+    /// What the runner wrote to its standard error so far.
+    pub fn daemon_log_text(&self) -> String {
         let log = fs::read(self.daemon_log()).unwrap_or_default();
-        let text = String::from_utf8_lossy(&log);
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
+    fn log_tail(&self) -> String {
+        let text = self.daemon_log_text();
         let lines: Vec<&str> = text.lines().collect();
         let tail = lines.len().saturating_sub(60);
         format!("the runner's log:\n{}", lines[tail..].join("\n"))

@@ -12,18 +12,21 @@ use crate::process::{processes_of_uids, processes_with_environment};
 /// Where every copy of the tests on this machine finds the locks.
 const ROOT: &str = "/run/vm0-e2e";
 /// Well below the runner's own range, in the same unassigned span.
-const FIRST_UID: u32 = 2_100_000_000;
-/// Slots of one host: a uid for each VM.
+const FIRST_UID: u32 = 2_110_000_000;
+/// Slots of one host.
 const SLOTS: u32 = 4096;
-/// Those, and behind them the services'.
-const UIDS: u32 = 2 * SLOTS;
+/// And its services, the proxies, whose uids follow.
+const SERVICES: u32 = 16;
 const RANGES: u32 = 256;
 
 /// Held as long as the test runs.
 pub(crate) struct RunRange {
     pub(crate) number: u32,
     pub(crate) run_dir: PathBuf,
+    /// Of its VMs.
     pub(crate) uids: Range<u32>,
+    /// Of its proxies.
+    pub(crate) services: Range<u32>,
     _lock: File,
 }
 
@@ -57,22 +60,19 @@ impl RunRange {
             if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
                 continue;
             }
-            let first = FIRST_UID + number * UIDS;
+            let first = FIRST_UID + number * (SLOTS + SERVICES);
+            let services = first + SLOTS;
             let range = Self {
                 number,
                 run_dir: format!("{ROOT}/{number}").into(),
-                uids: first..first + UIDS,
+                uids: first..services,
+                services: services..services + SERVICES,
                 _lock: lock,
             };
             range.clear();
             return range;
         }
         panic!("all {RANGES} ranges of {ROOT} are taken");
-    }
-
-    /// Uids of VMs.
-    pub(crate) fn slots(&self) -> Range<u32> {
-        self.uids.start..self.uids.start + SLOTS
     }
 
     /// The variable that every process of this host carries.
@@ -100,7 +100,7 @@ impl RunRange {
                     .file_name()
                     .to_str()
                     .and_then(|name| name.parse().ok());
-                uid.is_some_and(|uid| self.uids.contains(&uid))
+                uid.is_some_and(|uid| self.uids.contains(&uid) || self.services.contains(&uid))
             })
             .map(|entry| entry.path())
             .collect()
@@ -112,6 +112,7 @@ impl RunRange {
         let mut left = processes_with_environment(&self.environment_entry());
         left.retain(|process| process.pid != ours);
         left.extend(processes_of_uids(&self.uids));
+        left.extend(processes_of_uids(&self.services));
         left.extend(processes_with_environment(&format!(
             "{}={}",
             Self::WORLD_VARIABLE,

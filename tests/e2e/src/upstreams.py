@@ -100,6 +100,7 @@ class Echo(socketserver.BaseRequestHandler):
     def handle(self):
         record(at="echo")
         while data := self.request.recv(65536):
+            record(at="echo data", size=len(data))
             self.request.sendall(data)
 
 
@@ -109,26 +110,35 @@ def echo(address, port):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
-def forbidden(address, port):
-    """Records whoever comes, over TCP and UDP."""
-    at = f"forbidden {address}:{port}"
-    tcp = socket.create_server((address, port))
-    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    udp.bind((address, port))
+def forbidden_tcp(address, port):
+    """Records whoever comes."""
+    server = socket.create_server((address, port))
 
     def accept():
         while True:
-            connection, _ = tcp.accept()
-            record(at=at, protocol="tcp")
+            connection, peer = server.accept()
+            record(at=f"forbidden tcp {address}:{port}", peer=peer[0])
             connection.close()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def forbidden_udp(address, port):
+    """Records whatever comes."""
+    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((address, port))
 
     def receive():
         while True:
-            udp.recvfrom(65536)
-            record(at=at, protocol="udp")
+            _, peer = server.recvfrom(65536)
+            record(at=f"forbidden udp {address}:{port}", peer=peer[0])
 
-    for what in (accept, receive):
-        threading.Thread(target=what, daemon=True).start()
+    threading.Thread(target=receive, daemon=True).start()
+
+
+def forbidden(address, port):
+    forbidden_tcp(address, port)
+    forbidden_udp(address, port)
 
 
 if sys.argv[1] == "world":
@@ -142,9 +152,8 @@ if sys.argv[1] == "world":
     echo("198.18.0.2", 9000)
     for port in (22, 853, 8080, 9001):
         forbidden("198.18.0.2", port)
-    udp443 = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    udp443.bind(("198.18.0.2", 443))
-    threading.Thread(target=lambda: record(at="forbidden quic", data=len(udp443.recv(65536))), daemon=True).start()
+    # No QUIC.
+    forbidden_udp("198.18.0.2", 443)
     forbidden("198.18.0.53", 53)
     for address in ("169.254.169.254", "10.9.9.9"):
         for port in (22, 53, 80, 443):

@@ -38,7 +38,7 @@ use wire::{LaunchKind, LaunchOrder, Op, Refusal, Reply, Unit};
 pub struct LauncherConfig {
     /// `/run/vm0` unless a test isolates itself.
     pub run_dir: PathBuf,
-    /// Slot *n* runs as uid and gid `uid_base + n`, service *k* as `uid_base + SLOTS + k`.
+    /// Slot *n* runs as uid and gid `uid_base + n`, service number *n* of the run directory as `uid_base + SLOTS + n`.
     pub uid_base: u32,
     /// Id of this runner process, written into slot records.
     pub instance: String,

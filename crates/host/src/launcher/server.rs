@@ -13,6 +13,7 @@
 mod end;
 mod errand;
 mod networks;
+mod services;
 mod start;
 
 use std::collections::BTreeMap;
@@ -31,6 +32,7 @@ use crate::cgroup::Cgroups;
 use crate::net::NetworkId;
 use crate::slot::{Holding, HostLimits, SLOTS, SlotId, SlotRecord, SlotStore, StoreError};
 use networks::Networks;
+use services::Services;
 
 /// A slot we hold, or a service, and what goes on in it.
 struct Held {
@@ -93,6 +95,7 @@ pub(super) struct Server {
     cgroups: Cgroups,
     jails: Jails,
     units: BTreeMap<Unit, Held>,
+    services: Services,
     networks: Networks,
     /// The published list is older than the slots.
     unpublished: bool,
@@ -124,6 +127,7 @@ impl Server {
             cgroups,
             jails,
             units: BTreeMap::new(),
+            services: Services::default(),
             networks: Networks::default(),
             unpublished: true,
         })
@@ -296,8 +300,16 @@ impl Server {
     fn uid(&self, unit: Unit) -> u32 {
         let number = match unit {
             Unit::Slot(slot) => slot.0,
-            Unit::Service(service) => SLOTS.saturating_add(service.0),
+            Unit::Service(service) => match self.services.number(service) {
+                Some(number) => SLOTS.saturating_add(number),
+                // It never ran. No unit of anybody's has this one.
+                None => u16::MAX,
+            },
         };
+        self.uid_of_number(number)
+    }
+
+    fn uid_of_number(&self, number: u16) -> u32 {
         self.config.uid_base.saturating_add(u32::from(number))
     }
 

@@ -13,7 +13,8 @@ use super::{CgroupLimits, Launcher, LauncherError, Process, Reaped};
 /// Most services of one runner directory.
 pub const SERVICES: u16 = 16;
 
-/// A service, 0 to 15: it runs as uid and gid `uid_base + SLOTS + k`.
+/// A service of this runner, 0 to 15. It runs as uid and gid `uid_base + SLOTS + n`, *n* being the lowest number that no
+/// runner of the run directory uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ServiceId(pub u16);

@@ -10,5 +10,7 @@ mod full_image;
 mod guests;
 mod jobs;
 mod network;
+mod network_crashes;
+mod network_escapes;
 mod operators;
 mod terminal;

@@ -141,7 +141,11 @@ impl Server {
 
     /// Kills what a dead owner left running in a slot and removes its group; false if something stays.
     pub(super) fn clean_orphan(&self, slot: SlotId) -> bool {
-        let uid = self.uid(Unit::Slot(slot));
+        self.clean_uid(self.uid(Unit::Slot(slot)))
+    }
+
+    /// The same for a uid.
+    pub(super) fn clean_uid(&self, uid: u32) -> bool {
         self.cgroups.forbid_forks(uid);
         process::kill_uid(uid, ORPHAN_LIMIT) && self.remove_group(uid)
     }

@@ -10,11 +10,12 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{PidfdFlags, Signal, WaitOptions};
 
 use super::{Held, Main, Server, Starting, not_ours};
-use crate::launcher::SERVICES;
 use crate::launcher::child::{self, Plan};
 use crate::launcher::fork::{self, Forked};
 use crate::launcher::jail::ServiceRoot;
 use crate::launcher::wire::{LaunchKind, LaunchOrder, Refusal, Reply, Unit};
+use crate::launcher::{SERVICES, ServiceId};
+use crate::slot::SLOTS;
 
 /// VM processes are the first to go when the host runs out of memory; the kernel's scale ends at 1000.
 const VM_OOM_SCORE: i32 = 500;
@@ -30,6 +31,23 @@ struct Place {
 }
 
 impl Server {
+    /// Makes sure that a service has a number of its own in the run directory.
+    fn claim_service(&mut self, service: ServiceId) -> Result<(), String> {
+        let mut services = std::mem::take(&mut self.services);
+        let claimed = services.claim(self.store.run_dir(), service, |number| {
+            self.clean_uid(self.uid_of_number(SLOTS.saturating_add(number)))
+        });
+        self.services = services;
+        match claimed {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err(format!(
+                "all {SERVICES} services of {} are in use by runners of this host",
+                self.config.run_dir.display()
+            )),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
     pub(super) fn launch(
         &mut self,
         id: u64,
@@ -37,7 +55,6 @@ impl Server {
         mut fds: Vec<OwnedFd>,
     ) -> Result<(), Refusal> {
         let unit = order.kind.unit();
-        let uid = self.uid(unit);
         let cannot = |message: &dyn ToString| {
             Refusal::step(format!("start a process in {unit}"), message.to_string())
         };
@@ -45,8 +62,10 @@ impl Server {
             if service.0 >= SERVICES {
                 return Err(cannot(&format!("there are {SERVICES} services")));
             }
+            self.claim_service(service).map_err(|e| cannot(&e))?;
             self.units.entry(unit).or_insert_with(|| Held::new(None));
         }
+        let uid = self.uid(unit);
         let held = self.units.get(&unit).ok_or_else(|| not_ours(unit))?;
         if held.main.is_some() || held.ending.is_some() {
             return Err(cannot(&"one runs in it already"));
