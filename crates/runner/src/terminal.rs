@@ -97,7 +97,7 @@ impl Escaper {
     }
 
     fn flush_return(&mut self, shown: &mut String) {
-        if self.held == [b'\r'] {
+        if self.held == *b"\r" {
             self.held.clear();
             push_escaped(shown, '\r');
         }
