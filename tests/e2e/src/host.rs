@@ -682,7 +682,7 @@ impl Host {
 
     /// The processes of VMs.
     pub fn vms(&self) -> Vec<Proc> {
-        processes_of_uids(&self.range.slots())
+        processes_of_uids(&self.range.uids)
     }
 
     /// Kills the daemon and checks that its VMs are gone within a second.
