@@ -26,39 +26,28 @@ pub enum EventError {
 }
 
 /// Refused packets of a hub.
-#[derive(Debug)]
-pub struct RefusalEvents(Events<Refusal>);
+pub type RefusalEvents = Events<Refusal>;
 
 /// Connections past the proxy of a hub.
-#[derive(Debug)]
-pub struct FlowEvents(Events<FlowEvent>);
+pub type FlowEvents = Events<FlowEvent>;
 
 impl RefusalEvents {
     /// Attaches the hub's socket to the current runtime.
     pub fn new(socket: OwnedFd) -> io::Result<RefusalEvents> {
-        Events::new(socket, nflog::parse).map(RefusalEvents)
-    }
-
-    /// Waits for the next. Cancel-safe.
-    pub async fn next(&mut self) -> Result<Refusal, EventError> {
-        self.0.next().await
+        Events::attach(socket, nflog::parse)
     }
 }
 
 impl FlowEvents {
     /// Attaches the hub's socket to the current runtime.
     pub fn new(socket: OwnedFd) -> io::Result<FlowEvents> {
-        Events::new(socket, conntrack::parse).map(FlowEvents)
-    }
-
-    /// Waits for the next. Cancel-safe.
-    pub async fn next(&mut self) -> Result<FlowEvent, EventError> {
-        self.0.next().await
+        Events::attach(socket, conntrack::parse)
     }
 }
 
+/// What the kernel tells over one of the hub's sockets.
 #[derive(Debug)]
-struct Events<T> {
+pub struct Events<T> {
     socket: AsyncFd<OwnedFd>,
     parse: fn(&Message<'_>) -> Option<T>,
     buffer: Vec<u8>,
@@ -67,7 +56,7 @@ struct Events<T> {
 }
 
 impl<T> Events<T> {
-    fn new(socket: OwnedFd, parse: fn(&Message<'_>) -> Option<T>) -> io::Result<Events<T>> {
+    fn attach(socket: OwnedFd, parse: fn(&Message<'_>) -> Option<T>) -> io::Result<Events<T>> {
         // SAFETY: an OwnedFd answers `as_raw_fd` with the same open descriptor as long as it lives.
         let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? };
         Ok(Events {
@@ -78,7 +67,8 @@ impl<T> Events<T> {
         })
     }
 
-    async fn next(&mut self) -> Result<T, EventError> {
+    /// Waits for the next. Cancel-safe.
+    pub async fn next(&mut self) -> Result<T, EventError> {
         loop {
             if let Some(event) = self.read.pop_front() {
                 return Ok(event);

@@ -26,7 +26,7 @@ pub use address::{
     HubNumber, MAX_NETWORKS, NetworkId, RESOLVER_FOR_PROXY,
 };
 pub use conntrack::{FlowEnd, FlowEvent, FlowKey};
-pub use events::{EventError, FlowEvents, RefusalEvents};
+pub use events::{EventError, Events, FlowEvents, RefusalEvents};
 pub(crate) use namespace::enter;
 pub use nflog::{Protocol, Refusal, RefusalReason};
 pub use pool::{Network, NetworkPool};

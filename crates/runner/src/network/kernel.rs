@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use host::net::{
-    EventError, FlowEnd, FlowEvent, FlowEvents, FlowKey, Protocol, Refusal, RefusalEvents,
+    EventError, Events, FlowEnd, FlowEvent, FlowEvents, FlowKey, Protocol, Refusal, RefusalEvents,
     RefusalReason,
 };
 use policy::log::{Event, Line, Timestamp};
@@ -46,7 +46,7 @@ impl Names {
 #[derive(Debug)]
 pub(super) struct KernelEvents {
     names: Names,
-    settle: [mpsc::Sender<oneshot::Sender<()>>; 2],
+    settle: [mpsc::Sender<Asked>; 2],
 }
 
 impl KernelEvents {
@@ -57,50 +57,25 @@ impl KernelEvents {
         registrations: Arc<Registrations>,
     ) -> io::Result<Self> {
         let names = Names::default();
-        let mut refusals = RefusalEvents::new(refusals)?;
-        let (settle_refusals, mut settled) = mpsc::channel::<oneshot::Sender<()>>(64);
-        let heard = Arc::clone(&registrations);
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    // What has been told already comes before whoever asks whether it was heard.
-                    biased;
-                    event = refusals.next() => match event {
-                        Ok(refusal) => tell_refusal(&heard, &refusal),
-                        Err(EventError::Lost) => tracing::warn!("some refused packets are in no network log"),
-                        Err(error) => return tracing::error!(%error, "refused packets are not logged any more"),
-                    },
-                    asked = settled.recv() => match asked {
-                        Some(answer) => { let _ = answer.send(()); }
-                        None => return,
-                    },
-                }
-            }
-        });
-        let mut flows = FlowEvents::new(flows)?;
-        let (settle_flows, mut settled) = mpsc::channel::<oneshot::Sender<()>>(64);
-        let known = names.clone();
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    biased;
-                    event = flows.next() => match event {
-                        Ok(FlowEvent::New(_)) => {}
-                        Ok(FlowEvent::End(key, end)) => tell_flow(&registrations, &known, &key, &end),
-                        Err(EventError::Lost) => tracing::warn!("some connections past the proxy are in no network log"),
-                        Err(error) => return tracing::error!(%error, "connections past the proxy are not logged any more"),
-                    },
-                    asked = settled.recv() => match asked {
-                        Some(answer) => { let _ = answer.send(()); }
-                        None => return,
-                    },
-                }
-            }
-        });
-        Ok(Self {
-            names,
-            settle: [settle_refusals, settle_flows],
-        })
+        let (heard, known) = (Arc::clone(&registrations), names.clone());
+        let settle = [
+            listen(
+                RefusalEvents::new(refusals)?,
+                "refused packets",
+                move |refusal| {
+                    tell_refusal(&heard, &refusal);
+                },
+            ),
+            listen(
+                FlowEvents::new(flows)?,
+                "connections past the proxy",
+                move |event| match event {
+                    FlowEvent::New(_) => {}
+                    FlowEvent::End(key, end) => tell_flow(&registrations, &known, &key, &end),
+                },
+            ),
+        ];
+        Ok(Self { names, settle })
     }
 
     /// Where the resolver notes what it told.
@@ -118,6 +93,36 @@ impl KernelEvents {
             }
         }
     }
+}
+
+/// Somebody who asks whether what was told until now was heard.
+type Asked = oneshot::Sender<()>;
+
+/// Starts a task that hears all events of a socket; gives the way to ask it.
+fn listen<T: Send + 'static>(
+    mut events: Events<T>,
+    what: &'static str,
+    tell: impl Fn(T) + Send + 'static,
+) -> mpsc::Sender<Asked> {
+    let (settle, mut asked) = mpsc::channel::<Asked>(64);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                // What has been told already comes before whoever asks whether it was heard.
+                biased;
+                event = events.next() => match event {
+                    Ok(event) => tell(event),
+                    Err(EventError::Lost) => tracing::warn!("some {what} are in no network log"),
+                    Err(error) => return tracing::error!(%error, "{what} are not logged any more"),
+                },
+                asked = asked.recv() => match asked {
+                    Some(answer) => { let _ = answer.send(()); }
+                    None => return,
+                },
+            }
+        }
+    });
+    settle
 }
 
 fn tell_refusal(registrations: &Registrations, refusal: &Refusal) {
