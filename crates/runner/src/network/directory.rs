@@ -1,8 +1,7 @@
 //! What the resolver asks the daemon: who is behind an address, and what an answer opens.
 
-use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -22,7 +21,6 @@ const GRACE: Duration = Duration::from_secs(60);
 pub(super) struct RunDirectory {
     pub(super) launcher: Launcher,
     pub(super) registrations: Arc<Registrations>,
-    pub(super) opened: Arc<Mutex<HashSet<Ipv4Addr>>>,
     pub(super) names: Names,
 }
 
@@ -80,9 +78,8 @@ impl Directory for RunDirectory {
             self.names.remember(vm.address, *address, name);
             destinations.extend(ports.iter().map(|port| SocketAddrV4::new(*address, *port)));
         }
-        {
-            let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-            opened.insert(vm.address);
+        if !self.registrations.opens(vm.address, vm.generation) {
+            return Err(Unusable("the run that asked is over".to_owned()));
         }
         self.launcher
             .open_destinations(network, destinations, ttl)

@@ -8,9 +8,9 @@
 //! An address that is not registered reaches nothing: the proxy closes its connections, the resolver refuses its queries,
 //! the kernel refuses the rest. So a VM that waits, or whose job is over, has no network.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use host::fs::{Dir, FsError};
@@ -85,8 +85,6 @@ pub(crate) struct JobNetworks {
     registrations: Arc<Registrations>,
     proxy: Proxy,
     kernel: KernelEvents,
-    /// Addresses for which a destination past the proxy was opened.
-    opened: Arc<Mutex<HashSet<Ipv4Addr>>>,
 }
 
 impl JobNetworks {
@@ -106,13 +104,11 @@ impl JobNetworks {
         };
         let hub = launcher.make_hub(config.clone()).await?;
         let registrations = Arc::new(Registrations::new());
-        let opened = Arc::new(Mutex::new(HashSet::new()));
         let kernel = KernelEvents::start(hub.refusals, hub.flows, Arc::clone(&registrations))?;
         let names = kernel.names();
         let run_directory = RunDirectory {
             launcher: launcher.clone(),
             registrations: Arc::clone(&registrations),
-            opened: Arc::clone(&opened),
             names,
         };
         let resolver = Resolver::new(
@@ -130,9 +126,9 @@ impl JobNetworks {
             tracing::error!(%error, "the resolver cannot go on: names are not resolved any more");
         });
         let proxy = Proxy::start(&settings.proxy, &launcher, &registrations)?;
-        let shown = registrations.shown();
         let ports = config.workers.clone();
-        tokio::spawn(mirror::write_all(directory, shown, move |address| {
+        let mirrored = Arc::clone(&registrations);
+        tokio::spawn(mirror::write_all(directory, mirrored, move |address| {
             let network = NetworkId::of_slot_address(address)?;
             ports.get(config.worker_of(network)?).copied()
         }));
@@ -145,7 +141,6 @@ impl JobNetworks {
             registrations,
             proxy,
             kernel,
-            opened,
         };
         Ok((Arc::new(networks), pool))
     }
@@ -225,16 +220,16 @@ impl JobNetworks {
         if destinations.is_empty() {
             return Ok(());
         }
-        self.remember_opened(registration.address);
+        if !self
+            .registrations
+            .opens(registration.address, registration.generation)
+        {
+            return Err(NetworkError::NoRun);
+        }
         Ok(self
             .launcher
             .open_destinations(network, destinations, FOR_THE_JOB)
             .await?)
-    }
-
-    fn remember_opened(&self, address: Ipv4Addr) {
-        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        opened.insert(address);
     }
 
     /// What a running job may reach; nothing where it has no network.
@@ -261,11 +256,12 @@ impl JobNetworks {
         self.proxy.update(&registration).await?;
         if let Some(network) = NetworkId::of_slot_address(registration.address) {
             // What was open may be denied now; connections past the proxy end, and names are asked for again.
-            let was_open = {
-                let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-                opened.remove(&registration.address)
-            };
-            if was_open {
+            let Registration {
+                address,
+                generation,
+                ..
+            } = registration;
+            if self.registrations.take_opened(address, generation) {
                 self.launcher.cut_network(network).await?;
             }
             self.open_addresses(&registration, network).await?;
@@ -280,11 +276,9 @@ impl JobNetworks {
             ..
         } = *registration;
         self.proxy.unregister(address, generation).await;
-        let was_open = {
-            let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-            opened.remove(&address)
-        };
-        if was_open && let Err(error) = self.launcher.cut_network(network).await {
+        if self.registrations.take_opened(address, generation)
+            && let Err(error) = self.launcher.cut_network(network).await
+        {
             tracing::warn!(%address, %error, "connections past the proxy cannot be cut; they go with the VM");
         }
         self.kernel.settle().await;

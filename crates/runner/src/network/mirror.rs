@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use host::fs::Dir;
+use policy::Policy;
 use policy::log::Timestamp;
-use serde::Serialize;
-use tokio::sync::watch;
+use serde::{Serialize, Serializer};
 
-use super::registrations::Registration;
+use super::registrations::{Registration, Registrations};
 use crate::home::rel;
 use crate::names::RunId;
 
@@ -16,11 +17,9 @@ use crate::names::RunId;
 pub(crate) const REGISTRY_FILE: &str = "proxy-registry.json";
 
 /// One VM.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Entry {
-    #[serde(skip)]
-    pub(super) address: Ipv4Addr,
+struct Entry {
     run_id: RunId,
     generation: u64,
     registered_at: Timestamp,
@@ -29,23 +28,26 @@ pub(crate) struct Entry {
     /// Which of the proxy's ports its web traffic is redirected to.
     #[serde(skip_serializing_if = "Option::is_none")]
     proxy_port: Option<u16>,
-    policy: serde_json::Value,
+    #[serde(serialize_with = "shared")]
+    policy: Arc<Policy>,
     /// Names only.
     secrets: Vec<String>,
 }
 
+fn shared<S: Serializer>(policy: &Arc<Policy>, serializer: S) -> Result<S::Ok, S::Error> {
+    policy.as_ref().serialize(serializer)
+}
+
 impl Entry {
-    pub(super) fn of(registration: &Registration) -> Self {
+    fn of(registration: &Registration, proxy_port: Option<u16>) -> Self {
         let names = registration.secrets.iter().map(policy::Secret::name);
         Self {
-            address: registration.address,
             run_id: registration.run,
             generation: registration.generation,
             registered_at: registration.since,
             network_log_path: rel::network_log(&registration.run).display().to_string(),
-            proxy_port: None,
-            // The canonical form is JSON by construction.
-            policy: serde_json::from_str(&registration.policy.to_json()).unwrap_or_default(),
+            proxy_port,
+            policy: Arc::clone(&registration.policy),
             secrets: names.map(|name| name.as_str().to_owned()).collect(),
         }
     }
@@ -54,41 +56,53 @@ impl Entry {
 /// The whole file.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct File<'a> {
+struct File {
     /// By address in the hub.
-    vms: BTreeMap<Ipv4Addr, &'a Entry>,
+    vms: BTreeMap<Ipv4Addr, Entry>,
     updated_at: Timestamp,
 }
 
-/// Writes the file whenever something changed, until the sender is gone. `port_of` says which worker serves an address.
+/// Writes the file whenever something changed. `port_of` says which worker serves an address.
+///
+/// Apart from the jobs that change it, which do not wait for it: what changes meanwhile is written in one.
 pub(crate) async fn write_all(
     directory: Dir,
-    mut entries: watch::Receiver<Vec<Entry>>,
+    registrations: Arc<Registrations>,
     port_of: impl Fn(Ipv4Addr) -> Option<u16>,
 ) {
+    let directory = Arc::new(directory);
+    let mut changes = registrations.changes();
     let mut failed = false;
     loop {
-        let mut now = entries.borrow_and_update().clone();
-        for entry in &mut now {
-            entry.proxy_port = port_of(entry.address);
-        }
+        changes.mark_unchanged();
+        let vms = registrations.all();
+        let vms = vms.iter().map(|registration| {
+            let address = registration.address;
+            (address, Entry::of(registration, port_of(address)))
+        });
         let file = File {
-            vms: now.iter().map(|entry| (entry.address, entry)).collect(),
+            vms: vms.collect(),
             updated_at: Timestamp::now(),
         };
-        let written = serde_json::to_vec_pretty(&file)
-            .map_err(std::io::Error::other)
-            .and_then(|text| Ok(directory.replace(REGISTRY_FILE, 0o600, &text)?));
+        let target = Arc::clone(&directory);
+        let written = tokio::task::spawn_blocking(move || write(&target, &file)).await;
         match written {
-            Err(error) if !failed => {
+            Ok(Err(error)) if !failed => {
                 failed = true;
                 tracing::error!(%error, "{REGISTRY_FILE} cannot be written");
             }
-            Err(_) => {}
-            Ok(()) => failed = false,
+            Ok(Err(_)) => {}
+            Ok(Ok(())) => failed = false,
+            // The runtime is shutting down.
+            Err(_) => return,
         }
-        if entries.changed().await.is_err() {
+        if changes.changed().await.is_err() {
             return;
         }
     }
+}
+
+fn write(directory: &Dir, file: &File) -> std::io::Result<()> {
+    let text = serde_json::to_vec_pretty(file).map_err(std::io::Error::other)?;
+    Ok(directory.replace(REGISTRY_FILE, 0o600, &text)?)
 }

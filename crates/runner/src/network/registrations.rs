@@ -12,7 +12,6 @@ use policy::{Policy, Secret};
 use tokio::sync::watch;
 
 use super::log::NetworkLog;
-use super::mirror::Entry;
 use crate::names::RunId;
 
 /// One registration as others see it.
@@ -36,14 +35,16 @@ pub(crate) struct Registration {
 struct Kept {
     registration: Registration,
     log: NetworkLog,
+    /// A destination past the proxy was opened for it.
+    opened: bool,
 }
 
 /// All of a runner.
 #[derive(Debug)]
 pub(crate) struct Registrations {
     state: Mutex<State>,
-    /// What people are shown, newest.
-    shown: watch::Sender<Vec<Entry>>,
+    /// Rings whenever there are others than before.
+    changed: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -57,13 +58,13 @@ impl Registrations {
     pub(crate) fn new() -> Self {
         Self {
             state: Mutex::default(),
-            shown: watch::Sender::new(Vec::new()),
+            changed: watch::Sender::new(()),
         }
     }
 
-    /// What `proxy-registry.json` is to say, to wait for.
-    pub(crate) fn shown(&self) -> watch::Receiver<Vec<Entry>> {
-        self.shown.subscribe()
+    /// To wait for changes.
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
     }
 
     /// Begins a registration; an older one of the address ends with it.
@@ -88,9 +89,10 @@ impl Registrations {
         let kept = Kept {
             registration: registration.clone(),
             log,
+            opened: false,
         };
         state.kept.insert(address, kept);
-        self.show(&state);
+        self.changed.send_replace(());
         registration
     }
 
@@ -101,7 +103,7 @@ impl Registrations {
             return None;
         }
         let kept = state.kept.remove(&address)?;
-        self.show(&state);
+        self.changed.send_replace(());
         Some(kept.log.lost())
     }
 
@@ -112,8 +114,28 @@ impl Registrations {
         let kept = kept.into_iter().find(|kept| kept.registration.run == run)?;
         kept.registration.policy = policy;
         let changed = kept.registration.clone();
-        self.show(&state);
+        self.changed.send_replace(());
         Some(changed)
+    }
+
+    /// Notes that a destination past the proxy is about to be opened for a registration; false if it has ended, and
+    /// nothing may be opened for it any more.
+    pub(crate) fn opens(&self, address: Ipv4Addr, generation: u64) -> bool {
+        let mut state = self.lock();
+        let kept = state.kept.get_mut(&address);
+        let current = kept.filter(|kept| kept.registration.generation == generation);
+        current.is_some_and(|kept| {
+            kept.opened = true;
+            true
+        })
+    }
+
+    /// Whether one was opened since this was asked last.
+    pub(crate) fn take_opened(&self, address: Ipv4Addr, generation: u64) -> bool {
+        let mut state = self.lock();
+        let kept = state.kept.get_mut(&address);
+        kept.filter(|kept| kept.registration.generation == generation)
+            .is_some_and(|kept| std::mem::take(&mut kept.opened))
     }
 
     /// Who is behind an address now.
@@ -151,16 +173,6 @@ impl Registrations {
         // Whole between any two operations; a line that was half written is the log's own matter.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn show(&self, state: &State) {
-        let mut entries: Vec<Entry> = state
-            .kept
-            .values()
-            .map(|kept| Entry::of(&kept.registration))
-            .collect();
-        entries.sort_by_key(|entry| entry.address);
-        self.shown.send_replace(entries);
-    }
 }
 
 #[cfg(test)]
@@ -190,6 +202,12 @@ mod tests {
         assert!(second.generation > first.generation);
         registrations.write(address, Some(first.generation), &line);
         registrations.write(address, None, &line);
+        assert!(!registrations.opens(address, first.generation));
+        assert!(!registrations.take_opened(address, second.generation));
+        assert!(registrations.opens(address, second.generation));
+        assert!(!registrations.take_opened(address, first.generation));
+        assert!(registrations.take_opened(address, second.generation));
+        assert!(!registrations.take_opened(address, second.generation));
         assert_eq!(registrations.remove(address, first.generation), None);
         assert_eq!(registrations.remove(address, second.generation), Some(0));
         registrations.write(address, None, &line);
