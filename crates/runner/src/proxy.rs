@@ -137,7 +137,7 @@ impl Proxy {
                 match worker::register(&channel, registration).await {
                     Ok(()) => break,
                     // The next one is told when it comes up.
-                    Err(ChannelError::Closed) => left(worker.clone(), &channel).await,
+                    Err(ChannelError::Closed) => left(worker.clone()).await,
                     Err(error) => return Err(error.into()),
                 }
             }
@@ -204,7 +204,7 @@ async fn ready(mut worker: watch::Receiver<State>) -> Result<Channel, ProxyError
 }
 
 /// Waits until a worker has noticed that its channel is closed.
-async fn left(mut worker: watch::Receiver<State>, _closed: &Channel) {
+async fn left(mut worker: watch::Receiver<State>) {
     let _ = timeout(
         READY_LIMIT,
         worker.wait_for(|state| !matches!(state, State::Ready(_))),

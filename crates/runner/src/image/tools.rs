@@ -251,18 +251,12 @@ fn escape(line: &str) -> String {
 mod tests {
     use super::*;
 
-    fn block_on<T>(work: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap()
-            .block_on(work)
-    }
-
-    #[test]
-    fn a_failing_program_tells_its_last_lines_escaped() {
+    #[tokio::test]
+    async fn a_failing_program_tells_its_last_lines_escaped() {
         let tool = Tool::new("sh").args(["-c", "printf 'no\\033[31m luck\\n' >&2; exit 3"]);
-        let error = block_on(tool.run("the step", &Steps::new()))
+        let error = tool
+            .run("the step", &Steps::new())
+            .await
             .unwrap_err()
             .to_string();
         assert!(
@@ -272,12 +266,19 @@ mod tests {
         assert!(error.contains("no\\u{1b}[31m luck"), "{error}");
     }
 
-    #[test]
-    fn output_is_returned_and_a_missing_program_is_named() {
+    #[tokio::test]
+    async fn output_is_returned_and_a_missing_program_is_named() {
         let steps = Steps::new();
-        let out = block_on(Tool::new("echo").arg("hello").run("echo", &steps)).unwrap();
+        let out = Tool::new("echo")
+            .arg("hello")
+            .run("echo", &steps)
+            .await
+            .unwrap();
         assert_eq!(out, "hello\n");
-        let error = block_on(Tool::new("no-such-program").run("x", &steps)).unwrap_err();
+        let error = Tool::new("no-such-program")
+            .run("x", &steps)
+            .await
+            .unwrap_err();
         assert!(matches!(error, ImageError::NoTool { .. }), "{error}");
     }
 }

@@ -151,27 +151,19 @@ mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
-    fn block_on<T>(work: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap()
-            .block_on(work)
-    }
-
-    #[test]
-    fn it_is_made_once_its_key_is_closed_and_rotating_makes_another() {
+    #[tokio::test]
+    async fn it_is_made_once_its_key_is_closed_and_rotating_makes_another() {
         let temp = tempfile::tempdir().unwrap();
         let home = Home::open_or_create(&temp.path().join("home")).unwrap();
         assert_eq!(Authority::load(&home).unwrap(), None);
         if !rustix::process::geteuid().is_root() {
-            let refused = block_on(Authority::ensure(&home, &Steps::new()));
+            let refused = Authority::ensure(&home, &Steps::new()).await;
             assert!(matches!(refused, Err(ImageError::NoAuthority)));
             return;
         }
-        let first = block_on(Authority::ensure(&home, &Steps::new())).unwrap();
+        let first = Authority::ensure(&home, &Steps::new()).await.unwrap();
         assert_eq!(
-            block_on(Authority::ensure(&home, &Steps::new())).unwrap(),
+            Authority::ensure(&home, &Steps::new()).await.unwrap(),
             first
         );
         let mode = |name: &str| {
@@ -191,7 +183,7 @@ mod tests {
         assert!(pem.contains("PRIVATE KEY") && pem.contains(first.certificate()));
         memory.write_all(b"x").unwrap_err();
 
-        let second = block_on(Authority::rotate(&home, &Steps::new())).unwrap();
+        let second = Authority::rotate(&home, &Steps::new()).await.unwrap();
         assert_ne!(first.fingerprint(), second.fingerprint());
     }
 }

@@ -120,10 +120,7 @@ async fn make(
         .arg(&venv)
         .run("making the proxy's virtual environment", steps)
         .await?;
-    let mut pip = Tool::new("sh")
-        // Readable for the proxy's own user, whatever root's umask is.
-        .args(["-c", "umask 022; exec \"$@\"", "sh"])
-        .arg(venv.join("bin/python"))
+    let mut pip = python_of(&venv)
         .args([
             "-I",
             "-m",
@@ -145,14 +142,12 @@ async fn make(
     }
     pip.run("installing the proxy", steps).await?;
     // Nothing can be compiled later: the proxy cannot write here.
-    Tool::new("sh")
-        .args(["-c", "umask 022; exec \"$@\"", "sh"])
-        .arg(venv.join("bin/python"))
+    python_of(&venv)
         .args(["-I", "-m", "compileall", "-q"])
         .arg(root.join(ADDON))
         .run("compiling the proxy's addon", steps)
         .await?;
-    // pip is no part of what runs.
+    // pip is no part of what runs. The rest the proxy's own user has to read, whatever root's umask is.
     Tool::new("sh")
         .args(["-c", "rm -rf \"$1\"/lib/python*/site-packages/pip \"$1\"/lib/python*/site-packages/pip-*; chmod -R go+rX \"$1\" \"$2\"", "sh"])
         .arg(&venv)
@@ -163,6 +158,13 @@ async fn make(
     proxy.rename(&staging, proxy, name)?;
     proxy.sync()?;
     Ok(())
+}
+
+/// The environment's own Python.
+fn python_of(venv: &Path) -> Tool {
+    Tool::new("sh")
+        .args(["-c", "exec \"$@\"", "sh"])
+        .arg(venv.join("bin/python"))
 }
 
 /// Version of the host's Python, such as `3.11`.

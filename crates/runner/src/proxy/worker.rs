@@ -155,7 +155,6 @@ async fn run_once(
         port = plan.port,
         "the proxy listens"
     );
-    let mut readers = state.subscribe();
     tokio::select! {
         () = channel.closed() => {}
         reaped = launcher.wait_service(plan.service) => {
@@ -167,8 +166,6 @@ async fn run_once(
                 (None, None) => "it died".to_owned(),
             });
         }
-        // Held open by ourselves; only so that the receiver is used.
-        _ = readers.wait_for(|_| false) => {}
     }
     Ok("it closed its connection to the runner".to_owned())
 }
