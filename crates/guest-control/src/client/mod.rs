@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::oneshot;
 
-use channel::{Handle, Op, error_of};
+use channel::{Answer, Handle, Op, error_of};
 use session::SessionShared;
 pub use session::{Output, OutputChunk, Session};
 use transfer::Transfer;
@@ -136,12 +136,7 @@ impl Client {
         };
         let parts = Parts::encode(&request, WHAT)?;
         let transfer = Arc::new(Transfer::download());
-        let (sender, mut answer) = oneshot::channel();
-        let op = self
-            .handle
-            .begin(Op::Transfer(sender, Arc::clone(&transfer)), |op, outbox| {
-                parts.queue(op, outbox)
-            })?;
+        let (op, mut answer) = self.begin_transfer(&transfer, &parts)?;
         let guard = AbortGuard::new(&self.handle, op);
         let mut length = 0u64;
         // Credit goes back in pieces of a quarter window, so that small reads cost no message each.
@@ -186,12 +181,7 @@ impl Client {
         const WHAT: &str = "write the file";
         let parts = Parts::encode(&Request::WriteFile(spec), WHAT)?;
         let transfer = Arc::new(Transfer::upload());
-        let (sender, mut answer) = oneshot::channel();
-        let op = self
-            .handle
-            .begin(Op::Transfer(sender, Arc::clone(&transfer)), |op, outbox| {
-                parts.queue(op, outbox)
-            })?;
+        let (op, mut answer) = self.begin_transfer(&transfer, &parts)?;
         let guard = AbortGuard::new(&self.handle, op);
         let mut buffer = BytesMut::with_capacity(MAX_PAYLOAD);
         let reply = 'send: loop {
@@ -232,6 +222,21 @@ impl Client {
     /// Waits until the channel has ended and says why.
     pub async fn closed(&self) -> CloseReason {
         self.handle.closed().await
+    }
+
+    /// Begins a file operation; its answer arrives beside its data.
+    fn begin_transfer(
+        &self,
+        transfer: &Arc<Transfer>,
+        parts: &Parts,
+    ) -> Result<(OpId, oneshot::Receiver<Answer>), ControlError> {
+        let (sender, answer) = oneshot::channel();
+        let op = self
+            .handle
+            .begin(Op::Transfer(sender, Arc::clone(transfer)), |op, outbox| {
+                parts.queue(op, outbox)
+            })?;
+        Ok((op, answer))
     }
 
     async fn call(&self, request: &Request, what: &'static str) -> Result<(), ControlError> {

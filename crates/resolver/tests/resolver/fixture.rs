@@ -164,6 +164,15 @@ impl Fixture {
         Self::with(With::default()).await
     }
 
+    /// With other limits.
+    pub(crate) async fn limited(limits: Limits) -> Self {
+        Self::with(With {
+            limits,
+            ..With::default()
+        })
+        .await
+    }
+
     pub(crate) async fn with(with: With) -> Self {
         let upstream = Upstream::start().await;
         let mut servers = with.before;

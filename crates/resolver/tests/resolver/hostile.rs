@@ -1,6 +1,5 @@
 //! Clients that mean harm.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use hickory_proto::op::ResponseCode;
@@ -12,12 +11,11 @@ use proptest::test_runner::TestRunner;
 use resolver::Limits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, UdpSocket};
-use tokio::sync::Semaphore;
 
 use crate::fixture::{
-    Fixture, OTHER, VM, With, addresses, question, receive, receive_framed, send_framed,
+    Fixture, OTHER, VM, addresses, question, receive, receive_framed, send_framed,
 };
-use crate::upstream::{Does, a};
+use crate::upstream::Does;
 
 #[tokio::test]
 async fn garbage_does_not_keep_the_next_query_from_its_answer() {
@@ -26,11 +24,7 @@ async fn garbage_does_not_keep_the_next_query_from_its_answer() {
         in_flight: 10_000,
         ..Limits::default()
     };
-    let fixture = Fixture::with(With {
-        limits,
-        ..With::default()
-    })
-    .await;
+    let fixture = Fixture::limited(limits).await;
     fixture.upstream.has("a.example", &["198.18.0.1"]);
     let good = question("a.example", RecordType::A);
     let garbage = (
@@ -79,11 +73,7 @@ async fn who_floods_is_refused_logged_once_a_second_and_slows_nobody_else() {
         burst: 5,
         ..Limits::default()
     };
-    let fixture = Fixture::with(With {
-        limits,
-        ..With::default()
-    })
-    .await;
+    let fixture = Fixture::limited(limits).await;
     fixture.directory.register(OTHER, 1, "default: allow");
     fixture.upstream.has("a.example", &["198.18.0.1"]);
     let mut codes = Vec::new();
@@ -133,19 +123,9 @@ async fn a_slow_name_server_holds_up_only_those_who_wait_for_it() {
         in_flight: 3,
         ..Limits::default()
     };
-    let fixture = Fixture::with(With {
-        limits,
-        ..With::default()
-    })
-    .await;
+    let fixture = Fixture::limited(limits).await;
     fixture.directory.register(OTHER, 1, "default: allow");
-    let permits = Arc::new(Semaphore::new(0));
-    let records = vec![a("slow.example", "198.18.0.1", 60)];
-    fixture.upstream.on(
-        "slow.example",
-        RecordType::A,
-        Does::Waits(Arc::clone(&permits), records),
-    );
+    let permits = fixture.upstream.holds("slow.example", "198.18.0.1");
     fixture.upstream.has("fast.example", &["198.18.0.2"]);
     let socket = fixture.socket(VM).await;
     for _ in 0..3 {
@@ -203,11 +183,7 @@ async fn a_vm_has_so_many_connections_and_no_more() {
         connections: 2,
         ..Limits::default()
     };
-    let fixture = Fixture::with(With {
-        limits,
-        ..With::default()
-    })
-    .await;
+    let fixture = Fixture::limited(limits).await;
     fixture.directory.register(OTHER, 1, "default: allow");
     fixture.upstream.has("a.example", &["198.18.0.1"]);
     let mut two = [fixture.connect(VM).await, fixture.connect(VM).await];
@@ -242,11 +218,7 @@ async fn connections_that_only_take_up_room_are_closed() {
         idle: Duration::from_millis(300),
         ..Limits::default()
     };
-    let fixture = Fixture::with(With {
-        limits,
-        ..With::default()
-    })
-    .await;
+    let fixture = Fixture::limited(limits).await;
     // One says nothing, one sends a byte at a time and never gets to the end of a message.
     let mut silent = fixture.connect(VM).await;
     let (mut answers, mut questions) = fixture.connect(VM).await.into_split();

@@ -1,7 +1,6 @@
 //! Who may ask what.
 
 use std::net::Ipv4Addr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use hickory_proto::op::ResponseCode;
@@ -10,10 +9,8 @@ use policy::Action;
 use policy::log::{Event, Line};
 use policy::ranges::Reach;
 use resolver::Limits;
-use tokio::sync::Semaphore;
 
 use crate::fixture::{Fixture, OTHER, Opened, PROXY, STRANGER, VM, With, question, receive};
-use crate::upstream::{Does, a};
 
 fn shown(line: &Line) -> (Action, Option<&str>, &str, u16, Option<&str>) {
     (
@@ -283,18 +280,8 @@ async fn what_a_gone_vm_asked_is_neither_opened_nor_logged_nor_answered_to_the_n
         in_flight: 1,
         ..Limits::default()
     };
-    let fixture = Fixture::with(With {
-        limits,
-        ..With::default()
-    })
-    .await;
-    let permits = Arc::new(Semaphore::new(0));
-    let records = vec![a("slow.example", "198.18.0.1", 60)];
-    fixture.upstream.on(
-        "slow.example",
-        RecordType::A,
-        Does::Waits(Arc::clone(&permits), records),
-    );
+    let fixture = Fixture::limited(limits).await;
+    let permits = fixture.upstream.holds("slow.example", "198.18.0.1");
     fixture.upstream.has("new.example", &["198.18.0.2"]);
     let socket = fixture.socket(VM).await;
     socket

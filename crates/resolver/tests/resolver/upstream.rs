@@ -122,6 +122,14 @@ impl Upstream {
         );
     }
 
+    /// Answers with this address, once for every permit that is given.
+    pub(crate) fn holds(&self, name: &str, address: &str) -> Arc<Semaphore> {
+        let permits = Arc::new(Semaphore::new(0));
+        let does = Does::Waits(Arc::clone(&permits), vec![a(name, address, 60)]);
+        self.on(name, RecordType::A, does);
+        permits
+    }
+
     /// How often it was asked for a name.
     pub(crate) fn asked(&self, name: &str) -> u32 {
         self.state
