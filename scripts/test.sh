@@ -10,7 +10,7 @@
 #   --lint   formatting, clippy, cargo deny, shellcheck, ruff, mypy
 #   --fast   those and the unit tests: no image, no VM, no root
 #   (none)   those and the end-to-end tests in microVMs with the small image
-#   --slow   those and the full image: the real agent CLI, Chromium, large volumes
+#   --slow   those and the full image: the real agent CLI, Chromium, large volumes; and aarch64, emulated
 #   --soak   the end-to-end tests ROUNDS times over
 #   FILTER   run only the tests whose names contain one of these words
 #
@@ -213,7 +213,12 @@ case $tier in full | slow | soak)
         small=$(as_root env VM0_RUNNER_HOME="$VM0_TEST_IMAGES" "$VM0_RUNNER_BIN" build --profile vm0/small --dry-run 2>/dev/null | sed -n 's/^rootfs_hash=//p')
         VM0_TEST_IMAGE_DIR=$VM0_TEST_IMAGES/images/$small rust_tests "QEMU engine" --package sandbox-qemu --locked "${filters[@]+"${filters[@]}"}"
     fi
-    [ "$tier" != slow ] || export VM0_TEST_SLOW=1
+    if [ "$tier" = slow ]; then
+        export VM0_TEST_SLOW=1
+        [ ${#filters[@]} != 0 ] || stage "aarch64: all programs, unit tests, an emulated guest" scripts/aarch64.sh test
+    elif [ "$tier" = full ] && [ ${#filters[@]} = 0 ]; then
+        skip "aarch64" "only --slow builds for it and emulates it (scripts/aarch64.sh test)"
+    fi
     for ((round = 1; round <= rounds; round++)); do
         name="end-to-end tests"
         [ "$rounds" = 1 ] || name+=", round $round of $rounds"

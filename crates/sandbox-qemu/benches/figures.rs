@@ -57,7 +57,7 @@ async fn figures(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + S
         .skip(1)
         .find_map(|argument| argument.parse().ok())
         .unwrap_or(20);
-    println!("{SHAPE:?}; {}", fixture.findings.kvm);
+    println!("{SHAPE:?}; {}", sandbox_qemu::Kvm::of_host());
     line("cold boot of the template", vec![fixture.outcome.cold_boot]);
 
     let (mut raw_restore, mut raw_claim) = (Vec::new(), Vec::new());

@@ -15,7 +15,7 @@ use sandbox::{
 
 use crate::disk::{Disk, make_blank, reopen_read_only};
 use crate::machine::{Accel, Arch, Machine, Start};
-use crate::probe::{Findings, Kvm, Qemu};
+use crate::probe::{Findings, Kvm, Qemu, find_qemu};
 use crate::snapshot::{FACT_QEMU, FACT_TSC};
 use crate::template::{QemuTemplate, blocking};
 use crate::vm::{OpenImage, Plan, Starting};
@@ -75,6 +75,21 @@ impl QemuEngine {
             arch,
             accel,
             tsc_khz,
+        })
+    }
+
+    /// An engine for guests of `arch`, whatever this host is: emulated, and without the clock that x86_64 guests are told.
+    pub fn foreign(launcher: Launcher, arch: Arch) -> Result<QemuEngine, SandboxError> {
+        let qemu = find_qemu(arch).map_err(|reason| SandboxError::Unavailable {
+            engine: "QEMU",
+            reason,
+        })?;
+        Ok(QemuEngine {
+            launcher,
+            qemu,
+            arch,
+            accel: Accel::Tcg,
+            tsc_khz: None,
         })
     }
 

@@ -126,6 +126,15 @@ impl Machine {
         }
     }
 
+    /// A device at the `place`th transport. Left to itself `virt` fills its transports from the last to the first, and the
+    /// guest, which finds them from the first to the last, would call the root's disk `vdb`.
+    fn virtio(&self, place: u32, device: &str) -> String {
+        match self.arch {
+            Arch::X86_64 => device.to_owned(),
+            Arch::Aarch64 => format!("{device},bus=virtio-mmio-bus.{place}"),
+        }
+    }
+
     /// The kernel's command line.
     ///
     /// `panic=-1` with a reset that QEMU turns into an exit (`-no-reboot`) makes a guest panic end the VM at once.
@@ -198,7 +207,7 @@ impl Machine {
                 "-drive",
                 "id=root,if=none,format=raw,readonly=on,file.filename=/dev/fdset/1,file.locking=off",
             )
-            .opt("-device", "virtio-blk-device,drive=root,id=vda")
+            .opt("-device", self.virtio(0, "virtio-blk-device,drive=root,id=vda"))
             .opt("-add-fd", format!("fd={},set=2", fd::DISK_RW))
             .opt("-add-fd", format!("fd={},set=2", fd::DISK_RO))
             // The disk dies with the VM, so the guest's flushes need not reach the host's disk.
@@ -206,15 +215,18 @@ impl Machine {
                 "-drive",
                 "id=disk,if=none,format=raw,cache=unsafe,file.filename=/dev/fdset/2,file.locking=off",
             )
-            .opt("-device", "virtio-blk-device,drive=disk,id=vdb")
-            .opt("-device", "virtio-rng-device")
+            .opt("-device", self.virtio(1, "virtio-blk-device,drive=disk,id=vdb"))
+            .opt("-device", self.virtio(2, "virtio-rng-device"))
             .opt("-netdev", format!("tap,id=net,fd={}", fd::TAP))
             .opt(
                 "-device",
-                format!("virtio-net-device,netdev=net,mac={}", mac(host::net::GUEST_MAC)),
+                self.virtio(
+                    3,
+                    &format!("virtio-net-device,netdev=net,mac={}", mac(host::net::GUEST_MAC)),
+                ),
             )
             .opt("-chardev", format!("socket,id=agent,fd={}", fd::AGENT))
-            .opt("-device", "virtio-serial-device")
+            .opt("-device", self.virtio(4, "virtio-serial-device"))
             .opt(
                 "-device",
                 // With an id QEMU says when the guest opens and closes it.
@@ -313,9 +325,11 @@ mod tests {
         let machine = machine(Arch::Aarch64, Accel::Tcg);
         assert!(machine.append().starts_with("console=ttyAMA0 "));
         assert!(!machine.append().contains("tsc"));
+        let text = text(&machine, Start::Boot);
+        assert!(text.contains("-machine virt,gic-version=3,memory-backend=ram -accel tcg"));
         assert!(
-            text(&machine, Start::Boot)
-                .contains("-machine virt,gic-version=3,memory-backend=ram -accel tcg")
+            text.contains("drive=root,id=vda,bus=virtio-mmio-bus.0 "),
+            "{text}"
         );
     }
 

@@ -81,15 +81,18 @@ fn has_extensions(cpuinfo: &str) -> bool {
 impl Findings {
     pub(crate) fn probe() -> Findings {
         Findings {
-            qemu: find_qemu(),
+            qemu: Arch::of_host()
+                .ok_or_else(|| {
+                    format!("{} is not a supported architecture", std::env::consts::ARCH)
+                })
+                .and_then(find_qemu),
             kvm: Kvm::of_host(),
         }
     }
 }
 
-fn find_qemu() -> Result<Qemu, String> {
-    let arch = Arch::of_host()
-        .ok_or_else(|| format!("{} is not a supported architecture", std::env::consts::ARCH))?;
+/// The QEMU for guests of an architecture.
+pub(crate) fn find_qemu(arch: Arch) -> Result<Qemu, String> {
     let program = arch.program();
     // Not PATH: the launcher starts it as root does, and root's PATH must not come from a user's environment.
     let path = ["/usr/bin", "/usr/local/bin"]

@@ -1,7 +1,5 @@
 //! The time stamp counter's frequency, which an emulated x86_64 guest reads straight from the host.
 
-use std::time::Duration;
-
 /// How far two measurements of one counter may be apart, parts per million.
 ///
 /// A template's guest believes in the frequency measured when it was made, so its clones' clocks run wrong by the
@@ -19,7 +17,7 @@ pub(crate) fn within_tolerance(recorded: u32, measured: u32) -> bool {
 /// Measures the counter against `CLOCK_MONOTONIC_RAW` over 100 ms, in kHz. Blocks for that long.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn measure_khz() -> Option<u32> {
-    const WINDOW: Duration = Duration::from_millis(100);
+    const WINDOW: std::time::Duration = std::time::Duration::from_millis(100);
     let (tsc_start, raw_start) = reading();
     std::thread::sleep(WINDOW);
     let (tsc_end, raw_end) = reading();

@@ -88,19 +88,20 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
     subject.slots.give_back(slot).await?;
     report("an image boots without a snapshot", error, start);
 
-    if fixture.findings.kvm == Kvm::Missing {
+    let findings = QemuEngine::probe();
+    if findings.kvm == Kvm::Missing {
         println!(
             "test a boot proves KVM or says why not ... SKIPPED: {}",
             Kvm::Missing
         );
     } else {
         let start = Instant::now();
-        let kvm = QemuEngine::new(fixture.launcher.clone(), &fixture.findings, Accel::Kvm)?;
+        let kvm = QemuEngine::new(fixture.launcher.clone(), &findings, Accel::Kvm)?;
         let slot = subject.slots.take().await?;
         let proof = kvm.prove(slot, image, Duration::from_secs(20)).await;
         subject.slots.give_back(slot).await?;
         println!("     {proof:?}");
-        let hardware = fixture.findings.kvm == Kvm::Hardware;
+        let hardware = findings.kvm == Kvm::Hardware;
         let error = match proof {
             Proof::Boots(_) => None,
             Proof::Fails(why) if hardware || !why.contains("/dev/kvm") => Some(why),

@@ -180,6 +180,10 @@ async fn unpack_kernel(
         reason: format!("it has no {}: {error}", path.display()),
     })?;
     // On x86_64 the payload lies in a bzImage; an arm64 kernel is a plain image or one gzip stream.
+    if is_plain(&image) {
+        fs::write(target, &image).map_err(ImageError::io("write", target))?;
+        return Ok("Image");
+    }
     let payload = payload(&image).unwrap_or(&image);
     if let Some(packing) = Packing::of(payload) {
         let packed = work.join("payload");
@@ -192,6 +196,11 @@ async fn unpack_kernel(
     steps.note("the kernel could not be unpacked and is used as the distribution packs it; it boots a little slower");
     fs::write(target, &image).map_err(ImageError::io("write", target))?;
     Ok("as packaged")
+}
+
+/// Whether it is an arm64 kernel that nothing packs (kernel: Documentation/arch/arm64/booting.rst).
+fn is_plain(image: &[u8]) -> bool {
+    image.get(56..60) == Some(b"ARM\x64")
 }
 
 /// The compressed kernel inside a bzImage (kernel: Documentation/arch/x86/boot.rst, protocol 2.08 and up).

@@ -10,6 +10,8 @@ mod cpio;
 mod embedded;
 mod error;
 mod flavour;
+#[cfg(test)]
+mod foreign_tests;
 mod guest;
 mod kernel;
 mod manifest;

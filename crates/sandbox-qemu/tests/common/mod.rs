@@ -13,7 +13,7 @@ use sandbox::conformance::Slots;
 use sandbox::{
     Engine, ImageFiles, Progress, SandboxError, Shape, SnapshotInputs, SnapshotOutcome, Template,
 };
-use sandbox_qemu::{Accel, Findings, QemuEngine};
+use sandbox_qemu::{Accel, QemuEngine};
 
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -22,7 +22,6 @@ const INSTANCE: &str = "engine-test";
 /// An engine, a snapshot made with it, and slots.
 pub(crate) struct Fixture {
     pub(crate) engine: QemuEngine,
-    pub(crate) findings: Findings,
     pub(crate) launcher: Launcher,
     pub(crate) slots: Arc<dyn Slots>,
     pub(crate) image: ImageFiles,
@@ -38,20 +37,35 @@ fn skipped(why: &str) -> bool {
     true
 }
 
-/// Runs `body` on a fixture, in a process that had no threads before. Says what is missing where something is.
+/// Runs `body` on a fixture with this host's engine, in a process that had no threads before. Says what is missing where
+/// something is.
 pub(crate) fn with_engine<F>(shape: Shape, body: impl FnOnce(Fixture) -> F) -> Result<bool, Failure>
 where
     F: Future<Output = Result<bool, Failure>>,
 {
-    let Some(image) = std::env::var_os("VM0_TEST_IMAGE_DIR").map(PathBuf::from) else {
-        return Ok(skipped(
-            "VM0_TEST_IMAGE_DIR names no image (build one with `runner build`)",
-        ));
-    };
     let findings = QemuEngine::probe();
     if let Err(why) = &findings.qemu {
         return Ok(skipped(&why.to_string()));
     }
+    let new = |launcher| QemuEngine::new(launcher, &findings, Accel::Tcg);
+    with("VM0_TEST_IMAGE_DIR", new, shape, body)
+}
+
+/// Likewise with the engine that `new` makes and the image that the variable names.
+pub(crate) fn with<F>(
+    variable: &str,
+    new: impl FnOnce(Launcher) -> Result<QemuEngine, SandboxError>,
+    shape: Shape,
+    body: impl FnOnce(Fixture) -> F,
+) -> Result<bool, Failure>
+where
+    F: Future<Output = Result<bool, Failure>>,
+{
+    let Some(image) = std::env::var_os(variable).map(PathBuf::from) else {
+        return Ok(skipped(&format!(
+            "{variable} names no image (build one with `runner build`)"
+        )));
+    };
     let Some(host) = TestHost::new() else {
         return Ok(true);
     };
@@ -61,15 +75,14 @@ where
         .build()?;
     runtime.block_on(async {
         let launcher = forked.attach()?;
-        let engine = QemuEngine::new(launcher.clone(), &findings, Accel::Tcg)?;
-        body(Fixture::new(engine, findings, launcher, &image, shape).await?).await
+        let engine = new(launcher.clone())?;
+        body(Fixture::new(engine, launcher, &image, shape).await?).await
     })
 }
 
 impl Fixture {
     async fn new(
         engine: QemuEngine,
-        findings: Findings,
         launcher: Launcher,
         dir: &Path,
         shape: Shape,
@@ -106,7 +119,6 @@ impl Fixture {
             .await?;
         Ok(Fixture {
             engine,
-            findings,
             launcher,
             slots,
             image,
