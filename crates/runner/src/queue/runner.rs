@@ -141,13 +141,14 @@ impl RunnerQueue {
         let [claims, results, runners] =
             [CLAIMS, RESULTS, RUNNERS].map(|name| own_or_replace(&group, name));
         let (claims, results, runners) = (claims?, results?, runners?);
+        // Registered before it writes anything: whatever is of nobody who lives, the recovery of another runner removes.
+        let registration = Registration::new(runners.try_clone()?, runner)?;
         let claim_source = format!(".instance-{}", runner.instance);
         let text = serde_json::to_vec(&ClaimText {
             instance: runner.instance.clone(),
         })
         .unwrap_or_default();
         claims.write_atomic(&claim_source, 0o644, &text)?;
-        let registration = Registration::new(runners.try_clone()?, runner)?;
         Ok(Self {
             group,
             claims,
@@ -347,15 +348,17 @@ impl RunnerQueue {
     /// Removes files that a runner was killed over. Only while no other runner of the group lives, which might be
     /// writing one; we ourselves are not, as whoever writes is who calls this.
     fn remove_half_written(&self) -> Result<(), QueueError> {
-        let others = registry::live(&self.runners)?;
-        if others.iter().any(|runner| runner.instance != self.instance) {
-            return Ok(());
-        }
+        let mut found = Vec::new();
         for dir in [&self.claims, &self.results] {
-            for entry in dir.list()? {
-                if entry.name.as_encoded_bytes().starts_with(b".tmp-") {
-                    dir.remove_file(&entry.name)?;
-                }
+            let entries = dir.list()?.into_iter().map(|entry| entry.name);
+            let half = entries.filter(|name| name.as_encoded_bytes().starts_with(b".tmp-"));
+            found.extend(half.map(|name| (dir, name)));
+        }
+        // Looked for after the files: whoever wrote one of them was registered before, and who comes now wrote none of them.
+        let others = registry::live(&self.runners)?;
+        if others.iter().all(|runner| runner.instance == self.instance) {
+            for (dir, name) in found {
+                dir.remove_file(&name)?;
             }
         }
         Ok(())

@@ -60,6 +60,29 @@ fn won(claim: Claim) -> Box<ClaimedJob> {
 }
 
 #[test]
+fn a_runner_that_starts_while_another_clears_up_can_claim() {
+    let group = Group::new();
+    let other = group.runner();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                other.recover(&HashSet::new()).unwrap();
+            }
+        });
+        let claims = std::panic::catch_unwind(|| {
+            for _ in 0..100 {
+                let (runner, id) = (group.runner(), group.submit());
+                won(runner.claim(id).unwrap());
+                runner.answer(&JobResult::exited(id, 0)).unwrap();
+            }
+        });
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        claims.unwrap();
+    });
+}
+
+#[test]
 fn a_job_goes_from_its_submitter_to_a_runner_and_the_answer_comes_back() {
     let group = Group::new();
     let (submitter, runner) = (group.submitter(), group.runner());
