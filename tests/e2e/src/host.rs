@@ -50,6 +50,23 @@ fn images() -> PathBuf {
     std::env::var_os("VM0_TEST_IMAGES").map_or_else(|| target().join("test-home"), PathBuf::from)
 }
 
+/// Whether the wheels are there that pip installs inside a VM; otherwise reports why the test is skipped.
+pub fn has_wheels() -> bool {
+    let there = wheels().join("complete").exists();
+    if !there {
+        skip(&format!(
+            "the wheels that pip would install are not in {} (scripts/test.sh --slow brings them)",
+            wheels().display()
+        ));
+    }
+    there
+}
+
+/// Wheels that pip installs inside a VM.
+pub(crate) fn wheels() -> PathBuf {
+    std::env::var_os("VM0_TEST_WHEELS").map_or_else(|| target().join("test-wheels"), PathBuf::from)
+}
+
 /// Where a test leaves a file for a person to look at.
 pub fn kept(name: &str) -> PathBuf {
     let directory = target().join("test-kept");
@@ -460,6 +477,11 @@ impl Host {
     /// The runner's home.
     pub fn home(&self) -> &Path {
         self.home.path()
+    }
+
+    /// Its run directory.
+    pub fn run_dir(&self) -> PathBuf {
+        self.range.run_dir.clone()
     }
 
     /// Its group of jobs.
