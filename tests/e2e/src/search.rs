@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Shorter runs of bytes are found by chance, in the memory of a VM at least.
@@ -40,19 +40,7 @@ impl Needle {
 
 /// Which of these stand in the rest of `source`, by grep(1): fast enough for the memory of a VM.
 pub fn found_in(mut source: impl Read, needles: &[Needle]) -> BTreeSet<String> {
-    let mut command = Command::new("grep");
-    command.args([
-        "--text",
-        "--only-matching",
-        "--fixed-strings",
-        "--null-data",
-    ]);
-    for needle in needles {
-        command.arg("-e").arg(OsStr::from_bytes(&needle.bytes));
-    }
-    let mut grep = command
-        // Bytes, not characters.
-        .env("LC_ALL", "C")
+    let mut grep = grep(needles)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -64,13 +52,20 @@ pub fn found_in(mut source: impl Read, needles: &[Needle]) -> BTreeSet<String> {
         out_of.read_to_end(&mut hits).expect("grep ends");
         hits
     });
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; 1 << 16];
+    let nothing = vec![0; buffer.len()];
     loop {
         let read = source.read(&mut buffer).expect("it can be read");
         if read == 0 {
             break;
         }
-        into.write_all(&buffer[..read]).expect("grep reads on");
+        // Most of a VM's memory was never used, and one NUL parts what it parts as well as many.
+        let part = if buffer[..read] == nothing[..read] {
+            &nothing[..1]
+        } else {
+            &buffer[..read]
+        };
+        into.write_all(part).expect("grep reads on");
     }
     drop(into);
     let status = grep.wait().expect("our child");
@@ -78,12 +73,7 @@ pub fn found_in(mut source: impl Read, needles: &[Needle]) -> BTreeSet<String> {
     assert!(matches!(status.code(), Some(0 | 1)), "grep: {status}");
     let hits = hits.join().expect("it does not panic");
     let hits: BTreeSet<&[u8]> = hits.split(|byte| *byte == 0).collect();
-    let held = |needle: &&Needle| {
-        let mut windows = hits
-            .iter()
-            .flat_map(|hit| hit.windows(needle.bytes.len().max(1)));
-        windows.any(|window| window == needle.bytes)
-    };
+    let held = |needle: &&Needle| hits.contains(needle.bytes.as_slice());
     needles
         .iter()
         .filter(held)
@@ -91,30 +81,54 @@ pub fn found_in(mut source: impl Read, needles: &[Needle]) -> BTreeSet<String> {
         .collect()
 }
 
-/// Which of these stand in files below a directory, without following links, as `what in path`; `leave` is not looked
-/// at.
-pub fn found_below(directory: &Path, leave: &[&Path], needles: &[Needle]) -> Vec<String> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if leave.contains(&path.as_path()) {
-            continue;
-        }
-        // What has vanished meanwhile holds nothing.
-        let Ok(kind) = entry.file_type() else {
-            continue;
-        };
-        if kind.is_dir() {
-            found.extend(found_below(&path, leave, needles));
-        } else if kind.is_file()
-            && let Ok(file) = File::open(&path)
-        {
-            let held = found_in(file, needles);
-            found.extend(
-                held.iter()
-                    .map(|what| format!("{what} in {}", path.display())),
-            );
+/// Which of these stand in files below a directory, without following links, as `what in path`; `leave` names entries of
+/// the directory that are not looked at.
+pub fn found_below(directory: &Path, leave: &[&str], needles: &[Needle]) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let paths: Vec<PathBuf> = entries
+        .filter(|entry| !leave.iter().any(|name| entry.file_name() == *name))
+        // grep follows the links that it is given, though not those that it meets.
+        .filter(|entry| entry.file_type().is_ok_and(|kind| !kind.is_symlink()))
+        .map(|entry| entry.path())
+        .collect();
+    if paths.is_empty() {
+        return Vec::new();
+    }
+    // One for the whole tree: a process for each file would take minutes.
+    let mut command = grep(needles);
+    command
+        .args(["--recursive", "--devices=skip", "--no-messages"])
+        .args(["--with-filename", "--null", "--"])
+        .args(&paths)
+        .stdin(Stdio::null());
+    let output = command.output().expect("grep is installed");
+    // 2: something has vanished meanwhile, and holds nothing.
+    let code = output.status.code();
+    assert!(matches!(code, Some(0..=2)), "grep: {}", output.status);
+    let fields: Vec<&[u8]> = output.stdout.split(|byte| *byte == 0).collect();
+    let mut found = BTreeSet::new();
+    for pair in fields.chunks_exact(2) {
+        let path = String::from_utf8_lossy(pair[0]).into_owned();
+        for needle in needles.iter().filter(|needle| needle.bytes == pair[1]) {
+            found.insert(format!("{} in {path}", needle.what));
         }
     }
-    found
+    found.into_iter().collect()
+}
+
+/// Prints what it finds, each ended by NUL; where two needles overlap, the first.
+fn grep(needles: &[Needle]) -> Command {
+    let mut command = Command::new("grep");
+    command.args([
+        "--text",
+        "--only-matching",
+        "--fixed-strings",
+        "--null-data",
+    ]);
+    for needle in needles {
+        command.arg("-e").arg(OsStr::from_bytes(&needle.bytes));
+    }
+    // Bytes, not characters.
+    command.env("LC_ALL", "C");
+    command
 }

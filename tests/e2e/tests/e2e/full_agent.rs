@@ -168,7 +168,7 @@ fn the_real_cli_answers_a_prompt_with_a_key_that_is_nowhere_in_its_vm() {
     // Everything that the runner keeps: logs, queue, saved memory of the snapshots, and in /dev/shm what it hands over. The
     // key's own file is where it is kept.
     let keys_place = host.home().join("ca");
-    let mut found = found_below(host.home(), &[&keys_place], &needles);
+    let mut found = found_below(host.home(), &["ca"], &needles);
     found.extend(found_below(&host.run_dir(), &[], &needles));
     found.extend(found_below(Path::new("/dev/shm"), &[], &needles));
     assert_eq!(found, Vec::<String>::new());

@@ -265,14 +265,13 @@ fn a_secret_goes_to_its_host_only_and_stands_nowhere_else() {
         .collect();
     assert!(handed_over.is_empty(), "{handed_over:?}");
     // Images and the proxy's program are older than the job.
-    let older = ["images", "proxy"].map(|name| host.home().join(name));
-    let leave = older.each_ref().map(|path| path.as_path());
-    let mut found = found_below(host.home(), &leave, &needles);
+    let older = ["images", "proxy"];
+    let mut found = found_below(host.home(), &older, &needles);
     host.in_vm(&run, "touch /tmp/go");
     job.wait().expect_exit(0);
     let log = host.log(&run);
     assert!(log.contains(&format!("TOKEN={placeholder}")), "{log}");
-    found.extend(found_below(host.home(), &leave, &needles));
+    found.extend(found_below(host.home(), &older, &needles));
     assert!(found.is_empty(), "{found:?}");
 
     let arrived = world.arrived();
