@@ -199,6 +199,16 @@ prepare_images() {
     done
 }
 
+# What a test installs inside a VM with pip.
+fetch_wheels() {
+    local wheels=$target/test-wheels
+    export VM0_TEST_WHEELS=$wheels
+    [ ! "$wheels/complete" -nt tests/e2e/wheels.txt ] || return 0
+    rm -rf "$wheels"
+    "$addon_venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --only-binary :all: --platform any \
+        --require-hashes --dest "$wheels" --requirement tests/e2e/wheels.txt && touch "$wheels/complete"
+}
+
 case $tier in full | slow | soak)
     stage "release build" scripts/build.sh
     profiles=(vm0/small)
@@ -207,7 +217,7 @@ case $tier in full | slow | soak)
     if ! is_root; then
         # Test binaries start the daemon, which needs root.
         triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
-        export "CARGO_TARGET_${triple}_RUNNER=sudo --preserve-env=VM0_RUNNER_BIN,VM0_TEST_IMAGES,VM0_TEST_IMAGE_DIR,VM0_TEST_SLOW --"
+        export "CARGO_TARGET_${triple}_RUNNER=sudo --preserve-env=VM0_RUNNER_BIN,VM0_TEST_IMAGES,VM0_TEST_IMAGE_DIR,VM0_TEST_SLOW,VM0_TEST_WHEELS --"
     fi
     if [ "$tier" != soak ]; then
         small=$(as_root env VM0_RUNNER_HOME="$VM0_TEST_IMAGES" "$VM0_RUNNER_BIN" build --profile vm0/small --dry-run 2>/dev/null | sed -n 's/^rootfs_hash=//p')
@@ -215,6 +225,7 @@ case $tier in full | slow | soak)
     fi
     if [ "$tier" = slow ]; then
         export VM0_TEST_SLOW=1
+        [ -z "$addon_venv" ] || stage "wheels for the tests" fetch_wheels
         [ ${#filters[@]} != 0 ] || stage "aarch64: all programs, unit tests, an emulated guest" scripts/aarch64.sh test
     elif [ "$tier" = full ] && [ ${#filters[@]} = 0 ]; then
         skip "aarch64" "only --slow builds for it and emulates it (scripts/aarch64.sh test)"

@@ -1,15 +1,17 @@
 //! Processes, looked at through /proc and held by pidfd.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::search::{Needle, found_in};
 
 /// A process held by pidfd: what is killed or waited for is the process that was found, whatever became of its number.
 #[derive(Debug)]
@@ -51,8 +53,8 @@ impl Proc {
         poll(&mut fds, Some(&timeout)).expect("poll works") > 0
     }
 
-    /// Whether its memory, the memory of a VM included, holds this text somewhere.
-    pub fn memory_contains(&self, needle: &str) -> bool {
+    /// Which of these its memory, the memory of a VM included, holds somewhere.
+    pub fn memory_holds(&self, needles: &[Needle]) -> BTreeSet<String> {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
         let memory = File::open(format!("/proc/{}/mem", self.pid)).expect("root may read it");
         let writable = maps.lines().filter_map(|line| {
@@ -61,14 +63,32 @@ impl Proc {
             let number = |text| u64::from_str_radix(text, 16).ok();
             (rest.starts_with("rw")).then_some((number(first)?, number(end)?))
         });
-        let mut found = false;
+        let mut found = BTreeSet::new();
         for (first, end) in writable {
             let part = Memory {
                 memory: &memory,
                 at: first,
                 end,
             };
-            found |= contains(part, needle);
+            found.extend(found_in(part, needles));
+        }
+        found
+    }
+
+    /// Which of these the files that it has open hold somewhere, whether they have a name or not: a VM's disk, the memory
+    /// it was restored from.
+    pub fn open_files_hold(&self, needles: &[Needle]) -> BTreeSet<String> {
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("root may read it");
+        let mut found = BTreeSet::new();
+        for descriptor in descriptors.flatten() {
+            // Through the link of /proc, which opens the file itself.
+            let Ok(held) = fs::metadata(descriptor.path()) else {
+                continue;
+            };
+            if held.is_file() {
+                let file = File::open(descriptor.path()).expect("root may read it");
+                found.extend(found_in(file, needles));
+            }
         }
         found
     }
@@ -110,35 +130,6 @@ impl Read for Memory<'_> {
         self.at += read as u64;
         Ok(read)
     }
-}
-
-/// Whether the rest of `source` holds this text, by grep(1): fast enough for the memory of a VM.
-pub fn contains(mut source: impl Read, needle: &str) -> bool {
-    let mut grep = Command::new("grep")
-        .args([
-            "--text",
-            "--count",
-            "--fixed-strings",
-            "--null-data",
-            "--",
-            needle,
-        ])
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("grep is installed");
-    let mut into = grep.stdin.take().expect("piped");
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let read = source.read(&mut buffer).expect("it can be read");
-        if read == 0 {
-            break;
-        }
-        into.write_all(&buffer[..read]).expect("grep reads on");
-    }
-    drop(into);
-    grep.wait().expect("our child").success()
 }
 
 /// Numbers of all processes.

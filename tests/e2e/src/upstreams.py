@@ -1,5 +1,7 @@
-"""The servers of a test's world: what they get goes, a JSON object a line, to the file named RECORD; they echo nothing."""
+"""The servers of a test's world: what they get goes, a JSON object a line, to the file named by the second argument."""
 
+import base64
+import hashlib
 import http.server
 import json
 import socket
@@ -19,6 +21,15 @@ def record(**what):
         record_file.write(json.dumps(what) + "\n")
 
 
+# In the colours that the tests look for.
+PAGE = b"""<title>A page of the world</title><body style="margin:0;background:#204a87;color:#fce94f;font:48px sans-serif">
+<h1>Fetched over https</h1><p style="background:#cc0000">and looked at by Chromium</p>"""
+
+# Events that somebody has confirmed, by the name of their stream.
+confirmed = {}
+news = threading.Condition()
+
+
 class Web(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -28,10 +39,23 @@ class Web(http.server.BaseHTTPRequestHandler):
         if self.path.startswith("/slow"):
             self.slow()
             return
+        if self.path.startswith("/events/"):
+            self.events(self.path.removeprefix("/events/"))
+            return
+        if self.path.startswith("/confirm/"):
+            _, _, stream, number = self.path.split("/")
+            with news:
+                confirmed[stream] = int(number)
+                news.notify_all()
+        if self.path.startswith("/socket"):
+            self.web_socket(headers["sec-websocket-key"])
+            return
         length = int(headers.get("content-length", 0))
         self.rfile.read(length)
-        body = b"hello from the world\n"
+        body = PAGE if self.path == "/page" else b"hello from the world\n"
         self.send_response(200)
+        if body is PAGE:
+            self.send_header("content-type", "text/html")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -50,6 +74,45 @@ class Web(http.server.BaseHTTPRequestHandler):
         except OSError:
             record(at=self.server.at, path=self.path, ended=True)
             self.close_connection = True
+
+    def events(self, stream):
+        """Server-sent events, each sent only when the one before it was confirmed: whoever gathers them waits for ever."""
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for number in range(1, 6):
+            event = f"data: {number}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+            with news:
+                if not news.wait_for(lambda: confirmed.get(stream) == number, timeout=60):
+                    record(at=self.server.at, path=self.path, unconfirmed=number)
+                    self.close_connection = True
+                    return
+        self.wfile.write(b"0\r\n\r\n")
+
+    def web_socket(self, key):
+        """RFC 6455: sends every frame back as it came, without its mask. Frames of less than 126 bytes only."""
+        accept = hashlib.sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        self.send_response(101)
+        self.send_header("upgrade", "websocket")
+        self.send_header("connection", "upgrade")
+        self.send_header("sec-websocket-accept", base64.b64encode(accept).decode())
+        self.end_headers()
+        self.close_connection = True
+        try:
+            while head := self.rfile.read(2):
+                length = head[1] & 0x7F
+                mask, data = self.rfile.read(4), self.rfile.read(length)
+                if len(mask) + len(data) < 4 + length:
+                    break
+                record(at=f"{self.server.at} socket", path=self.path, size=length)
+                plain = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+                self.wfile.write(bytes([head[0], length]) + plain)
+        except OSError:
+            # As good as the end: the connection is gone.
+            pass
+        record(at=self.server.at, path=self.path, ended=True)
 
     def log_message(self, *_):
         pass

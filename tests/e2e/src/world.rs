@@ -17,6 +17,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 
+use crate::host::wheels;
 use crate::range::RunRange;
 use crate::skip::skip;
 use crate::text::Text;
@@ -34,6 +35,7 @@ const HOSTS: &str = "\
 127.0.0.1 loopback.example.com
 169.254.169.254 metadata.example.com
 10.9.9.9 private.example.com
+198.18.0.4 git.example.com wheels.example.com npm.example.com crates.example.com model.example.com
 ";
 
 /// How a daemon is put into a world.
@@ -68,7 +70,7 @@ fn run(program: &str, args: &[&str], directory: &Path) -> String {
 }
 
 /// The programs without which no world can be made.
-const PROGRAMS: [&str; 5] = ["ip", "nft", "nsenter", "openssl", "python3"];
+const PROGRAMS: [&str; 7] = ["curl", "git", "ip", "nft", "nsenter", "openssl", "python3"];
 
 impl World {
     /// Makes one. `None`, with the reason reported, where that is impossible.
@@ -94,8 +96,8 @@ impl World {
         };
         world.files();
         world.links();
-        world.serve("world");
-        world.serve("host");
+        world.serve("world", include_str!("upstreams.py"), &[]);
+        world.serve("host", include_str!("upstreams.py"), &[]);
         Some(world)
     }
 
@@ -129,8 +131,10 @@ impl World {
             "req -new {key} -keyout server.key -out server.csr -subj /CN=e2e"
         ));
         let good = "www.example.com,DNS:api.example.com,DNS:other.example.org";
+        let services = "git.example.com,DNS:wheels.example.com,DNS:npm.example.com,DNS:crates.example.com,DNS:model.example.com";
         for (name, authority, names, valid) in [
             ("good", "ca", good, "-days 2"),
+            ("services", "ca", services, "-days 2"),
             ("unknown", "stranger", "unknown.example.net", "-days 2"),
             ("expired", "ca", "expired.example.net", "-days -1"),
             ("wrong", "ca", "somebody.else.example", "-days 2"),
@@ -167,6 +171,7 @@ impl World {
         ip(&format!("-n {host} route add default via {WORLD}"));
         for address in [
             "198.18.0.2/24",
+            "198.18.0.4/24",
             "198.18.0.53/24",
             "10.9.9.9/32",
             "169.254.169.254/32",
@@ -179,12 +184,42 @@ impl World {
         self.directory().join(format!("{which}.record"))
     }
 
-    fn serve(&mut self, which: &str) {
-        let namespace = format!("--net=/run/netns/{}", self.namespace(which));
+    /// Starts the services that package managers, git and an agent's CLI talk to: `git.`, `wheels.`, `npm.`, `crates.` and
+    /// `model.example.com`.
+    pub fn serve_services(&mut self) {
+        // The program that runs the tests is the one that jobs fetch.
+        let cargo = Path::new(env!("CARGO"));
+        let script = include_str!("services.py");
+        self.serve("services", script, &[wheels().as_path(), cargo]);
+    }
+
+    /// Lets the model answer what it was asked and will be asked.
+    pub fn let_the_model_answer(&self) {
+        let output = self
+            .on_host("curl")
+            .args([
+                "-sS",
+                "--fail",
+                "--resolve",
+                "model.example.com:443:198.18.0.4",
+            ])
+            .arg("--cacert")
+            .arg(self.directory().join("ca.pem"))
+            .arg("https://model.example.com/answer")
+            .output()
+            .expect("curl is installed");
+        assert!(output.status.success(), "{output:?}");
+    }
+
+    /// Runs servers; their name is the namespace they are in, unless they are of the world beside others.
+    fn serve(&mut self, which: &str, script: &str, args: &[&Path]) {
+        let place = if which == "host" { "host" } else { "world" };
+        let namespace = format!("--net=/run/netns/{}", self.namespace(place));
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", "nsenter", &namespace, "--"])
-            .args(["python3", "-c", include_str!("upstreams.py"), which])
+            .args(["python3", "-c", script, which])
             .arg(self.record(which))
+            .args(args)
             .env(RunRange::WORLD_VARIABLE, self.range.number.to_string())
             .current_dir(self.directory())
             .stdin(Stdio::null())
@@ -209,6 +244,11 @@ impl World {
     /// What arrived at the world's servers so far.
     pub fn arrived(&self) -> Vec<Value> {
         self.recorded("world")
+    }
+
+    /// What arrived at the services so far.
+    pub fn served(&self) -> Vec<Value> {
+        self.recorded("services")
     }
 
     /// What arrived where nothing may arrive: at the metadata service, private hosts, other ports, the host itself.

@@ -39,6 +39,18 @@ chmod -R go=rX "$root/usr/local/lib"
 
 install -m 0755 agent-browser.sh "$root/usr/local/bin/agent-browser"
 
+# Browsers look into a list of their own for authorities that are not built in. The key database beside it is empty, and its random salt
+# is all that differs from build to build.
+for home in user:/home/user root:/root; do
+  account=${home%%:*} list=${home#*:}/.pki/nssdb
+  chroot --userspec="$account:$account" "$root" /usr/bin/env -i PATH=/usr/bin:/bin HOME="${home#*:}" sh -eu -c '
+    umask 077
+    mkdir -p "$1"
+    certutil -N -d "sql:$1" --empty-password
+    certutil -A -d "sql:$1" -n vm0-runner-proxy -t C,, -i /usr/local/share/ca-certificates/vm0-runner-proxy.crt
+    certutil -L -d "sql:$1" -n vm0-runner-proxy >/dev/null' sh "$list" </dev/null
+done
+
 # A tool that does not start is found here and not by the first job.
 for check in 'claude --version' 'node --version' 'npm --version' 'agent-browser --version' 'chromium-headless-shell --version' \
   'python3 --version' 'rg --version' 'jq --version' 'git --version'; do

@@ -6,8 +6,9 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use e2e::{Host, HostBuilder, LONG, kept};
+use e2e::{Host, HostBuilder, LONG, World, kept};
 use rustix::process::Signal;
+use serde_json::json;
 
 use crate::terminal::Tmux;
 
@@ -96,6 +97,47 @@ fn a_screenshot_is_collected_when_the_job_ends() {
     assert!(log.contains("Mem:"), "{log}");
     shows_the_page(&here.path().join("test.png"), "screenshot-collected.png");
     host.finish();
+}
+
+#[test]
+fn a_page_of_the_world_is_shown_by_a_browser_that_believes_the_proxy() {
+    let Some(world) = World::new() else { return };
+    let Some(host) = full().world(&world).start() else {
+        return;
+    };
+    let here = tempfile::tempdir().unwrap();
+    // Whoever else asks for the list finds it in root's home too.
+    let prompt = "agent-browser navigate https://www.example.com/page --screenshot /tmp/test.png
+certutil -L -d sql:$HOME/.pki/nssdb -n vm0-runner-proxy > /dev/null && echo in my list
+sudo certutil -L -d sql:/root/.pki/nssdb -n vm0-runner-proxy > /dev/null && echo in the list of root";
+    let outcome = host
+        .submit(prompt)
+        .allow("www.example.com")
+        .arg("--collect")
+        .arg(&format!("/tmp/test.png={}", here.path().display()))
+        .spawn()
+        .wait_within(BROWSER);
+    outcome.expect_exit(0);
+    let run = outcome.run_id();
+    let log = host.log(&run);
+    assert!(
+        log.contains(
+            "in my list
+"
+        ) && log.contains(
+            "in the list of root
+"
+        ),
+        "{log}"
+    );
+    shows_the_page(&here.path().join("test.png"), "screenshot-https.png");
+    host.network_log(&run).one(&[
+        ("url", json!("https://www.example.com/page")),
+        ("action", json!("ALLOW")),
+        ("status", json!(200)),
+    ]);
+    host.finish();
+    world.finish();
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! What jobs reach, what they do not, and what is told about it.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
 
-use e2e::{Host, World};
+use e2e::{Host, Needle, World, found_below};
 use serde_json::{Value, json};
 
 /// Requests that reached the world's web servers, as `host path`.
@@ -197,26 +197,6 @@ END"#;
     world.finish();
 }
 
-/// Files below a directory that hold any of these texts; images and the proxy's program hold nothing of a job's.
-fn files_with(directory: &Path, needles: &[String], found: &mut Vec<String>) {
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let kind = entry.file_type().expect("a file type");
-        if kind.is_dir() {
-            if !["images", "proxy"].iter().any(|name| path.ends_with(name)) {
-                files_with(&path, needles, found);
-            }
-        } else if kind.is_file() {
-            let file = fs::File::open(&path).expect("our home");
-            for needle in needles {
-                if e2e::contains(file.try_clone().expect("a descriptor"), needle) {
-                    found.push(format!("{needle} in {}", path.display()));
-                }
-            }
-        }
-    }
-}
-
 #[test]
 fn a_secret_goes_to_its_host_only_and_stands_nowhere_else() {
     let Some(world) = World::new() else { return };
@@ -252,10 +232,15 @@ fn a_secret_goes_to_its_host_only_and_stands_nowhere_else() {
     // The VM's whole memory, seen from outside; that the placeholder is found shows that the search can find.
     let vms = host.vms();
     assert!(!vms.is_empty());
-    let holds = |needle: &str| vms.iter().any(|vm| vm.memory_contains(needle));
-    assert!(holds(placeholder));
-    for needle in [value, encoded] {
-        assert!(!holds(needle), "{needle} in the VM's memory");
+    let needles = [
+        Needle::text("the value", value),
+        Needle::text("the encoded value", encoded),
+    ];
+    let control = [Needle::text("the placeholder", placeholder)];
+    assert!(vms.iter().any(|vm| !vm.memory_holds(&control).is_empty()));
+    for vm in &vms {
+        assert_eq!(vm.memory_holds(&needles), BTreeSet::new());
+        assert_eq!(vm.open_files_hold(&needles), BTreeSet::new());
     }
     for process in vms
         .iter()
@@ -279,14 +264,14 @@ fn a_secret_goes_to_its_host_only_and_stands_nowhere_else() {
         .filter(|entry| entry.file_name().to_string_lossy().contains(&run))
         .collect();
     assert!(handed_over.is_empty(), "{handed_over:?}");
-    let needles = [value.to_owned(), encoded.to_owned()];
-    let mut found = Vec::new();
-    files_with(host.home(), &needles, &mut found);
+    // Images and the proxy's program are older than the job.
+    let older = ["images", "proxy"];
+    let mut found = found_below(host.home(), &older, &needles);
     host.in_vm(&run, "touch /tmp/go");
     job.wait().expect_exit(0);
     let log = host.log(&run);
     assert!(log.contains(&format!("TOKEN={placeholder}")), "{log}");
-    files_with(host.home(), &needles, &mut found);
+    found.extend(found_below(host.home(), &older, &needles));
     assert!(found.is_empty(), "{found:?}");
 
     let arrived = world.arrived();

@@ -54,6 +54,8 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
+                # The kernel shares CPU out by sessions first: each proxy counts for itself, as it does in its cgroup.
+                start_new_session=True,
                 pass_fds=(theirs.fileno(), memfd),
                 env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"},
             )

@@ -168,15 +168,15 @@ class Internet:
 
     def __init__(self, namespace: Namespace, directory: Path) -> None:
         command = namespace.enter(sys.executable, str(Path(__file__).with_name("upstream.py")), str(directory), SERVER)
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._news: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.wait_for("ready")
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             self._news.put(json.loads(line))
 
     def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
@@ -193,12 +193,12 @@ class Internet:
         return taken
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
         self._reader.join()
-        self._process.stdout.close()
+        self.process.stdout.close()
 
 
 @dataclass
