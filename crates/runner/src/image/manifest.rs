@@ -184,6 +184,11 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
+/// SHA-256 of an open file, from its beginning, hex.
+pub(crate) fn sha256_of(file: &File) -> io::Result<String> {
+    Ok(measure(file, Coverage::Whole)?.sha256)
+}
+
 /// The content address of a list of named inputs. Lengths are hashed too, so no two lists run into each other.
 pub(crate) fn address(inputs: &[(String, String)]) -> String {
     let mut hasher = Sha256::new();
