@@ -8,8 +8,11 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use sandbox_qemu::Kvm;
 use serde::Serialize;
 
+use crate::cmd::setup;
+use crate::config::EngineChoice;
 use crate::context::{CliError, Context};
 use crate::profile::ProfileSpec;
 
@@ -27,6 +30,12 @@ pub(crate) struct Args {
         default_value = "vm0/small"
     )]
     profile: ProfileSpec,
+    /// The engine that is to run it
+    #[arg(long, value_enum, default_value = "auto")]
+    engine: EngineChoice,
+    /// Also check what a host in production needs; done in any case where KVM has hardware support
+    #[arg(long)]
+    production: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -96,6 +105,14 @@ struct Subject<'a> {
     context: &'a Context,
     home: PathBuf,
     profile: &'a ProfileSpec,
+    engine: EngineChoice,
+}
+
+impl Subject<'_> {
+    /// Whether Firecracker is to run here, or could.
+    fn wants_firecracker(&self) -> bool {
+        setup::not_wanted(self.engine, &Kvm::of_host()).is_none()
+    }
 }
 
 /// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`] or [`network::ALL`].
@@ -124,6 +141,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         context,
         home: context.home_path()?,
         profile: &args.profile,
+        engine: args.engine,
     };
     let checks: Vec<Line> = checks::ALL
         .iter()

@@ -59,9 +59,9 @@ pub(crate) struct Requirement {
     pub(crate) program: &'static str,
 }
 
-/// Everything a runner's host needs, and what building the images of `flavours` needs beside. Names are the same on Debian
-/// and Ubuntu.
-pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
+/// Everything a runner's host needs, and what building the images of `flavours`, perhaps for Firecracker too, needs beside.
+/// Names are the same on Debian and Ubuntu.
+pub(crate) fn requirements(flavours: &[Flavour], firecracker: bool) -> Vec<Requirement> {
     let qemu = match std::env::consts::ARCH {
         "aarch64" => Requirement {
             package: "qemu-system-arm",
@@ -75,6 +75,10 @@ pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
     let tools = crate::image::build::TOOLS
         .iter()
         .chain(flavours.iter().flat_map(|flavour| flavour.tools()))
+        .chain(match firecracker {
+            true => crate::image::build::FIRECRACKER_TOOLS,
+            false => &[],
+        })
         .map(|(program, package)| Requirement { package, program });
     let nft = Requirement {
         package: "nftables",
@@ -91,8 +95,8 @@ pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
 const PYTHON_VENV: &str = "python3 -m venv";
 
 /// Those that are not there.
-pub(crate) fn missing(flavours: &[Flavour]) -> Vec<Requirement> {
-    requirements(flavours)
+pub(crate) fn missing(flavours: &[Flavour], firecracker: bool) -> Vec<Requirement> {
+    requirements(flavours, firecracker)
         .into_iter()
         .filter(|needed| match needed.program {
             PYTHON_VENV => !install::python_is_ready(),
@@ -129,7 +133,7 @@ enum Firecracker {
 }
 
 /// Why Firecracker is not fetched; nothing where it is wanted.
-fn not_wanted(engine: EngineChoice, kvm: &Kvm) -> Option<String> {
+pub(crate) fn not_wanted(engine: EngineChoice, kvm: &Kvm) -> Option<String> {
     match (engine, kvm) {
         (EngineChoice::Firecracker, _) => None,
         (EngineChoice::Qemu, _) => Some("the engine is to be QEMU".to_owned()),
@@ -152,7 +156,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         .iter()
         .map(|named| named.profile.flavour)
         .collect();
-    let absent = missing(&flavours);
+    let firecracker = not_wanted(args.engine, &Kvm::of_host()).is_none();
+    let absent = missing(&flavours, firecracker);
     if args.check {
         return check(&args, &absent, context);
     }
@@ -172,7 +177,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     };
     if !wanted.is_empty() {
         block_on(install(&wanted, directory))?;
-        let left = packages(&missing(&flavours));
+        let left = packages(&missing(&flavours, firecracker));
         if !left.is_empty() {
             let failed = CliError::failed(format_args!(
                 "still missing after the installation: {}",
@@ -366,7 +371,7 @@ mod tests {
 
     #[test]
     fn packages_are_named_once_each() {
-        let all = requirements(&[]);
+        let all = requirements(&[], false);
         let names = packages(&all);
         assert!(names.contains(&"mmdebstrap") && names.contains(&"erofs-utils"));
         assert_eq!(
@@ -376,7 +381,9 @@ mod tests {
         assert!(names.iter().any(|name| name.starts_with("qemu-system-")));
         // A third of a thousand packages, which only the full image is worth.
         assert!(!names.contains(&"npm"));
-        assert!(packages(&requirements(&[Flavour::Full])).contains(&"npm"));
+        assert!(packages(&requirements(&[Flavour::Full], false)).contains(&"npm"));
+        assert!(!names.contains(&"squashfs-tools"));
+        assert!(packages(&requirements(&[], true)).contains(&"squashfs-tools"));
     }
 
     #[test]

@@ -82,6 +82,24 @@ impl Installed {
     }
 }
 
+#[cfg(test)]
+impl Installed {
+    /// Nothing of it is on any disk.
+    pub(crate) fn for_tests() -> Self {
+        Self {
+            directory: "/nowhere".into(),
+            pins: Pins::built_in().unwrap(),
+            origin: Origin::BuiltIn,
+        }
+    }
+
+    /// The same with other words on the kernel's command line.
+    pub(crate) fn with_args(mut self, args: &str) -> Self {
+        self.pins.kernel_args = args.to_owned();
+        self
+    }
+}
+
 /// What is installed for a home. Both programs are compared with their pins.
 pub(crate) fn find(home: &Home) -> Result<Installed, FirecrackerError> {
     let absent = |error: host::fs::FsError| match error.is_not_found() {

@@ -7,6 +7,8 @@ use host::fs::{Dir, FsError};
 use serde::de::DeserializeOwned;
 
 use super::manifest::{FORMAT, ImageManifest, SnapshotManifest};
+use crate::config::EngineChoice;
+use crate::engine::is_chosen;
 use crate::home::{Home, HomeError, rel};
 use crate::names::ImageHash;
 use crate::profile::Profile;
@@ -14,11 +16,12 @@ use crate::profile::Profile;
 /// Largest manifest, bytes.
 const MAX_MANIFEST: u64 = 16 << 20;
 
-/// The newest complete image and snapshot that were built for a profile of this size and flavour. Nothing but the
-/// manifests is looked at; who uses a build verifies it.
+/// The newest complete image and snapshot that were built for a profile of this size and flavour, by an engine that was
+/// chosen. Nothing but the manifests is looked at; who uses a build verifies it.
 pub(crate) fn newest_build(
     home: &Home,
     profile: &Profile,
+    engine: EngineChoice,
 ) -> Result<Option<(ImageHash, ImageHash)>, HomeError> {
     let images = match home.dir().open_dir(rel::IMAGES) {
         Err(error) if error.is_not_found() => return Ok(None),
@@ -51,7 +54,8 @@ pub(crate) fn newest_build(
             let fits = manifest.format == FORMAT
                 && shape.vcpu == profile.vcpu
                 && shape.memory_mb == profile.memory_mb
-                && shape.disk_mb == profile.disk_mb;
+                && shape.disk_mb == profile.disk_mb
+                && is_chosen(engine, manifest.engine);
             if fits && newest.as_ref().is_none_or(|(at, ..)| built > *at) {
                 newest = Some((built, rootfs.clone(), snapshot));
             }

@@ -104,7 +104,10 @@ fn version(release: &str) -> Option<(u32, u32)> {
 }
 
 fn packages(subject: &Subject<'_>) -> Outcome {
-    let missing = setup::missing(&[subject.profile.profile.flavour]);
+    let missing = setup::missing(
+        &[subject.profile.profile.flavour],
+        subject.wants_firecracker(),
+    );
     if missing.is_empty() {
         return Outcome::pass("everything is installed");
     }
@@ -282,11 +285,12 @@ fn built(subject: &Subject<'_>) -> Outcome {
         Ok(home) => home,
         Err(error) => return Outcome::fail(&error, "use another home with --home DIR"),
     };
-    let (rootfs, snapshot) = match image::newest_build(&home, &subject.profile.profile) {
-        Ok(Some(newest)) => newest,
-        Ok(None) => return Outcome::fail(format_args!("{name} has not been built"), &build),
-        Err(error) => return Outcome::fail(&error, &build),
-    };
+    let (rootfs, snapshot) =
+        match image::newest_build(&home, &subject.profile.profile, subject.engine) {
+            Ok(Some(newest)) => newest,
+            Ok(None) => return Outcome::fail(format_args!("{name} has not been built"), &build),
+            Err(error) => return Outcome::fail(&error, &build),
+        };
     let verified = Store::open(Arc::new(home))
         .map_err(ImageError::from)
         .and_then(|store| store.snapshot(&rootfs, &snapshot));
