@@ -1,7 +1,9 @@
 //! Checks every prerequisite of this host, and says which command fixes what is missing.
 
 mod checks;
+mod engines;
 mod network;
+mod production;
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -19,7 +21,8 @@ use crate::profile::ProfileSpec;
 /// Command line.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  runner doctor\n  sudo runner doctor --profile vm0/default --json\n\n\
+    after_help = "Examples:\n  runner doctor\n  sudo runner doctor --profile vm0/default --json\n  \
+    sudo runner doctor --engine firecracker --production\n\n\
     PASS is good, WARN works with less than it could, FAIL must be fixed. Exits with 1 if anything is FAIL."
 )]
 pub(crate) struct Args {
@@ -115,7 +118,8 @@ impl Subject<'_> {
     }
 }
 
-/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`] or [`network::ALL`].
+/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`], [`network::ALL`] or
+/// [`production::ALL`].
 struct Check {
     name: &'static str,
     run: fn(&Subject<'_>) -> Outcome,
@@ -146,6 +150,10 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let checks: Vec<Line> = checks::ALL
         .iter()
         .chain(network::ALL)
+        .chain(match args.production || Kvm::of_host() == Kvm::Hardware {
+            true => production::ALL,
+            false => &[],
+        })
         .map(|check| Line {
             name: check.name,
             outcome: (check.run)(&subject),

@@ -31,7 +31,7 @@ pub(crate) mod warm_up;
 pub(crate) use error::ImageError;
 pub(crate) use guest::{GuestBinaries, GuestPaths};
 pub(crate) use manifest::{sha256, sha256_of};
-pub(crate) use newest::newest_build;
+pub(crate) use newest::{newest_build, newest_proof};
 pub(crate) use plan::{Plan, Request};
 pub(crate) use progress::Steps;
 pub(crate) use sets::{Family, Wanted};

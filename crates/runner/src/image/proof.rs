@@ -161,7 +161,8 @@ fn boot_id() -> String {
     super::verify::boot().unwrap_or_default()
 }
 
-fn file_name(kind: EngineKind) -> String {
+/// Beside an image's manifest.
+pub(super) fn file_name(kind: EngineKind) -> String {
     let name = match kind {
         EngineKind::Firecracker => "firecracker",
         EngineKind::QemuKvm => "qemu-kvm",
