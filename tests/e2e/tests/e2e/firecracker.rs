@@ -517,6 +517,109 @@ fn without_hardware_kvm_a_set_up_needs_no_network_and_says_why() {
     host.finish();
 }
 
+#[test]
+fn an_image_for_both_engines_is_built_and_a_kvm_that_only_opens_is_explained() {
+    if e2e::in_own_mounts("firecracker").is_none() {
+        return;
+    }
+    if !Path::new("/dev/kvm").exists() {
+        skip("there is no /dev/kvm");
+        return;
+    }
+    let Some(host) = Host::new().prepare() else {
+        return;
+    };
+    // A CPU that claims to have the extensions, in a virtual machine: the boot has to find out what that is worth.
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").expect("/proc is mounted");
+    let hardware = cpuinfo
+        .split_whitespace()
+        .any(|word| word == "vmx" || word == "svm");
+    let claims = host.home().join("cpuinfo");
+    fs::write(
+        &claims,
+        format!("flags\t\t: fpu vmx hypervisor\n\n{cpuinfo}"),
+    )
+    .expect("our home");
+    let claims = claims.to_str().expect("text");
+    run(
+        "mount",
+        &["--bind", claims, "/proc/cpuinfo"],
+        Path::new("/"),
+    );
+
+    let release = Release::stand_in(1 << 20);
+    let files = release.files();
+    let set_up = release.setup(&host, files.to_str().expect("text")).output();
+    installed(&set_up.expect("it starts"));
+    let build = host
+        .runner(&["build", "--json", "--profile", "vm0/small"])
+        .output()
+        .expect("it starts");
+    let text = said(&build);
+    assert!(build.status.success(), "{text}");
+    let report: Value = serde_json::from_slice(&build.stdout).expect("JSON");
+    let rootfs = report["rootfs_hash"].as_str().expect("a hash");
+    let image = host.home().join("images").join(rootfs);
+    let json = |path: PathBuf| -> Value {
+        let bytes = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        serde_json::from_slice(&bytes).expect("JSON")
+    };
+    let manifest = json(image.join("manifest.json"));
+    for engine in ["qemu", "firecracker"] {
+        for part in ["kernel", "initrd", "rootfs"] {
+            let name = manifest["sets"][engine][part]
+                .as_str()
+                .expect("it is named");
+            assert_eq!(manifest["files"][name]["sha256"], sha256(&image.join(name)));
+        }
+    }
+    // Both roots hold the same files.
+    let squashfs = image.join("rootfs.squashfs");
+    let listed = run(
+        "unsquashfs",
+        &["-l", squashfs.to_str().expect("text")],
+        Path::new("/"),
+    );
+    assert!(
+        listed.contains("squashfs-root/usr/local/bin/guest-agent"),
+        "{listed}"
+    );
+
+    // Programs that only pretend were not taken for Firecracker.
+    assert!(text.contains("Firecracker"), "{text}");
+    let snapshot = report["snapshot_hash"].as_str().expect("a hash");
+    let snapshot = json(image.join("snapshots").join(snapshot).join("manifest.json"));
+    let kvm = json(image.join("proof-qemu-kvm.json"));
+    if hardware {
+        assert_eq!(snapshot["engine"], "qemu_kvm");
+        assert_eq!(kvm["boots"], true);
+    } else {
+        assert_eq!(snapshot["engine"], "qemu_tcg");
+        assert_eq!(kvm["boots"], false);
+        for words in [
+            "QEMU with KVM is not used",
+            "nested KVM opens, but does not run",
+            "emulated in software",
+        ] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+    }
+    let doctor = host.runner(&["doctor"]).output().expect("it starts");
+    let doctor = String::from_utf8(doctor.stdout).expect("text");
+    assert!(
+        doctor.contains("smt"),
+        "a host with hardware KVM is checked for production: {doctor}"
+    );
+    if !hardware {
+        assert!(
+            doctor.contains("not QEMU with KVM (the image does not boot)"),
+            "{doctor}"
+        );
+    }
+    run("umount", &["/proc/cpuinfo"], Path::new("/"));
+    host.finish();
+}
+
 /// The real programs, as the environment names them.
 struct Real {
     firecracker: PathBuf,
