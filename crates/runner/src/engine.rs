@@ -4,7 +4,6 @@
 //! nothing, so an engine that depends on KVM is used only where the very image boots with it within a limit. Whoever
 //! restores a snapshot later uses the engine that made it.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,8 +34,6 @@ pub(crate) struct Candidates {
     qemu: Findings,
     /// One sentence where it is not there.
     firecracker: Result<Installed, String>,
-    /// Where jails are made.
-    home: PathBuf,
 }
 
 impl Candidates {
@@ -47,7 +44,6 @@ impl Candidates {
             boot_limit,
             qemu: QemuEngine::probe(),
             firecracker: firecracker::find(home).map_err(|error| error.to_string()),
-            home: home.path().to_owned(),
         }
     }
 
@@ -138,7 +134,7 @@ impl Candidates {
     ) -> Result<Arc<dyn Engine>, SandboxError> {
         match accel(kind) {
             Some(accel) => Ok(Arc::new(QemuEngine::new(launcher, &self.qemu, accel)?)),
-            None => open_firecracker(self.firecracker()?, launcher, &self.home),
+            None => open_firecracker(self.firecracker()?, launcher),
         }
     }
 
@@ -190,7 +186,6 @@ impl Candidates {
                 true => Ok(Installed::for_tests()),
                 false => Err("no Firecracker here".to_owned()),
             },
-            home: "/home".into(),
         }
     }
 }
@@ -221,11 +216,10 @@ fn firecracker_key(installed: &Installed) -> Vec<(String, String)> {
     .to_vec()
 }
 
-/// Firecracker under its jailer, with its jails below the home.
+/// Firecracker under its jailer.
 fn open_firecracker(
     installed: &Installed,
     _launcher: Launcher,
-    _home: &std::path::Path,
 ) -> Result<Arc<dyn Engine>, SandboxError> {
     let (program, jailer) = (installed.firecracker(), installed.jailer());
     Err(unavailable(
