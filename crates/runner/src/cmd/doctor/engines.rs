@@ -160,7 +160,11 @@ fn proved(subject: &Subject<'_>, kind: EngineKind) -> String {
         Some(record) if record.boots => {
             format!("proved: the image booted in {} ms", record.outcome)
         }
-        Some(record) => format!("tried, and {}", record.outcome),
+        // The end of the VM's console may follow.
+        Some(record) => {
+            let why = record.outcome.lines().next().unwrap_or_default();
+            format!("tried, and {why}")
+        }
         None => "not proved yet (`runner build` does it)".to_owned(),
     }
 }
