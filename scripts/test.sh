@@ -156,7 +156,7 @@ unset RUSTFLAGS VM0_RUNNER_HOME VM0_RUNNER_RUN_DIR VM0_RUNNER_UID_BASE
 packages=(ca-certificates curl git build-essential pkg-config musl-tools shellcheck util-linux procps python3-venv iproute2 nftables openssl)
 case $tier in full | slow | soak)
     need_root "scripts/test.sh (the microVM tests)"
-    packages+=(tmux e2fsprogs libfaketime)
+    packages+=(tmux e2fsprogs libfaketime squashfs-tools)
     ;;
 esac
 need_disk 10

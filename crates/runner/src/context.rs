@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use crate::firecracker::FirecrackerError;
 use crate::home::{self, Home, HomeError};
 use crate::image::ImageError;
 
@@ -161,7 +162,11 @@ impl<E: std::error::Error + 'static> From<E> for CliError {
         let hint = any
             .downcast_ref::<HomeError>()
             .and_then(HomeError::hint)
-            .or_else(|| any.downcast_ref::<ImageError>().and_then(ImageError::hint));
+            .or_else(|| any.downcast_ref::<ImageError>().and_then(ImageError::hint))
+            .or_else(|| {
+                any.downcast_ref::<FirecrackerError>()
+                    .and_then(FirecrackerError::hint)
+            });
         Self {
             kind: Kind::Failed,
             message,

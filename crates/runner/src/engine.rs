@@ -1,123 +1,320 @@
 //! Which engine runs the VMs of this host.
 //!
-//! The choice is made when a snapshot is built, by proof: `/dev/kvm` being openable says nothing, so KVM is used only where
-//! the very image boots with it within a limit. Whoever restores a snapshot later uses the engine that made it.
+//! The choice is made when a snapshot is built, by proof: that a program is installed or `/dev/kvm` can be opened says
+//! nothing, so an engine that depends on KVM is used only where the very image boots with it within a limit. Whoever
+//! restores a snapshot later uses the engine that made it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use host::launcher::Launcher;
 use host::slot::{HostLimits, LeaseKind, Resources, SlotRecord};
-use sandbox::{EngineKind, ImageFiles, SandboxError};
-use sandbox_qemu::{Accel, Findings, Kvm, Proof, Qemu, QemuEngine};
+use sandbox::{Engine, EngineKind, ImageFiles, PROOF_SHAPE, Proof, SandboxError};
+use sandbox_qemu::{Accel, Findings, Kvm, QemuEngine};
 
-/// Limit for the boot that proves KVM: with real KVM it takes well under a second.
-const PROOF_LIMIT: Duration = Duration::from_secs(20);
+use crate::config::EngineChoice;
+use crate::context::CliError;
+use crate::firecracker::{self, Installed};
+use crate::home::Home;
+use crate::image::{Family, Wanted};
+use crate::names::ProfileName;
+
+/// Default of the limit for the boot that proves KVM: with real KVM it takes well under a second.
+pub(crate) const BOOT_LIMIT_SECS: u64 = 20;
+
+/// Name of an engine in messages.
+const FIRECRACKER: &str = "Firecracker";
+const QEMU: &str = "QEMU";
 
 /// What this host could use, before anything was proved.
 #[derive(Clone, Debug)]
 pub(crate) struct Candidates {
-    findings: Findings,
-    qemu: Qemu,
+    choice: EngineChoice,
+    boot_limit: Duration,
+    qemu: Findings,
+    /// One sentence where it is not there.
+    firecracker: Result<Installed, String>,
 }
 
 impl Candidates {
     /// Looks; starts QEMU to ask for its version.
-    pub(crate) fn probe() -> Result<Self, SandboxError> {
-        let findings = QemuEngine::probe();
-        let qemu = findings
-            .qemu
-            .clone()
-            .map_err(|reason| SandboxError::Unavailable {
-                engine: "QEMU",
-                reason,
-            })?;
-        Ok(Self { findings, qemu })
-    }
-
-    /// The fastest that may work.
-    pub(crate) fn best(&self) -> Accel {
-        match self.findings.kvm {
-            Kvm::Hardware => Accel::Kvm,
-            Kvm::Missing | Kvm::Denied(_) | Kvm::NotHardware => Accel::Tcg,
+    pub(crate) fn probe(choice: EngineChoice, boot_limit: Duration, home: &Home) -> Self {
+        Self {
+            choice,
+            boot_limit,
+            qemu: QemuEngine::probe(),
+            firecracker: firecracker::find(home).map_err(|error| error.to_string()),
         }
     }
 
-    /// What a snapshot made with `accel` depends on.
-    pub(crate) fn snapshot_key(&self, accel: Accel) -> Vec<(String, String)> {
-        sandbox_qemu::snapshot_key(&self.qemu, accel)
+    /// What may be used, best first; an error where there is nothing, or not what was asked for.
+    pub(crate) fn order(&self) -> Result<Vec<EngineKind>, SandboxError> {
+        let hardware = self.qemu.kvm == Kvm::Hardware;
+        if self.choice == EngineChoice::Firecracker {
+            self.firecracker()?;
+            // One that has no hardware support may still be made for Firecracker: a forced engine has to prove itself.
+            return match &self.qemu.kvm {
+                kvm @ (Kvm::Missing | Kvm::Denied(_)) => {
+                    Err(unavailable(FIRECRACKER, kvm.to_string()))
+                }
+                Kvm::Hardware | Kvm::NotHardware => Ok(vec![EngineKind::Firecracker]),
+            };
+        }
+        let mut order = Vec::new();
+        if self.choice == EngineChoice::Auto && hardware && self.firecracker.is_ok() {
+            order.push(EngineKind::Firecracker);
+        }
+        match &self.qemu.qemu {
+            Ok(_) if hardware => order.extend([EngineKind::QemuKvm, EngineKind::QemuTcg]),
+            Ok(_) => order.push(EngineKind::QemuTcg),
+            Err(reason) if order.is_empty() => return Err(unavailable(QEMU, reason.clone())),
+            Err(_) => {}
+        }
+        Ok(order)
     }
 
-    /// Which QEMU and host a proof of KVM holds for.
-    pub(crate) fn proof_key(&self) -> String {
+    /// What an image needs for these engines.
+    pub(crate) fn wanted(&self) -> Result<Wanted, SandboxError> {
+        let order = self.order()?;
+        let has = |family| order.iter().any(|kind| Family::of(*kind) == family);
+        Ok(Wanted {
+            qemu: has(Family::Qemu),
+            firecracker: match has(Family::Firecracker) {
+                true => Some(self.firecracker()?.clone()),
+                false => None,
+            },
+        })
+    }
+
+    /// Longest time the boot of a proof may take.
+    pub(crate) fn boot_limit(&self) -> Duration {
+        self.boot_limit
+    }
+
+    /// Nothing else is to be used if what was asked for does not work.
+    pub(crate) fn is_forced(&self) -> bool {
+        self.choice == EngineChoice::Firecracker
+    }
+
+    /// What a snapshot made with an engine depends on.
+    pub(crate) fn snapshot_key(
+        &self,
+        kind: EngineKind,
+    ) -> Result<Vec<(String, String)>, SandboxError> {
+        match accel(kind) {
+            Some(accel) => Ok(sandbox_qemu::snapshot_key(self.found_qemu()?, accel)),
+            None => Ok(firecracker_key(self.firecracker()?)),
+        }
+    }
+
+    /// Which engine and host a proof holds for.
+    pub(crate) fn proof_key(&self, kind: EngineKind) -> Result<String, SandboxError> {
+        let engine = match accel(kind) {
+            Some(_) => self.found_qemu()?.version.clone(),
+            None => {
+                let pins = self.firecracker()?.pins();
+                format!(
+                    "{FIRECRACKER} {} ({}, {})",
+                    pins.version, pins.firecracker_sha256, pins.kernel_args
+                )
+            }
+        };
         let uname = rustix::system::uname();
-        format!(
-            "{} on Linux {}",
-            self.qemu.version,
+        Ok(format!(
+            "{engine} on Linux {}",
             uname.release().to_string_lossy()
-        )
+        ))
     }
 
-    /// The engine with `accel`; blocks for 100 ms under emulation, which measures a clock.
+    /// The engine; blocks for 100 ms under emulation, which measures a clock.
     pub(crate) fn open(
         &self,
-        accel: Accel,
+        kind: EngineKind,
         launcher: Launcher,
-    ) -> Result<QemuEngine, SandboxError> {
-        QemuEngine::new(launcher, &self.findings, accel)
+    ) -> Result<Arc<dyn Engine>, SandboxError> {
+        match accel(kind) {
+            Some(accel) => Ok(Arc::new(QemuEngine::new(launcher, &self.qemu, accel)?)),
+            None => open_firecracker(self.firecracker()?, launcher),
+        }
     }
 
     /// Why VMs are slow here, where they are: one sentence for a person.
-    pub(crate) fn slow_because(&self, accel: Accel) -> Option<String> {
-        match (accel, &self.findings.kvm) {
-            (Accel::Kvm, _) => None,
-            (Accel::Tcg, Kvm::Hardware) => {
-                Some("the image does not boot with this host's KVM: VMs are emulated in software, 10 to 30 times slower".to_owned())
+    pub(crate) fn slow_because(&self, kind: EngineKind) -> Option<String> {
+        const SLOW: &str = "VMs are emulated in software, 10 to 30 times slower";
+        match (kind, &self.qemu.kvm) {
+            (EngineKind::QemuTcg, Kvm::Hardware) => {
+                let why = "the image does not boot with this host's KVM";
+                Some(format!("{why}: {SLOW}"))
             }
-            (Accel::Tcg, kvm) => Some(format!("{kvm}: VMs are emulated in software, 10 to 30 times slower")),
+            (EngineKind::QemuTcg, kvm) => Some(format!("{kvm}: {SLOW}")),
+            _ => None,
         }
     }
+
+    /// What may be behind a boot that failed.
+    pub(crate) fn suspect(&self) -> Option<String> {
+        self.qemu.kvm.suspect()
+    }
+
+    fn found_qemu(&self) -> Result<&sandbox_qemu::Qemu, SandboxError> {
+        let qemu = self.qemu.qemu.as_ref();
+        qemu.map_err(|reason| unavailable(QEMU, reason.clone()))
+    }
+
+    fn firecracker(&self) -> Result<&Installed, SandboxError> {
+        let found = self.firecracker.as_ref();
+        found.map_err(|reason| unavailable(FIRECRACKER, reason.clone()))
+    }
+}
+
+#[cfg(test)]
+impl Candidates {
+    /// A host of this kind; nothing of it exists.
+    pub(crate) fn for_tests(choice: EngineChoice, kvm: Kvm, qemu: bool, firecracker: bool) -> Self {
+        let qemu = match qemu {
+            true => Ok(sandbox_qemu::Qemu {
+                path: "/usr/bin/qemu".into(),
+                version: "8.2".to_owned(),
+            }),
+            false => Err("no QEMU here".to_owned()),
+        };
+        Self {
+            choice,
+            boot_limit: Duration::from_secs(20),
+            qemu: Findings { qemu, kvm },
+            firecracker: match firecracker {
+                true => Ok(Installed::for_tests()),
+                false => Err("no Firecracker here".to_owned()),
+            },
+        }
+    }
+}
+
+/// How QEMU runs CPUs; nothing for other engines.
+fn accel(kind: EngineKind) -> Option<Accel> {
+    match kind {
+        EngineKind::QemuKvm => Some(Accel::Kvm),
+        EngineKind::QemuTcg => Some(Accel::Tcg),
+        EngineKind::Firecracker | EngineKind::Fake => None,
+    }
+}
+
+fn unavailable(engine: &'static str, reason: String) -> SandboxError {
+    SandboxError::Unavailable { engine, reason }
+}
+
+/// What a snapshot made by Firecracker depends on.
+fn firecracker_key(installed: &Installed) -> Vec<(String, String)> {
+    let pins = installed.pins();
+    [
+        ("engine", format!("{:?}", EngineKind::Firecracker)),
+        ("firecracker", pins.firecracker_sha256.to_string()),
+        ("kernel_args", pins.kernel_args.clone()),
+        ("protocol", guest_control::PROTOCOL_VERSION.to_string()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
+}
+
+/// Firecracker under its jailer.
+fn open_firecracker(
+    installed: &Installed,
+    _launcher: Launcher,
+) -> Result<Arc<dyn Engine>, SandboxError> {
+    let (program, jailer) = (installed.firecracker(), installed.jailer());
+    Err(unavailable(
+        FIRECRACKER,
+        format!(
+            "{} and {} are installed, but this build of the runner cannot drive them yet",
+            program.display(),
+            jailer.display()
+        ),
+    ))
 }
 
 /// The engine that made a snapshot, for restoring it.
 pub(crate) fn of_snapshot(
     kind: EngineKind,
     launcher: Launcher,
-) -> Result<QemuEngine, SandboxError> {
-    let candidates = Candidates::probe()?;
-    let accel = match kind {
-        EngineKind::QemuTcg => Accel::Tcg,
-        EngineKind::QemuKvm => Accel::Kvm,
-        EngineKind::Firecracker | EngineKind::Fake => {
-            return Err(SandboxError::Unavailable {
-                engine: "Firecracker",
-                reason: "this runner has no such engine; build the profile again".to_owned(),
-            });
-        }
-    };
-    candidates.open(accel, launcher)
+    home: &Home,
+) -> Result<Arc<dyn Engine>, SandboxError> {
+    let limit = Duration::from_secs(BOOT_LIMIT_SECS);
+    Candidates::probe(EngineChoice::Auto, limit, home).open(kind, launcher)
 }
 
-/// Boots the image with KVM; the VM is gone when this returns.
-pub(crate) async fn prove_kvm(
+/// QEMU, to be driven by hand in benchmarks; nothing where the snapshot is of another engine.
+pub(crate) fn driven_by_hand(
+    kind: EngineKind,
+    launcher: Launcher,
+) -> Result<Option<QemuEngine>, SandboxError> {
+    accel(kind)
+        .map(|accel| QemuEngine::new(launcher, &QemuEngine::probe(), accel))
+        .transpose()
+}
+
+/// Names an engine for a person.
+pub(crate) fn describe(kind: EngineKind) -> &'static str {
+    match kind {
+        EngineKind::Firecracker => "Firecracker",
+        EngineKind::QemuKvm => "QEMU with KVM",
+        EngineKind::QemuTcg => "QEMU with software emulation",
+        EngineKind::Fake => "the fake engine",
+    }
+}
+
+/// There is no build of a profile for the engine that was chosen.
+pub(crate) fn not_built(profile: &ProfileName, choice: EngineChoice) -> CliError {
+    match choice {
+        EngineChoice::Auto => {
+            CliError::failed(format_args!("profile {profile} has not been built"))
+                .with_hint(format_args!("sudo runner build --profile {profile}"))
+        }
+        choice => {
+            let name = choice.name();
+            CliError::failed(format_args!(
+                "profile {profile} has not been built for the engine {name}"
+            ))
+            .with_hint(format_args!(
+                "sudo runner build --engine {name} --profile {profile}"
+            ))
+        }
+    }
+}
+
+/// Whether an engine is one that was chosen.
+pub(crate) fn is_chosen(choice: EngineChoice, kind: EngineKind) -> bool {
+    match choice {
+        EngineChoice::Auto => true,
+        EngineChoice::Qemu => Family::of(kind) == Family::Qemu,
+        EngineChoice::Firecracker => Family::of(kind) == Family::Firecracker,
+    }
+}
+
+/// Boots the image; the VM is gone when this returns.
+pub(crate) async fn prove(
     candidates: &Candidates,
+    kind: EngineKind,
     image: ImageFiles,
     launcher: &Launcher,
 ) -> Result<Proof, SandboxError> {
-    let engine = candidates.open(Accel::Kvm, launcher.clone())?;
+    let engine = candidates.open(kind, launcher.clone())?;
     let record = SlotRecord {
         instance: format!("proof-{}", std::process::id()),
         kind: LeaseKind::Firm,
         resources: Resources {
-            vcpu: 1,
-            memory_mb: 512,
-            disk_mb: 64,
+            vcpu: PROOF_SHAPE.vcpu,
+            memory_mb: PROOF_SHAPE.memory_mb,
+            disk_mb: PROOF_SHAPE.disk_mb,
         },
         run_id: None,
     };
     let slot = launcher.reserve(record, UNLIMITED).await?;
-    let proof = engine.prove(slot, image, PROOF_LIMIT).await;
+    let proof = sandbox::prove(engine.as_ref(), slot, image, candidates.boot_limit).await;
     launcher.release(slot).await?;
-    Ok(proof)
+    Ok(match (proof?, candidates.suspect()) {
+        (Proof::Fails(why), Some(suspect)) => Proof::Fails(format!("{why} ({suspect})")),
+        (proof, _) => proof,
+    })
 }
 
 /// For what a person has just asked for: it runs now, and is counted so that runners see it.
@@ -128,3 +325,68 @@ pub(crate) const UNLIMITED: HostLimits = HostLimits {
         disk_mb: u64::MAX,
     },
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_that_may_work_comes_first() {
+        use EngineChoice::{Auto, Firecracker, Qemu};
+        use EngineKind::{Firecracker as Fc, QemuKvm, QemuTcg};
+        for (choice, kvm, qemu, firecracker, expected) in [
+            (Auto, Kvm::Hardware, true, true, vec![Fc, QemuKvm, QemuTcg]),
+            (Auto, Kvm::Hardware, true, false, vec![QemuKvm, QemuTcg]),
+            (Auto, Kvm::Hardware, false, true, vec![Fc]),
+            (Auto, Kvm::NotHardware, true, true, vec![QemuTcg]),
+            (Auto, Kvm::Missing, true, true, vec![QemuTcg]),
+            (Qemu, Kvm::Hardware, true, true, vec![QemuKvm, QemuTcg]),
+            (Firecracker, Kvm::Hardware, true, true, vec![Fc]),
+            (Firecracker, Kvm::NotHardware, false, true, vec![Fc]),
+        ] {
+            let found = Candidates::for_tests(choice, kvm, qemu, firecracker);
+            assert_eq!(found.order().unwrap(), expected);
+            let wanted = found.wanted().unwrap();
+            assert_eq!(wanted.qemu, expected.contains(&QemuTcg));
+            assert_eq!(wanted.firecracker.is_some(), expected.contains(&Fc));
+        }
+    }
+
+    #[test]
+    fn what_was_asked_for_and_is_not_there_is_told() {
+        use EngineChoice::{Auto, Firecracker, Qemu};
+        for (choice, kvm, qemu, firecracker, word) in [
+            (Auto, Kvm::Missing, false, true, "no QEMU here"),
+            (Qemu, Kvm::Hardware, false, true, "no QEMU here"),
+            (
+                Firecracker,
+                Kvm::Hardware,
+                true,
+                false,
+                "no Firecracker here",
+            ),
+            (Firecracker, Kvm::Missing, true, true, "no /dev/kvm"),
+            (
+                Firecracker,
+                Kvm::Denied("not you".to_owned()),
+                true,
+                true,
+                "not you",
+            ),
+        ] {
+            let found = Candidates::for_tests(choice, kvm, qemu, firecracker);
+            let error = found.order().unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn snapshots_of_another_command_line_have_another_key() {
+        let mut found = Candidates::for_tests(EngineChoice::Auto, Kvm::Hardware, true, true);
+        let key = found.snapshot_key(EngineKind::Firecracker).unwrap();
+        let proof = found.proof_key(EngineKind::Firecracker).unwrap();
+        found.firecracker = Ok(Installed::for_tests().with_args("quiet"));
+        assert_ne!(found.snapshot_key(EngineKind::Firecracker).unwrap(), key);
+        assert_ne!(found.proof_key(EngineKind::Firecracker).unwrap(), proof);
+    }
+}

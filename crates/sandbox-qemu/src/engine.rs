@@ -15,7 +15,7 @@ use sandbox::{
 
 use crate::disk::{Disk, make_blank, reopen_read_only};
 use crate::machine::{Accel, Arch, Machine, Start};
-use crate::probe::{Findings, Kvm, Qemu, find_qemu};
+use crate::probe::{Findings, Qemu, find_qemu};
 use crate::snapshot::{FACT_QEMU, FACT_TSC};
 use crate::template::{QemuTemplate, blocking};
 use crate::vm::{OpenImage, Plan, Starting};
@@ -30,22 +30,13 @@ pub struct QemuEngine {
     tsc_khz: Option<u32>,
 }
 
-/// Whether an image really boots under an engine, within a limit.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Proof {
-    /// It did, in this time.
-    Boots(Duration),
-    /// It did not; one sentence why.
-    Fails(String),
-}
-
 impl QemuEngine {
     /// What this host has; starts QEMU to ask for its version, so it blocks for some tens of milliseconds.
     pub fn probe() -> Findings {
         Findings::probe()
     }
 
-    /// The engine with `accel`, which should have been chosen by a [proof](QemuEngine::prove). Measures the time
+    /// The engine with `accel`, which should have been chosen by a proof ([`sandbox::prove`]). Measures the time
     /// stamp counter where the guest depends on it, so it blocks for 100 ms.
     pub fn new(
         launcher: Launcher,
@@ -91,31 +82,6 @@ impl QemuEngine {
             accel: Accel::Tcg,
             tsc_khz: None,
         })
-    }
-
-    /// Boots `image` in `slot` within `limit`. The only proof that KVM is worth the name: `/dev/kvm` being openable
-    /// is none. Costs a boot, so callers keep the answer with the image.
-    pub async fn prove(&self, slot: SlotId, image: ImageFiles, limit: Duration) -> Proof {
-        let shape = Shape {
-            vcpu: 1,
-            memory_mb: 512,
-            disk_mb: 64,
-        };
-        let start = Instant::now();
-        let failure = match self.cold_boot(slot, image, shape, limit).await {
-            Ok(vm) => match vm.destroy().await {
-                Ok(()) => return Proof::Boots(start.elapsed()),
-                Err(error) => error,
-            },
-            Err(error) => error,
-        };
-        let why = match (self.accel, Kvm::of_host()) {
-            (Accel::Kvm, kvm @ (Kvm::Missing | Kvm::Denied(_) | Kvm::NotHardware)) => {
-                format!(" ({kvm})")
-            }
-            _ => String::new(),
-        };
-        Proof::Fails(format!("the image does not boot: {failure}{why}"))
     }
 
     pub(crate) fn machine(&self, shape: Shape) -> Machine {

@@ -27,7 +27,7 @@ mod template;
 mod tsc;
 mod vm;
 
-pub use engine::{Proof, QemuEngine, snapshot_key};
+pub use engine::{QemuEngine, snapshot_key};
 pub use machine::{Accel, Arch};
 pub use probe::{Findings, Kvm, Qemu};
 pub use raw::RawTimes;

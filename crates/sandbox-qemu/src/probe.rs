@@ -70,12 +70,33 @@ impl Kvm {
     }
 }
 
+impl Kvm {
+    /// Why a kernel does not boot with it, as far as that can be told from outside; nothing where it should.
+    pub fn suspect(&self) -> Option<String> {
+        match self {
+            Kvm::Missing | Kvm::Denied(_) | Kvm::NotHardware => Some(self.to_string()),
+            Kvm::Hardware => {
+                let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+                has_flag(&cpuinfo, &["hypervisor"]).then(|| {
+                    "this machine is a virtual machine itself: its nested KVM opens, but does not run the guest's kernel. \
+                     Use a machine whose hypervisor passes vmx or svm through completely, or bare metal"
+                        .to_owned()
+                })
+            }
+        }
+    }
+}
+
 fn has_extensions(cpuinfo: &str) -> bool {
+    has_flag(cpuinfo, &["vmx", "svm"])
+}
+
+fn has_flag(cpuinfo: &str, wanted: &[&str]) -> bool {
     cpuinfo
         .lines()
         .filter(|line| line.starts_with("flags"))
         .flat_map(str::split_whitespace)
-        .any(|flag| flag == "vmx" || flag == "svm")
+        .any(|flag| wanted.contains(&flag))
 }
 
 impl Findings {

@@ -275,10 +275,10 @@ impl Starting {
     }
 
     async fn climb(&mut self, start: Start, mount: MountSource) -> Result<Client, SandboxError> {
-        self.step = "qmp";
+        self.step = "socket";
         let stream = self.qmp.take().ok_or_else(used_twice)?;
-        let mut qmp = Qmp::connect(stream).await.map_err(qmp_error("qmp"))?;
-        self.done("qmp");
+        let mut qmp = Qmp::connect(stream).await.map_err(qmp_error("socket"))?;
+        self.done("socket");
         if start == Start::Clone {
             self.step = "load";
             qmp.prepare_migration().await.map_err(qmp_error("load"))?;

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use common::{Fixture, with_engine};
 use sandbox::conformance::{Subject, cases};
-use sandbox::{Engine, Shape};
-use sandbox_qemu::{Accel, Kvm, Proof, QemuEngine};
+use sandbox::{Engine, Proof, Shape, prove};
+use sandbox_qemu::{Accel, Kvm, QemuEngine};
 
 const SHAPE: Shape = Shape {
     vcpu: 1,
@@ -98,13 +98,14 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
         let start = Instant::now();
         let kvm = QemuEngine::new(fixture.launcher.clone(), &findings, Accel::Kvm)?;
         let slot = subject.slots.take().await?;
-        let proof = kvm.prove(slot, image, Duration::from_secs(20)).await;
+        let proof = prove(&kvm, slot, image, Duration::from_secs(20)).await;
         subject.slots.give_back(slot).await?;
         println!("     {proof:?}");
-        let hardware = findings.kvm == Kvm::Hardware;
-        let error = match proof {
+        let kvm = &findings.kvm;
+        let explained = kvm.suspect().is_some_and(|why| why.contains("/dev/kvm"));
+        let error = match proof? {
             Proof::Boots(_) => None,
-            Proof::Fails(why) if hardware || !why.contains("/dev/kvm") => Some(why),
+            Proof::Fails(why) if *kvm == Kvm::Hardware || !explained => Some(why),
             Proof::Fails(_) => None,
         };
         report("a boot proves KVM or says why not", error, start);

@@ -8,11 +8,13 @@ mod error;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod owner;
+mod proof;
 mod sandbox;
 mod types;
 
 pub use engine::{Engine, Progress, Template, Vm};
 pub use error::SandboxError;
+pub use proof::{PROOF_SHAPE, Proof, prove};
 pub use sandbox::{Limits, PausedAs, Sandbox, State};
 pub use types::{
     Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Place, Shape, SnapshotInputs,

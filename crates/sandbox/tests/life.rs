@@ -6,7 +6,9 @@ use std::time::Duration;
 use guest_control::{ExecSpec, ExitStatus};
 use host::slot::SlotId;
 use sandbox::fake::{FakeEngine, FakeEvent, FakeGuest, Gate};
-use sandbox::{Death, Limits, PausedAs, Place, Sandbox, SandboxError, Shape, State};
+use sandbox::{
+    Death, ImageFiles, Limits, PausedAs, Place, Proof, Sandbox, SandboxError, Shape, State, prove,
+};
 
 /// Far away: no test waits for it unless it says so.
 const LIMITS: Limits = Limits {
@@ -213,4 +215,34 @@ async fn a_failed_reclaim_leaves_the_vm_alone() {
     assert!(sandbox.reclaim_memory().await.is_err());
     assert_eq!(*sandbox.state().borrow(), State::Running);
     sandbox.client().ping().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_boot_that_works_fails_or_takes_too_long_is_a_proof_and_leaves_no_vm() {
+    let (engine, _guests) = FakeEngine::new();
+    let image = || ImageFiles {
+        kernel: "kernel".into(),
+        initrd: "initrd".into(),
+        rootfs: "rootfs".into(),
+    };
+    let limit = Duration::from_secs(3600);
+    let proof = prove(&engine, SlotId(3), image(), limit).await.unwrap();
+    assert!(matches!(proof, Proof::Boots(_)), "{proof:?}");
+    none_left(&engine).await;
+
+    engine.set_restores(Gate::Fails("no such CPU".to_owned()));
+    let proof = prove(&engine, SlotId(3), image(), limit).await.unwrap();
+    assert!(
+        matches!(&proof, Proof::Fails(why) if why.contains("no such CPU")),
+        "{proof:?}"
+    );
+
+    engine.set_restores(Gate::Held);
+    let short = Duration::from_millis(20);
+    let proof = prove(&engine, SlotId(3), image(), short).await.unwrap();
+    assert!(
+        matches!(&proof, Proof::Fails(why) if why.contains("20ms")),
+        "{proof:?}"
+    );
+    none_left(&engine).await;
 }

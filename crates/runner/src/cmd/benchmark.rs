@@ -21,7 +21,9 @@ use std::sync::Arc;
 use host::launcher::{ForkedLauncher, LauncherConfig};
 use serde::Serialize;
 
+use crate::config::EngineChoice;
 use crate::context::{CliError, Context, block_on, note};
+use crate::engine;
 use crate::home::Home;
 use crate::image::{self, Store, StoredSnapshot};
 use crate::names::ImageHash;
@@ -47,6 +49,9 @@ pub(crate) struct Args {
         default_value = "vm0/small"
     )]
     profile: ProfileSpec,
+    /// The engine whose newest build of the profile is measured
+    #[arg(long, value_enum, default_value = "auto")]
+    engine: EngineChoice,
     /// How often VMs are restored, claimed and jobs run
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     runs: u32,
@@ -71,9 +76,14 @@ pub(crate) struct Args {
 #[derive(Serialize)]
 struct Report {
     cold_boot_ms: Figures,
-    raw_restore_ms: Figures,
+    /// Of QEMU only: nothing else is driven by hand.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    raw_restore_ms: Option<Figures>,
     restore_ms: Figures,
-    raw_claim_ms: Figures,
+    /// Where the time of `restore_ms` and of what follows it goes, in order.
+    steps_ms: Vec<Step>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    raw_claim_ms: Option<Figures>,
     warm_claim_ms: Figures,
     pickup_ms: Figures,
     exec_ms: Figures,
@@ -83,6 +93,14 @@ struct Report {
     host: Host,
     engine: sandbox::EngineKind,
     commit: &'static str,
+}
+
+/// One step of a preparation.
+#[derive(Serialize)]
+struct Step {
+    step: &'static str,
+    #[serde(flatten)]
+    took: Figures,
 }
 
 /// The machine the figures belong to.
@@ -127,12 +145,9 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         );
     }
     let home = Arc::new(context.home()?);
-    let build = image::newest_build(&home, &args.profile.profile)?;
-    let (rootfs, snapshot) = build.ok_or_else(|| {
-        let name = &args.profile.name;
-        CliError::failed(format_args!("profile {name} has not been built"))
-            .with_hint(format_args!("sudo runner build --profile {name}"))
-    })?;
+    let build = image::newest_build(&home, &args.profile.profile, args.engine)?;
+    let (rootfs, snapshot) =
+        build.ok_or_else(|| engine::not_built(&args.profile.name, args.engine))?;
     if let Some(jobs) = args.burst {
         return burst(&args, context, &home, (rootfs, snapshot), jobs);
     }
@@ -142,7 +157,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let forked = ForkedLauncher::fork(LauncherConfig::from_env(instance.clone())?)?;
     block_on(async {
         let launcher = forked.attach()?;
-        let bench = vms::Bench::open(launcher.clone(), instance, &stored).await?;
+        let bench = vms::Bench::open(launcher.clone(), instance, &stored, &home).await?;
         note(format_args!("VMs: {} rounds", args.runs));
         let engine = bench.measure(args.runs, args.boots).await?;
         note(format_args!("memory of {} idle VMs", args.idle));
@@ -158,9 +173,17 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         let figures = jobs.measure(args.runs, args.pickups).await?;
         let report = Report {
             cold_boot_ms: engine.cold_boot.milliseconds(),
-            raw_restore_ms: engine.raw_restore.milliseconds(),
+            raw_restore_ms: engine.raw_restore.some_milliseconds(),
             restore_ms: engine.restore.milliseconds(),
-            raw_claim_ms: engine.raw_claim.milliseconds(),
+            steps_ms: engine
+                .steps
+                .iter()
+                .map(|(step, samples)| Step {
+                    step,
+                    took: samples.milliseconds(),
+                })
+                .collect(),
+            raw_claim_ms: engine.raw_claim.some_milliseconds(),
             warm_claim_ms: engine.warm_claim.milliseconds(),
             pickup_ms: figures.pickup.milliseconds(),
             exec_ms: figures.exec.milliseconds(),
@@ -233,17 +256,22 @@ impl Report {
             "{:<22} {:>9} {:>9} {:>9} {:>6}",
             "", "p50", "p95", "p99", "n"
         );
-        for (name, figures) in [
-            ("cold_boot_ms", &self.cold_boot_ms),
-            ("raw_restore_ms", &self.raw_restore_ms),
-            ("restore_ms", &self.restore_ms),
-            ("raw_claim_ms", &self.raw_claim_ms),
+        let mut lines = vec![("cold_boot_ms".to_owned(), &self.cold_boot_ms)];
+        let raw = |name: &str, figures| Some((name.to_owned(), Option::as_ref(figures)?));
+        lines.extend(raw("raw_restore_ms", &self.raw_restore_ms));
+        lines.push(("restore_ms".to_owned(), &self.restore_ms));
+        let steps = self.steps_ms.iter();
+        lines.extend(steps.map(|Step { step, took }| (format!("  {step}"), took)));
+        lines.extend(raw("raw_claim_ms", &self.raw_claim_ms));
+        let rest = [
             ("warm_claim_ms", &self.warm_claim_ms),
             ("pickup_ms", &self.pickup_ms),
             ("exec_ms", &self.exec_ms),
             ("ping_us", &self.ping_us),
             ("submit_to_result_ms", &self.submit_to_result_ms),
-        ] {
+        ];
+        lines.extend(rest.map(|(name, figures)| (name.to_owned(), figures)));
+        for (name, figures) in lines {
             let _ = writeln!(
                 text,
                 "{name:<22} {:>9.2} {:>9.2} {:>9.2} {:>6}",

@@ -3,12 +3,15 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use host::launcher::{ForkedLauncher, LauncherConfig};
 use serde::Serialize;
 
+use crate::config::EngineChoice;
 use crate::context::{CliError, Context, block_on};
-use crate::engine::Candidates;
+use crate::engine::{self, BOOT_LIMIT_SECS, Candidates};
+use crate::image::proof::{self, Standing};
 use crate::image::{self, GuestPaths, ImageError, Plan, Request, SnapshotPlan, Steps, Store};
 use crate::names::ImageHash;
 use crate::profile::ProfileSpec;
@@ -16,12 +19,18 @@ use crate::profile::ProfileSpec;
 /// Command line.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  sudo runner build --profile vm0/small\n  \
-    runner build --profile vm0/default --dry-run\n\n\
+    runner build --profile vm0/default --dry-run\n  sudo runner build --profile vm0/small --engine firecracker\n\n\
     Prints `rootfs_hash=` and `snapshot_hash=` on stdout, for `runner config`; what is already built is only verified.")]
 pub(crate) struct Args {
     /// Profile: vm0/default, vm0/small, or one of your own with its size
     #[arg(long, value_name = "ORG/NAME[:KEY=VALUE,…]")]
     profile: ProfileSpec,
+    /// Engine to build for; auto takes the fastest that boots the image here
+    #[arg(long, value_enum, default_value = "auto")]
+    engine: EngineChoice,
+    /// Longest time that the boot which proves an engine may take, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = BOOT_LIMIT_SECS, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    boot_limit: u64,
     /// Print the hashes and build nothing
     #[arg(long)]
     dry_run: bool,
@@ -56,8 +65,16 @@ struct Report<'a> {
 
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
-    let candidates = Candidates::probe().map_err(|error| {
-        CliError::from(error).with_hint("install what is missing with `sudo runner setup`")
+    let home = Arc::new(context.home()?);
+    let boot_limit = Duration::from_secs(args.boot_limit);
+    let candidates = Candidates::probe(args.engine, boot_limit, &home);
+    let engines = candidates.wanted().map_err(|error| {
+        CliError::from(error).with_hint(match args.engine {
+            EngineChoice::Firecracker => {
+                "`sudo runner setup --engine firecracker` fetches it; `runner doctor` shows what each engine lacks"
+            }
+            _ => "install what is missing with `sudo runner setup`",
+        })
     })?;
     let request = Request {
         profile: args.profile.profile,
@@ -68,8 +85,9 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             agent: args.guest_agent,
             mock_claude: args.guest_mock_claude,
         },
+        engines,
     };
-    let store = Store::open(Arc::new(context.home()?))?;
+    let store = Store::open(home)?;
     let steps = Steps::new();
     // No thread may exist when the launcher is forked, so there are two runtimes, one before and one after.
     let image = block_on(prepare(&store, request, &candidates, args.dry_run, &steps))?;
@@ -122,10 +140,15 @@ async fn prepare(
     if !dry_run && !plan.is_fresh() && !store.has_image(plan.rootfs_hash()) {
         plan = Plan::make(store, request, true, steps).await?;
     }
-    let accel = store
-        .proved(plan.rootfs_hash(), candidates)
-        .unwrap_or(candidates.best());
-    let snapshot = SnapshotPlan::make(&plan, candidates.snapshot_key(accel))?;
+    // What cannot be known before a boot is assumed to go well.
+    let kind = match proof::standing(store, plan.rootfs_hash(), candidates)? {
+        Standing::Proved(kind) | Standing::Open(kind) => kind,
+        Standing::Failed(kind, reason) => {
+            let engine = engine::describe(kind);
+            return Err(ImageError::NotProved { engine, reason }.into());
+        }
+    };
+    let snapshot = SnapshotPlan::make(&plan, candidates.snapshot_key(kind)?)?;
     if dry_run {
         return Ok(Prepared::Known(snapshot));
     }
@@ -148,13 +171,15 @@ async fn take_snapshot(
     steps.catch_signals()?;
     let launcher = forked.attach()?;
     let result = async {
-        let accel = image::snapshot::choose(store, plan, candidates, &launcher, steps).await?;
-        if let Some(why) = candidates.slow_because(accel) {
+        let rootfs = plan.rootfs_hash();
+        let kind = proof::choose(store, rootfs, candidates, &launcher, steps).await?;
+        if let Some(why) = candidates.slow_because(kind) {
             steps.note(&format!("note: {why}"));
         }
-        let snapshot = SnapshotPlan::make(plan, candidates.snapshot_key(accel))?;
-        let engine = candidates.open(accel, launcher.clone())?;
-        image::snapshot::make(store, &snapshot, &engine, &launcher, steps).await?;
+        let snapshot = SnapshotPlan::make(plan, candidates.snapshot_key(kind)?)?;
+        let engine = candidates.open(kind, launcher.clone())?;
+        let limit = candidates.boot_limit();
+        image::snapshot::make(store, &snapshot, engine.as_ref(), &launcher, limit, steps).await?;
         Ok(snapshot)
     }
     .await;

@@ -12,6 +12,7 @@ use crate::config::{
     self, Config, EngineChoice, NetworkConfig, ProfileConfig, Rendered, SandboxConfig, WarmConfig,
 };
 use crate::context::{CliError, Context};
+use crate::engine;
 use crate::home::{Home, rel};
 use crate::image;
 use crate::names::{GroupName, ImageHash, ProfileName, RunnerName};
@@ -116,7 +117,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     };
     check_counts(&args)?;
     let home = context.home()?;
-    let config = configure(&args, name, group, |spec| newest(&home, spec))?;
+    let config = configure(&args, name, group, |spec| newest(&home, spec, args.engine))?;
     home.become_owner()?;
     home.ensure_dir(rel::runner(name))?;
     let file = rel::runner_yaml(name);
@@ -142,12 +143,13 @@ fn check_counts(args: &Args) -> Result<(), CliError> {
     Ok(())
 }
 
-fn newest(home: &Home, spec: &ProfileSpec) -> Result<(ImageHash, ImageHash), CliError> {
-    image::newest_build(home, &spec.profile)?.ok_or_else(|| {
-        CliError::failed(format_args!("profile {} has not been built", spec.name)).with_hint(
-            format_args!("build it with `sudo runner build --profile {}`", spec.name),
-        )
-    })
+fn newest(
+    home: &Home,
+    spec: &ProfileSpec,
+    engine: EngineChoice,
+) -> Result<(ImageHash, ImageHash), CliError> {
+    image::newest_build(home, &spec.profile, engine)?
+        .ok_or_else(|| engine::not_built(&spec.name, engine))
 }
 
 fn configure(

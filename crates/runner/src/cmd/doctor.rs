@@ -1,22 +1,28 @@
 //! Checks every prerequisite of this host, and says which command fixes what is missing.
 
 mod checks;
+mod engines;
 mod network;
+mod production;
 
 use std::fmt;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use sandbox_qemu::Kvm;
 use serde::Serialize;
 
+use crate::cmd::setup;
+use crate::config::EngineChoice;
 use crate::context::{CliError, Context};
 use crate::profile::ProfileSpec;
 
 /// Command line.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  runner doctor\n  sudo runner doctor --profile vm0/default --json\n\n\
+    after_help = "Examples:\n  runner doctor\n  sudo runner doctor --profile vm0/default --json\n  \
+    sudo runner doctor --engine firecracker --production\n\n\
     PASS is good, WARN works with less than it could, FAIL must be fixed. Exits with 1 if anything is FAIL."
 )]
 pub(crate) struct Args {
@@ -27,6 +33,12 @@ pub(crate) struct Args {
         default_value = "vm0/small"
     )]
     profile: ProfileSpec,
+    /// The engine that is to run it
+    #[arg(long, value_enum, default_value = "auto")]
+    engine: EngineChoice,
+    /// Also check what a host in production needs; done in any case where KVM has hardware support
+    #[arg(long)]
+    production: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -96,9 +108,18 @@ struct Subject<'a> {
     context: &'a Context,
     home: PathBuf,
     profile: &'a ProfileSpec,
+    engine: EngineChoice,
 }
 
-/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`] or [`network::ALL`].
+impl Subject<'_> {
+    /// Whether Firecracker is to run here, or could.
+    fn wants_firecracker(&self) -> bool {
+        setup::not_wanted(self.engine, &Kvm::of_host()).is_none()
+    }
+}
+
+/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`], [`network::ALL`] or
+/// [`production::ALL`].
 struct Check {
     name: &'static str,
     run: fn(&Subject<'_>) -> Outcome,
@@ -124,10 +145,15 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         context,
         home: context.home_path()?,
         profile: &args.profile,
+        engine: args.engine,
     };
     let checks: Vec<Line> = checks::ALL
         .iter()
         .chain(network::ALL)
+        .chain(match args.production || Kvm::of_host() == Kvm::Hardware {
+            true => production::ALL,
+            false => &[],
+        })
         .map(|check| Line {
             name: check.name,
             outcome: (check.run)(&subject),

@@ -3,9 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use sandbox_qemu::Kvm;
 use serde::Serialize;
 
+use crate::config::EngineChoice;
 use crate::context::{CliError, Context, block_on};
+use crate::firecracker::{self, Pins, Source};
+use crate::home::Home;
 use crate::image::{Steps, Tool};
 use crate::profile::{Flavour, ProfileSpec};
 use crate::proxy::{Authority, install};
@@ -13,17 +17,25 @@ use crate::proxy::{Authority, install};
 /// Command line.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  sudo runner setup\n  sudo runner setup --profile vm0/default\n  runner setup --check\n  sudo runner setup --from /media/debs\n\n\
-    --check exits with 1 if something is missing. --from needs the listed packages and what they depend on as .deb files, \
-    for example from `apt-get download`."
+    after_help = "Examples:\n  sudo runner setup\n  sudo runner setup --profile vm0/default\n  runner setup --check\n  \
+    sudo runner setup --from /media/files\n  sudo runner setup --engine firecracker --from https://mirror.example.com/firecracker\n\n\
+    --check exits with 1 if something is missing. A directory given with --from needs the listed packages and what they depend on \
+    as .deb files, for example from `apt-get download`, the proxy's wheels, and Firecracker's two files where that is wanted \
+    (docs/operations.md). A URL given with --from is a mirror of Firecracker's files alone."
 )]
 pub(crate) struct Args {
     /// Only list what is missing
     #[arg(long)]
     check: bool,
-    /// Install from the .deb files of this directory, without a network
-    #[arg(long, value_name = "DIR", conflicts_with = "check")]
-    from: Option<PathBuf>,
+    /// Take everything from this directory, without a network; or Firecracker's files from this mirror
+    #[arg(long, value_name = "DIR|URL", conflicts_with = "check")]
+    from: Option<Source>,
+    /// Engine to prepare; auto fetches Firecracker only where this host's KVM has hardware support
+    #[arg(long, value_enum, default_value = "auto")]
+    engine: EngineChoice,
+    /// Firecracker of your own build: its hashes, as JSON, to use instead of those this runner pins
+    #[arg(long, value_name = "FILE", requires = "from")]
+    firecracker_pins: Option<PathBuf>,
     /// Also install what building this profile's image needs; may be repeated
     #[arg(long = "profile", value_name = "ORG/NAME")]
     profiles: Vec<ProfileSpec>,
@@ -47,9 +59,9 @@ pub(crate) struct Requirement {
     pub(crate) program: &'static str,
 }
 
-/// Everything a runner's host needs, and what building the images of `flavours` needs beside. Names are the same on Debian
-/// and Ubuntu.
-pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
+/// Everything a runner's host needs, and what building the images of `flavours`, perhaps for Firecracker too, needs beside.
+/// Names are the same on Debian and Ubuntu.
+pub(crate) fn requirements(flavours: &[Flavour], firecracker: bool) -> Vec<Requirement> {
     let qemu = match std::env::consts::ARCH {
         "aarch64" => Requirement {
             package: "qemu-system-arm",
@@ -63,6 +75,10 @@ pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
     let tools = crate::image::build::TOOLS
         .iter()
         .chain(flavours.iter().flat_map(|flavour| flavour.tools()))
+        .chain(match firecracker {
+            true => crate::image::build::FIRECRACKER_TOOLS,
+            false => &[],
+        })
         .map(|(program, package)| Requirement { package, program });
     let nft = Requirement {
         package: "nftables",
@@ -79,8 +95,8 @@ pub(crate) fn requirements(flavours: &[Flavour]) -> Vec<Requirement> {
 const PYTHON_VENV: &str = "python3 -m venv";
 
 /// Those that are not there.
-pub(crate) fn missing(flavours: &[Flavour]) -> Vec<Requirement> {
-    requirements(flavours)
+pub(crate) fn missing(flavours: &[Flavour], firecracker: bool) -> Vec<Requirement> {
+    requirements(flavours, firecracker)
         .into_iter()
         .filter(|needed| match needed.program {
             PYTHON_VENV => !install::python_is_ready(),
@@ -101,6 +117,34 @@ pub(crate) fn packages(missing: &[Requirement]) -> Vec<&'static str> {
 struct Report<'a> {
     missing: &'a [Requirement],
     installed: &'a [&'static str],
+    firecracker: Firecracker,
+}
+
+/// What became of Firecracker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "status")]
+enum Firecracker {
+    /// It is there, verified.
+    Installed { version: String },
+    /// It is wanted, and not there.
+    Missing { reason: String },
+    /// It is not wanted.
+    Skipped { reason: String },
+}
+
+/// Why Firecracker is not fetched; nothing where it is wanted.
+pub(crate) fn not_wanted(engine: EngineChoice, kvm: &Kvm) -> Option<String> {
+    match (engine, kvm) {
+        (EngineChoice::Firecracker, _) => None,
+        (EngineChoice::Qemu, _) => Some("the engine is to be QEMU".to_owned()),
+        (EngineChoice::Auto, _) if Pins::built_in().is_none() => {
+            Some(format!("it has no release for {}", std::env::consts::ARCH))
+        }
+        (EngineChoice::Auto, Kvm::Hardware) => None,
+        (EngineChoice::Auto, kvm) => Some(format!(
+            "{kvm}, so it could not run here (--engine firecracker fetches it all the same)"
+        )),
+    }
 }
 
 /// Runs it.
@@ -112,41 +156,34 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         .iter()
         .map(|named| named.profile.flavour)
         .collect();
-    let absent = missing(&flavours);
-    let wanted = packages(&absent);
+    let firecracker = not_wanted(args.engine, &Kvm::of_host()).is_none();
+    let absent = missing(&flavours, firecracker);
     if args.check {
-        if args.json {
-            context.print_json(&Report {
-                missing: &absent,
-                installed: &[],
-            })?;
-        } else {
-            for needed in &absent {
-                context.print_line(format_args!(
-                    "missing: {} ({})",
-                    needed.package, needed.program
-                ))?;
-            }
-        }
-        return Ok(if absent.is_empty() {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::FAILURE
-        });
+        return check(&args, &absent, context);
     }
+    let wanted = packages(&absent);
     if !rustix::process::geteuid().is_root() {
         return Err(CliError::failed("installing packages and preparing the host needs root")
             .with_hint("run it as `sudo runner setup`; `runner setup --check` lists what is missing without it"));
     }
+    let pins = args
+        .firecracker_pins
+        .as_deref()
+        .map(Pins::read)
+        .transpose()?;
+    let directory = match &args.from {
+        Some(Source::Directory(path)) => Some(path.as_path()),
+        _ => None,
+    };
     if !wanted.is_empty() {
-        block_on(install(&wanted, args.from.as_deref()))?;
-        let left = packages(&missing(&flavours));
+        block_on(install(&wanted, directory))?;
+        let left = packages(&missing(&flavours, firecracker));
         if !left.is_empty() {
             let failed = CliError::failed(format_args!(
                 "still missing after the installation: {}",
                 left.join(", ")
             ));
-            return Err(match &args.from {
+            return Err(match directory {
                 Some(directory) => failed.with_hint(format_args!(
                     "put their .deb files, with what they depend on, into {}",
                     directory.display()
@@ -158,7 +195,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     prepare_run_dir()?;
     // The home is made now, so that it belongs to the person behind sudo.
     let home = context.home()?;
-    block_on(async {
+    let firecracker = block_on(async {
         let steps = Steps::new();
         steps.catch_signals()?;
         if args.rotate_ca {
@@ -169,20 +206,88 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         } else {
             Authority::ensure(&home, &steps).await?;
         }
-        install::ensure(&home, args.from.as_deref(), &steps).await?;
-        Ok(())
+        install::ensure(&home, directory, &steps).await?;
+        fetch_firecracker(&args, pins, &home, &steps).await
     })?;
     if args.json {
         context.print_json(&Report {
             missing: &[],
             installed: &wanted,
+            firecracker,
         })?;
-    } else if wanted.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if wanted.is_empty() {
         context.print_line("everything the runner needs is installed")?;
     } else {
         context.print_line(format_args!("installed {}", wanted.join(", ")))?;
     }
+    match firecracker {
+        Firecracker::Installed { version } => {
+            context.print_line(format_args!("Firecracker {version} is installed"))?;
+        }
+        Firecracker::Missing { reason } | Firecracker::Skipped { reason } => {
+            context.print_line(format_args!("Firecracker is not fetched: {reason}"))?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Lists what is missing.
+fn check(args: &Args, absent: &[Requirement], context: &Context) -> Result<ExitCode, CliError> {
+    let firecracker = match not_wanted(args.engine, &Kvm::of_host()) {
+        Some(reason) => Firecracker::Skipped { reason },
+        // A home that nobody has made is not made by a look.
+        None if !context.home_path()?.exists() => Firecracker::Missing {
+            reason: "Firecracker is not installed for this home".to_owned(),
+        },
+        None => match firecracker::find(&context.home()?) {
+            Ok(found) => Firecracker::Installed {
+                version: found.version().to_owned(),
+            },
+            Err(error) => Firecracker::Missing {
+                reason: error.to_string(),
+            },
+        },
+    };
+    let complete = absent.is_empty() && !matches!(firecracker, Firecracker::Missing { .. });
+    if args.json {
+        context.print_json(&Report {
+            missing: absent,
+            installed: &[],
+            firecracker,
+        })?;
+    } else {
+        for needed in absent {
+            context.print_line(format_args!(
+                "missing: {} ({})",
+                needed.package, needed.program
+            ))?;
+        }
+        if let Firecracker::Missing { reason } = firecracker {
+            context.print_line(format_args!("missing: Firecracker ({reason})"))?;
+        }
+    }
+    Ok(match complete {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+async fn fetch_firecracker(
+    args: &Args,
+    pins: Option<Pins>,
+    home: &Home,
+    steps: &Steps,
+) -> Result<Firecracker, CliError> {
+    if let Some(reason) = not_wanted(args.engine, &Kvm::of_host()) {
+        return Ok(Firecracker::Skipped { reason });
+    }
+    let source = args.from.as_ref().unwrap_or(&Source::Upstream);
+    let installed = firecracker::ensure(home, pins, source, steps).await?;
+    Ok(Firecracker::Installed {
+        version: installed.version().to_owned(),
+    })
 }
 
 async fn install(packages: &[&str], from: Option<&Path>) -> Result<(), CliError> {
@@ -266,7 +371,7 @@ mod tests {
 
     #[test]
     fn packages_are_named_once_each() {
-        let all = requirements(&[]);
+        let all = requirements(&[], false);
         let names = packages(&all);
         assert!(names.contains(&"mmdebstrap") && names.contains(&"erofs-utils"));
         assert_eq!(
@@ -276,7 +381,20 @@ mod tests {
         assert!(names.iter().any(|name| name.starts_with("qemu-system-")));
         // A third of a thousand packages, which only the full image is worth.
         assert!(!names.contains(&"npm"));
-        assert!(packages(&requirements(&[Flavour::Full])).contains(&"npm"));
+        assert!(packages(&requirements(&[Flavour::Full], false)).contains(&"npm"));
+        assert!(!names.contains(&"squashfs-tools"));
+        assert!(packages(&requirements(&[], true)).contains(&"squashfs-tools"));
+    }
+
+    #[test]
+    fn firecracker_is_fetched_where_it_could_run_or_was_asked_for() {
+        for kvm in [Kvm::Missing, Kvm::Denied("no".to_owned()), Kvm::NotHardware] {
+            let reason = not_wanted(EngineChoice::Auto, &kvm).unwrap();
+            assert!(reason.contains(&kvm.to_string()), "{reason}");
+            assert_eq!(not_wanted(EngineChoice::Firecracker, &kvm), None);
+        }
+        assert_eq!(not_wanted(EngineChoice::Auto, &Kvm::Hardware), None);
+        assert!(not_wanted(EngineChoice::Qemu, &Kvm::Hardware).is_some());
     }
 
     #[test]

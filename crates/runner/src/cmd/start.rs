@@ -49,6 +49,9 @@ pub(crate) struct Args {
     /// Take jobs from the local file queue
     #[arg(long)]
     local: bool,
+    /// Refuse profiles that were built for another engine, whatever the configuration says
+    #[arg(long, value_enum)]
+    engine: Option<EngineChoice>,
     /// Set a variable of the runner's own environment; USE_MOCK_CLAUDE=true makes jobs run the mock agent
     #[arg(long, value_name = "NAME=VALUE", value_parser = crate::cmd::parse::variable)]
     env: Vec<(String, String)>,
@@ -73,12 +76,9 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         // SAFETY: the process has one thread, so nobody reads the environment meanwhile.
         unsafe { std::env::set_var(name, value) };
     }
-    let config = config::load(&args.config)?;
-    if config.engine == EngineChoice::Firecracker {
-        return Err(
-            CliError::failed("`engine: firecracker` is not available in this runner")
-                .with_hint("use `engine: auto`"),
-        );
+    let mut config = config::load(&args.config)?;
+    if let Some(engine) = args.engine {
+        config.engine = engine;
     }
     let home = context.home()?;
     let proxy = proxy_parts(&home, &config)?;
@@ -377,6 +377,16 @@ async fn open_profiles(
                     .with_hint(format!("sudo runner build --profile {name}"))
             })?;
         let kind = stored.manifest.engine;
+        if !engine::is_chosen(config.engine, kind) {
+            let wanted = config.engine.name();
+            return Err(CliError::failed(format!(
+                "profile {name} was built for {}, and the engine is to be {wanted}",
+                engine::describe(kind)
+            ))
+            .with_hint(format!(
+                "sudo runner build --engine {wanted} --profile {name}, and write the configuration anew; or use `engine: auto`"
+            )));
+        }
         let shape = sandbox::Shape {
             vcpu: profile.vcpu,
             memory_mb: profile.memory_mb,
@@ -394,8 +404,7 @@ async fn open_profiles(
         let engine = match known {
             Some((_, engine)) => Arc::clone(engine),
             None => {
-                let engine: Arc<dyn Engine> =
-                    Arc::new(engine::of_snapshot(kind, launcher.clone())?);
+                let engine = engine::of_snapshot(kind, launcher.clone(), home)?;
                 engines.push((kind, Arc::clone(&engine)));
                 engine
             }

@@ -16,6 +16,8 @@ pub(crate) const LOGS: &str = "logs";
 pub(crate) const CA: &str = "ca";
 /// `proxy`.
 pub(crate) const PROXY: &str = "proxy";
+/// `firecracker`.
+pub(crate) const FIRECRACKER: &str = "firecracker";
 /// `locks`.
 pub(crate) const LOCKS: &str = "locks";
 

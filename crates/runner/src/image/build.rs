@@ -1,12 +1,13 @@
 //! Builds an image: everything in a staging directory, under a lock, named when complete.
 
-use sandbox::ImageFiles;
+use std::collections::BTreeMap;
 
 use super::ImageError;
 use super::manifest::{FORMAT, ImageManifest};
 use super::plan::Plan;
 use super::progress::Steps;
-use super::store::{INITRD, KERNEL, ROOTFS, Store};
+use super::sets::{BootSet, Family};
+use super::store::{Image, Store};
 use super::{kernel, rootfs};
 
 /// Programs an image build runs, and the package of each.
@@ -24,12 +25,21 @@ pub(crate) const TOOLS: &[(&str, &str)] = &[
     ("openssl", "openssl"),
 ];
 
+/// What an image for Firecracker needs beside.
+pub(crate) const FIRECRACKER_TOOLS: &[(&str, &str)] = &[("mksquashfs", "squashfs-tools")];
+
+/// Disk space a build of a plan needs at its peak, MiB.
+fn space_mb(plan: &Plan) -> u64 {
+    let flavour = plan.request.profile.flavour;
+    let more = plan.request.engines.families().len().saturating_sub(1);
+    let more = u64::try_from(more).unwrap_or(0);
+    flavour
+        .build_space_mb()
+        .saturating_add(more.saturating_mul(flavour.packed_mb()))
+}
+
 /// Gives the image of a plan, building it if it is not there or damaged.
-pub(crate) async fn image(
-    store: &Store,
-    plan: &Plan,
-    steps: &Steps,
-) -> Result<ImageFiles, ImageError> {
+pub(crate) async fn image(store: &Store, plan: &Plan, steps: &Steps) -> Result<Image, ImageError> {
     if let Some(image) = existing(store, plan, steps)? {
         return Ok(image);
     }
@@ -39,6 +49,10 @@ pub(crate) async fn image(
     if let Some((program, _)) = TOOLS
         .iter()
         .chain(plan.request.profile.flavour.tools())
+        .chain(match plan.request.engines.firecracker {
+            Some(_) => FIRECRACKER_TOOLS,
+            None => &[],
+        })
         .find(|(program, _)| !super::tools::Tool::exists(program))
     {
         return Err(ImageError::NoTool {
@@ -51,12 +65,12 @@ pub(crate) async fn image(
         return Ok(image);
     }
     let result = build(store, plan, steps).await;
-    result.map_err(|error| store.explain(error, plan.request.profile.flavour.build_space_mb()))?;
+    result.map_err(|error| store.explain(error, space_mb(plan)))?;
     store.image(plan.rootfs_hash())
 }
 
 /// A damaged image is told and built anew, never used.
-fn existing(store: &Store, plan: &Plan, steps: &Steps) -> Result<Option<ImageFiles>, ImageError> {
+fn existing(store: &Store, plan: &Plan, steps: &Steps) -> Result<Option<Image>, ImageError> {
     match store.image(plan.rootfs_hash()) {
         Ok(image) => Ok(Some(image)),
         Err(ImageError::Missing { .. }) => Ok(None),
@@ -71,22 +85,27 @@ fn existing(store: &Store, plan: &Plan, steps: &Steps) -> Result<Option<ImageFil
 async fn build(store: &Store, plan: &Plan, steps: &Steps) -> Result<(), ImageError> {
     let rel = std::path::Path::new(plan.rootfs_hash().as_str());
     let flavour = plan.request.profile.flavour;
-    store.require_space(flavour.build_space_mb())?;
+    store.require_space(space_mb(plan))?;
     let staging = store.stage(rel, "image")?;
     let work = staging.path().join("work");
     std::fs::create_dir(&work).map_err(ImageError::io("create", &work))?;
 
-    steps.begin("fetching the kernel");
-    let kernel = kernel::build(
-        &plan.apt,
-        &plan.kernel,
-        &plan.guest.init,
-        &work,
-        staging.path(),
-        steps,
-    )
-    .await?;
-    let target = staging.path().join(ROOTFS);
+    let families = plan.request.engines.families();
+    let mut sets = BTreeMap::new();
+    if families.contains(&Family::Qemu) {
+        steps.begin("fetching the kernel");
+        let init = &plan.guest.init;
+        let facts =
+            kernel::build(&plan.apt, &plan.kernel, init, &work, staging.path(), steps).await?;
+        sets.insert(Family::Qemu, BootSet::new(Family::Qemu, facts));
+    }
+    if let Some(firecracker) = &plan.request.engines.firecracker {
+        let facts = kernel::pinned(firecracker, &plan.guest.init, staging.path())?;
+        sets.insert(
+            Family::Firecracker,
+            BootSet::new(Family::Firecracker, facts),
+        );
+    }
     let tree = rootfs::Tree {
         flavour,
         suite: &plan.suite,
@@ -95,16 +114,13 @@ async fn build(store: &Store, plan: &Plan, steps: &Steps) -> Result<(), ImageErr
         authority: &plan.authority,
         work: &work,
     };
-    let rootfs = tree.build(&plan.apt, &target, steps).await?;
+    let rootfs = tree
+        .build(&plan.apt, &families, staging.path(), steps)
+        .await?;
 
     steps.begin("sealing the image");
     staging.remove("work")?;
     let files = staging.seal()?;
-    debug_assert!(
-        [KERNEL, INITRD, ROOTFS]
-            .iter()
-            .all(|name| files.contains_key(*name))
-    );
     steps.end();
     staging.publish(
         &ImageManifest {
@@ -112,7 +128,7 @@ async fn build(store: &Store, plan: &Plan, steps: &Steps) -> Result<(), ImageErr
             rootfs_hash: plan.rootfs_hash().to_string(),
             inputs: plan.inputs.clone(),
             files: files.clone(),
-            kernel,
+            sets,
             packages: rootfs.packages,
             tree_bytes: rootfs.tree_bytes,
             built_at: jiff::Timestamp::now().to_string(),

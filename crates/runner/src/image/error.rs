@@ -120,6 +120,25 @@ pub(crate) enum ImageError {
     /// The VM of the snapshot.
     #[error(transparent)]
     Sandbox(#[from] sandbox::SandboxError),
+    /// Firecracker's files.
+    #[error(transparent)]
+    Firecracker(#[from] crate::firecracker::FirecrackerError),
+    /// The image was not built for the engine.
+    #[error("the image {hash} was not built for {engine}")]
+    NoSet {
+        /// The image.
+        hash: String,
+        /// The engine's name as an option.
+        engine: &'static str,
+    },
+    /// What was asked for does not run the image.
+    #[error("{engine} does not run the image on this host: {reason}")]
+    NotProved {
+        /// Which.
+        engine: &'static str,
+        /// What became of the boot.
+        reason: String,
+    },
     /// The launcher.
     #[error(transparent)]
     Launcher(#[from] host::launcher::LauncherError),
@@ -164,6 +183,16 @@ impl ImageError {
             }
             Self::NoPackage { .. } => {
                 "run `sudo apt-get update`, and check --mirror and --suite if you gave them".to_owned()
+            }
+            Self::Firecracker(error) => return error.hint(),
+            Self::NoSet { engine, .. } => {
+                format!("build it for that engine: sudo runner build --engine {engine} --profile ORG/NAME")
+            }
+            Self::NotProved { .. } => {
+                "use --engine auto or qemu; where the boot is only slow, allow it more time with --boot-limit SECONDS".to_owned()
+            }
+            Self::Sandbox(sandbox::SandboxError::Unavailable { engine: "Firecracker", .. }) => {
+                "`runner doctor` shows what each engine lacks; `sudo runner setup --engine firecracker` fetches Firecracker".to_owned()
             }
             Self::NoGuestBinary(name) => {
                 format!("build the runner with scripts/build.sh, or name the binary with --{name} PATH")

@@ -25,6 +25,14 @@ impl Flavour {
         }
     }
 
+    /// Size of its root in the form of one more engine, MiB; measured, with room.
+    pub(crate) fn packed_mb(self) -> u64 {
+        match self {
+            Flavour::Small => 256,
+            Flavour::Full => 2048,
+        }
+    }
+
     /// Programs its build runs beside [`super::build::TOOLS`], and the package of each.
     pub(crate) fn tools(self) -> &'static [(&'static str, &'static str)] {
         match self {

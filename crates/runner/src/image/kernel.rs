@@ -10,8 +10,10 @@ use super::cpio::Archive;
 use super::manifest::{Coverage, KernelFacts};
 use super::modules::{self, ModuleIndex, ModuleTree, WANTED};
 use super::progress::Steps;
+use super::sets::Family;
 use super::sources::Distribution;
 use super::tools::Tool;
+use crate::firecracker::Installed;
 
 /// The kernel package that the meta package stands for now.
 pub(super) async fn resolve(
@@ -68,12 +70,12 @@ pub(super) async fn build(
         package,
         &release,
         work,
-        &target.join("vmlinux"),
+        &target.join(Family::Qemu.files().kernel),
         steps,
     )
     .await?;
     let loaded = modules.load(steps).await?;
-    let initrd = target.join("initrd.cpio");
+    let initrd = target.join(Family::Qemu.files().initrd);
     write_initrd(&initrd, guest_init, &loaded).map_err(ImageError::io("write", &initrd))?;
     let modules = loaded.into_iter().map(|(name, _)| name).collect();
     Ok(KernelFacts {
@@ -81,6 +83,27 @@ pub(super) async fn build(
         packages,
         form: form.to_owned(),
         modules,
+    })
+}
+
+/// Writes Firecracker's pinned kernel and an initramfs without modules, of which it needs none, into `target`.
+pub(super) fn pinned(
+    firecracker: &Installed,
+    guest_init: &[u8],
+    target: &Path,
+) -> Result<KernelFacts, ImageError> {
+    let names = Family::Firecracker.files();
+    let path = target.join(names.kernel);
+    let mut kernel = firecracker.kernel()?;
+    let mut copy = fs::File::create_new(&path).map_err(ImageError::io("create", &path))?;
+    std::io::copy(&mut kernel, &mut copy).map_err(ImageError::io("write", &path))?;
+    let initrd = target.join(names.initrd);
+    write_initrd(&initrd, guest_init, &[]).map_err(ImageError::io("write", &initrd))?;
+    Ok(KernelFacts {
+        release: firecracker.pins().kernel.to_string(),
+        packages: Vec::new(),
+        form: "pinned".to_owned(),
+        modules: Vec::new(),
     })
 }
 

@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::apt::Package;
+use super::sets::{BootSet, Family};
 
 /// Raised whenever an older runner could misread what a newer one built; part of every hash.
-pub(crate) const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 2;
 
 /// A file that belongs to an image or snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,8 +56,8 @@ pub(crate) struct ImageManifest {
     pub(crate) inputs: Vec<(String, String)>,
     /// Every file beside the manifest itself.
     pub(crate) files: BTreeMap<String, FileEntry>,
-    /// The kernel.
-    pub(crate) kernel: KernelFacts,
+    /// What each engine boots of them.
+    pub(crate) sets: BTreeMap<Family, BootSet>,
     /// Name and version of every installed package.
     pub(crate) packages: BTreeMap<String, String>,
     /// Size of the root tree before it was packed, bytes.
@@ -70,13 +71,13 @@ pub(crate) struct ImageManifest {
 }
 
 /// Where the kernel came from.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct KernelFacts {
-    /// `uname -r`.
+    /// `uname -r`; of a pinned kernel the name of its file.
     pub(crate) release: String,
-    /// The packages it was taken from, each pinned by the hash of its .deb.
+    /// The packages it was taken from, each pinned by the hash of its .deb; none for a pinned kernel.
     pub(crate) packages: Vec<Package>,
-    /// `vmlinux` (uncompressed) or `as packaged`.
+    /// `vmlinux` (uncompressed), `as packaged`, or `pinned`.
     pub(crate) form: String,
     /// Modules of the initramfs, in load order.
     pub(crate) modules: Vec<String>,
@@ -182,6 +183,11 @@ fn hash_data(file: &File, hasher: &mut Sha256) -> io::Result<u64> {
 /// SHA-256 of bytes, hex.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
+}
+
+/// SHA-256 of an open file, from its beginning, hex.
+pub(crate) fn sha256_of(file: &File) -> io::Result<String> {
+    Ok(measure(file, Coverage::Whole)?.sha256)
 }
 
 /// The content address of a list of named inputs. Lengths are hashed too, so no two lists run into each other.

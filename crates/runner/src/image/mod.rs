@@ -2,7 +2,7 @@
 //!
 //! `plan` decides what an image is and gives it its address; `build` makes it (`sources`, `apt`: where packages come from;
 //! `rootfs`, `kernel` with `modules` and `cpio`: its parts; `tools`: the programs that do the work); `store` keeps it,
-//! described by its `manifest`, and verifies it before anybody uses it.
+//! described by its `manifest`, and verifies it before anybody uses it; `sets`: what of it each engine boots.
 
 mod apt;
 pub(crate) mod build;
@@ -19,7 +19,9 @@ mod modules;
 mod newest;
 mod plan;
 mod progress;
+pub(crate) mod proof;
 mod rootfs;
+mod sets;
 pub(crate) mod snapshot;
 mod sources;
 mod staging;
@@ -30,10 +32,11 @@ pub(crate) mod warm_up;
 
 pub(crate) use error::ImageError;
 pub(crate) use guest::{GuestBinaries, GuestPaths};
-pub(crate) use manifest::sha256;
-pub(crate) use newest::newest_build;
+pub(crate) use manifest::{sha256, sha256_of};
+pub(crate) use newest::{newest_build, newest_proof};
 pub(crate) use plan::{Plan, Request};
 pub(crate) use progress::Steps;
+pub(crate) use sets::{Family, Wanted};
 pub(crate) use snapshot::SnapshotPlan;
 pub(crate) use sources::host_suite;
 pub(crate) use staging::abandoned;

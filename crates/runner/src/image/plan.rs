@@ -5,6 +5,7 @@ use super::apt::{Apt, Package};
 use super::guest::{GuestBinaries, GuestPaths};
 use super::manifest::{self, FORMAT};
 use super::progress::Steps;
+use super::sets::Wanted;
 use super::sources::{Release, Sources};
 use super::store::Store;
 use super::{kernel, modules, rootfs};
@@ -26,6 +27,8 @@ pub(crate) struct Request {
     pub(crate) suite: Option<String>,
     /// Guest binaries to use instead of the embedded ones.
     pub(crate) guest: GuestPaths,
+    /// The engines it is for.
+    pub(crate) engines: Wanted,
 }
 
 /// Everything that decides what the image will be.
@@ -96,10 +99,21 @@ impl Plan {
                 "kernel".to_owned(),
                 format!("{}={}", kernel.name, kernel.version),
             ),
-            ("modules".to_owned(), modules::WANTED.join(" ")),
-            ("erofs".to_owned(), rootfs::EROFS_OPTIONS.join(" ")),
             (AUTHORITY_INPUT.to_owned(), authority.fingerprint()),
         ];
+        // The distribution's kernel stands above in any case: it is what moves the address with the distribution's updates.
+        if request.engines.qemu {
+            inputs.push(("modules".to_owned(), modules::WANTED.join(" ")));
+            inputs.push(("erofs".to_owned(), rootfs::EROFS_OPTIONS.join(" ")));
+        }
+        if let Some(firecracker) = &request.engines.firecracker {
+            let pins = firecracker.pins();
+            inputs.push((
+                "firecracker kernel".to_owned(),
+                format!("{} {}", pins.kernel, pins.kernel_sha256),
+            ));
+            inputs.push(("squashfs".to_owned(), rootfs::SQUASHFS_OPTIONS.join(" ")));
+        }
         let data = flavour
             .files()
             .map(|file| (format!("file {}", file.path), manifest::sha256(file.bytes)));

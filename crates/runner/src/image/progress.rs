@@ -95,6 +95,24 @@ impl Steps {
         }
     }
 
+    /// How far the current step is, bytes: a bar on a terminal.
+    pub(crate) fn progress(&self, done: u64, total: Option<u64>) {
+        if let Ok(state) = self.state.lock()
+            && let Some(Current { bar: Some(bar), .. }) = &state.current
+        {
+            if let Some(total) = total
+                && bar.length() != Some(total)
+                && let Ok(style) = ProgressStyle::with_template(
+                    "{spinner} {msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}",
+                )
+            {
+                bar.set_style(style);
+                bar.set_length(total);
+            }
+            bar.set_position(done);
+        }
+    }
+
     /// A sentence that stays on the screen.
     pub(crate) fn note(&self, text: &str) {
         if let Ok(state) = self.state.lock()

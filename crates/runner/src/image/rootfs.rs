@@ -1,4 +1,5 @@
-//! The root file system: packages by mmdebstrap, the flavour's customization, the guest's own binaries, packed as erofs.
+//! The root file system: packages by mmdebstrap, the flavour's customization, the guest's own binaries, packed in the form
+//! that each engine's kernel mounts.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,6 +10,7 @@ use super::ImageError;
 use super::apt::Apt;
 use super::guest::GuestBinaries;
 use super::progress::Steps;
+use super::sets::Family;
 use super::tools::Tool;
 use crate::profile::Flavour;
 use crate::proxy::Authority;
@@ -28,6 +30,20 @@ const EXCLUDED: &[&str] = &[
 /// Not compressed: the pages of a compressed root would be unpacked by the guest's processor, and an emulated one does that
 /// twenty times slower than the host; the file lies in the host's page cache once for all VMs either way.
 pub(super) const EROFS_OPTIONS: &[&str] = &["-U766d3000-0000-4000-8000-000000000000"];
+
+/// How the tree is packed for a kernel without erofs; part of the image's address. Not compressed either, for the same
+/// reasons, and so that nothing depends on which decompressors a kernel has; the times in it are fixed.
+pub(super) const SQUASHFS_OPTIONS: &[&str] = &[
+    "-noappend",
+    "-noI",
+    "-noId",
+    "-noD",
+    "-noF",
+    "-noX",
+    "-no-exports",
+    "-mkfs-time",
+    "0",
+];
 
 /// What the packed root consists of.
 #[derive(Debug)]
@@ -49,10 +65,11 @@ pub(super) struct Tree<'a> {
 }
 
 impl Tree<'_> {
-    /// Builds the tree and packs it into `target`.
+    /// Builds the tree and packs it for each of the engines, into `target`.
     pub(super) async fn build(
         &self,
         apt: &Apt,
+        families: &[Family],
         target: &Path,
         steps: &Steps,
     ) -> Result<Rootfs, ImageError> {
@@ -79,14 +96,24 @@ impl Tree<'_> {
         let packages = installed(&root)?;
         let tree_bytes = tree_size(&root)?;
 
-        steps.begin("packing the root file system");
-        Tool::new("mkfs.erofs")
-            .arg("--quiet")
-            .args(EROFS_OPTIONS)
-            .arg(target)
-            .arg(&root)
-            .run("packing the root file system", steps)
-            .await?;
+        for family in families {
+            let step = format!("packing the root file system for {}", family.name());
+            steps.begin(&step);
+            let file = target.join(family.files().rootfs);
+            let tool = match family {
+                Family::Qemu => Tool::new("mkfs.erofs")
+                    .arg("--quiet")
+                    .args(EROFS_OPTIONS)
+                    .arg(file)
+                    .arg(&root),
+                Family::Firecracker => Tool::new("mksquashfs")
+                    .arg(&root)
+                    .arg(file)
+                    .args(["-quiet", "-no-progress"])
+                    .args(SQUASHFS_OPTIONS),
+            };
+            tool.run(&step, steps).await?;
+        }
         Ok(Rootfs {
             packages,
             tree_bytes,

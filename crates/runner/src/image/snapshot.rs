@@ -5,7 +5,6 @@ use std::time::Duration;
 use host::launcher::Launcher;
 use host::slot::{LeaseKind, Resources, SlotRecord};
 use sandbox::{Engine, SandboxError, Shape, SnapshotInputs};
-use sandbox_qemu::{Accel, Proof};
 
 use super::ImageError;
 use super::manifest::{FORMAT, SnapshotManifest, sha256};
@@ -13,7 +12,7 @@ use super::plan::{Plan, content_address};
 use super::progress::Steps;
 use super::store::{Store, StoredSnapshot, snapshot_rel};
 use super::warm_up;
-use crate::engine::{self, Candidates, UNLIMITED};
+use crate::engine::UNLIMITED;
 use crate::names::ImageHash;
 use crate::profile::Flavour;
 
@@ -105,45 +104,20 @@ pub(crate) fn existing(
     }
 }
 
-/// Decides how the image's VMs run here: with KVM if that was proved or now proves itself, otherwise by emulation.
-pub(crate) async fn choose(
-    store: &Store,
-    plan: &Plan,
-    candidates: &Candidates,
-    launcher: &Launcher,
-    steps: &Steps,
-) -> Result<Accel, ImageError> {
-    if let Some(known) = store.proved(plan.rootfs_hash(), candidates) {
-        return Ok(known);
-    }
-    steps.begin("proving this host's KVM with a boot of the image");
-    let image = store.image(plan.rootfs_hash())?;
-    let proof = engine::prove_kvm(candidates, image, launcher).await?;
-    steps.end();
-    let accel = match &proof {
-        Proof::Boots(_) => Accel::Kvm,
-        Proof::Fails(why) => {
-            steps.note(why);
-            Accel::Tcg
-        }
-    };
-    store.record_proof(plan.rootfs_hash(), candidates, accel)?;
-    Ok(accel)
-}
-
 /// Makes the snapshot, unless somebody else has in the meantime. Its image must have been verified.
 pub(crate) async fn make(
     store: &Store,
     plan: &SnapshotPlan,
     engine: &dyn Engine,
     launcher: &Launcher,
+    boot_limit: Duration,
     steps: &Steps,
 ) -> Result<StoredSnapshot, ImageError> {
     let _lock = store.lock("snapshot", &plan.hash, steps).await?;
     if let Some(snapshot) = existing(store, plan, steps)? {
         return Ok(snapshot);
     }
-    let result = build(store, plan, engine, launcher, steps).await;
+    let result = build(store, plan, engine, launcher, boot_limit, steps).await;
     result.map_err(|error| store.explain(error, plan.space_mb()))?;
     store.snapshot(&plan.rootfs, &plan.hash)
 }
@@ -153,17 +127,18 @@ async fn build(
     plan: &SnapshotPlan,
     engine: &dyn Engine,
     launcher: &Launcher,
+    boot_limit: Duration,
     steps: &Steps,
 ) -> Result<(), ImageError> {
     store.require_space(plan.space_mb())?;
-    let image = store.image(&plan.rootfs)?;
+    let image = store.image(&plan.rootfs)?.files(engine.kind())?;
     let staging = store.stage(&snapshot_rel(&plan.rootfs, &plan.hash), "snapshot")?;
     let inputs = SnapshotInputs {
         image,
         shape: plan.shape,
         dir: staging.path().to_owned(),
         warm_up: warm_up::all(plan.flavour),
-        limit: LIMIT,
+        limit: LIMIT.max(boot_limit),
     };
     let record = SlotRecord {
         instance: format!("build-{}", std::process::id()),

@@ -3,23 +3,23 @@
 //! A directory under its final name is complete: it was built beside, every file fsynced, its manifest written last, and
 //! renamed. Whatever an interrupted build leaves is called `.staging-…` and is never read; the next build removes it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use host::fs::{Access, Dir, Lock, LockKind};
-use sandbox::{ImageFiles, SandboxError, Shape, SnapshotOutcome};
-use sandbox_qemu::Accel;
+use sandbox::{EngineKind, ImageFiles, SandboxError, Shape, SnapshotOutcome};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
 use super::ImageError;
 use super::manifest::{self, FORMAT, ImageManifest, SnapshotManifest};
 use super::plan::AUTHORITY_INPUT;
 use super::progress::Steps;
+use super::sets::{BootSet, Family};
 use super::staging::{self, Staging, lock_name};
 use super::verify::{damaged, verify};
-use crate::engine::Candidates;
 use crate::home::Home;
 use crate::home::rel::{self, IMAGES};
 use crate::names::ImageHash;
@@ -31,21 +31,24 @@ const MAX_MANIFEST: u64 = 4 << 20;
 /// How often a build that waits for another looks again.
 const LOCK_POLL: Duration = Duration::from_millis(200);
 
-/// Names of an image's files.
-pub(super) const KERNEL: &str = "vmlinux";
-/// The initramfs.
-pub(super) const INITRD: &str = "initrd.cpio";
-/// The root file system.
-pub(super) const ROOTFS: &str = "rootfs.erofs";
+/// An image that was verified.
+#[derive(Debug)]
+pub(crate) struct Image {
+    hash: ImageHash,
+    path: PathBuf,
+    sets: BTreeMap<Family, BootSet>,
+}
 
-/// Beside an image's manifest: whether it boots with this host's KVM. Not part of the image.
-const PROOF: &str = "kvm-proof.json";
-
-#[derive(Serialize, Deserialize)]
-struct KvmProof {
-    /// QEMU and host it was made with.
-    holds_for: String,
-    boots: bool,
+impl Image {
+    /// What an engine boots of it.
+    pub(crate) fn files(&self, kind: EngineKind) -> Result<ImageFiles, ImageError> {
+        let family = Family::of(kind);
+        let set = self.sets.get(&family).ok_or_else(|| ImageError::NoSet {
+            hash: self.hash.to_string(),
+            engine: family.name(),
+        })?;
+        Ok(set.at(&self.path))
+    }
 }
 
 /// The images of one home.
@@ -96,7 +99,7 @@ impl Store {
     }
 
     /// Verifies an image, every byte of it.
-    pub(crate) fn image(&self, hash: &ImageHash) -> Result<ImageFiles, ImageError> {
+    pub(crate) fn image(&self, hash: &ImageHash) -> Result<Image, ImageError> {
         let directory = self.directory(Path::new(hash.as_str()), "image", hash)?;
         let manifest: ImageManifest = read_manifest(&directory)?;
         let wrong = |reason: &str| damaged(&directory, MANIFEST, reason);
@@ -109,12 +112,12 @@ impl Store {
             return Err(wrong("it describes another image"));
         }
         self.check_authority(&manifest.inputs)?;
-        verify(&directory, &manifest.files, &[KERNEL, INITRD, ROOTFS])?;
-        let path = self.path(Path::new(hash.as_str()));
-        Ok(ImageFiles {
-            kernel: path.join(KERNEL),
-            initrd: path.join(INITRD),
-            rootfs: path.join(ROOTFS),
+        let needed: Vec<_> = manifest.sets.values().flat_map(BootSet::names).collect();
+        verify(&directory, &manifest.files, &needed)?;
+        Ok(Image {
+            hash: hash.clone(),
+            path: self.path(Path::new(hash.as_str())),
+            sets: manifest.sets,
         })
     }
 
@@ -152,7 +155,7 @@ impl Store {
         let needed: Vec<&str> = manifest.outcome.files.iter().map(String::as_str).collect();
         verify(&directory, &manifest.files, &needed)?;
         Ok(StoredSnapshot {
-            image,
+            image: image.files(manifest.engine)?,
             shape: manifest.shape,
             directory: self.path(&rel),
             outcome: manifest.outcome.clone(),
@@ -160,33 +163,21 @@ impl Store {
         })
     }
 
-    /// How this host runs an image, where that needs no proof or has one: emulation where there is no KVM.
-    pub(crate) fn proved(&self, rootfs: &ImageHash, candidates: &Candidates) -> Option<Accel> {
-        if candidates.best() == Accel::Tcg {
-            return Some(Accel::Tcg);
-        }
-        let bytes = self
-            .images
-            .read_bounded(Path::new(rootfs.as_str()).join(PROOF), 4096)
-            .ok()?;
-        let proof: KvmProof = serde_json::from_slice(&bytes).ok()?;
-        let accel = if proof.boots { Accel::Kvm } else { Accel::Tcg };
-        (proof.holds_for == candidates.proof_key()).then_some(accel)
+    /// Files beside an image's manifest that are no part of it.
+    pub(super) fn read_beside(&self, rootfs: &ImageHash, name: &str) -> Option<Vec<u8>> {
+        let path = Path::new(rootfs.as_str()).join(name);
+        self.images.read_bounded(path, 4096).ok()
     }
 
-    /// Keeps the outcome of a proof with the image.
-    pub(super) fn record_proof(
+    /// Writes one, as a whole.
+    pub(super) fn write_beside(
         &self,
         rootfs: &ImageHash,
-        candidates: &Candidates,
-        accel: Accel,
+        name: &str,
+        value: &impl Serialize,
     ) -> Result<(), ImageError> {
-        let path = Path::new(rootfs.as_str()).join(PROOF);
-        let proof = KvmProof {
-            holds_for: candidates.proof_key(),
-            boots: accel == Accel::Kvm,
-        };
-        let text = serde_json::to_vec(&proof).map_err(|source| ImageError::Json {
+        let path = Path::new(rootfs.as_str()).join(name);
+        let text = serde_json::to_vec(value).map_err(|source| ImageError::Json {
             path: path.clone(),
             source,
         })?;
@@ -377,22 +368,23 @@ mod tests {
     fn publish(store: &Store) {
         let rel = Path::new(hash().as_str()).to_owned();
         let staging = store.stage(&rel, "image").unwrap();
-        for name in [KERNEL, INITRD, ROOTFS] {
-            fs::write(staging.path().join(name), name).unwrap();
-        }
-        let files = staging.seal().unwrap();
-        let kernel = manifest::KernelFacts {
+        let facts = manifest::KernelFacts {
             release: "6.1".to_owned(),
             packages: Vec::new(),
             form: "vmlinux".to_owned(),
             modules: Vec::new(),
         };
+        let set = BootSet::new(Family::Qemu, facts);
+        for name in set.names() {
+            fs::write(staging.path().join(name), name).unwrap();
+        }
+        let files = staging.seal().unwrap();
         let manifest = ImageManifest {
             format: FORMAT,
             rootfs_hash: hash().to_string(),
             inputs: inputs(),
             files: files.clone(),
-            kernel,
+            sets: BTreeMap::from([(Family::Qemu, set)]),
             packages: BTreeMap::new(),
             tree_bytes: 0,
             built_at: String::new(),
@@ -417,7 +409,9 @@ mod tests {
         assert_eq!(fs::read_dir(temp.path().join(IMAGES)).unwrap().count(), 0);
         publish(&store);
         let image = store.image(&hash()).unwrap();
-        assert!(image.kernel.is_file());
+        assert!(image.files(EngineKind::QemuTcg).unwrap().kernel.is_file());
+        let error = image.files(EngineKind::Firecracker).unwrap_err();
+        assert!(matches!(error, ImageError::NoSet { .. }), "{error}");
         assert_eq!(abandoned_in(temp.path()), 0);
     }
 
@@ -443,7 +437,7 @@ mod tests {
         let rel = Path::new(hash().as_str()).to_owned();
         // As after kill -9: no destructor runs.
         let staging = store.stage(&rel, "image").unwrap();
-        for name in [KERNEL, INITRD, ROOTFS, MANIFEST] {
+        for name in ["vmlinux", "rootfs.erofs", MANIFEST] {
             fs::write(staging.path().join(name), "half").unwrap();
         }
         std::mem::forget(staging);
@@ -492,8 +486,8 @@ mod tests {
         ));
         fs::rename(&moved, &directory).unwrap();
         store.image(&hash()).unwrap();
-        fs::remove_file(directory.join(ROOTFS)).unwrap();
-        fs::write(directory.join(ROOTFS), "ROOTFS.erofs").unwrap();
+        fs::remove_file(directory.join("rootfs.erofs")).unwrap();
+        fs::write(directory.join("rootfs.erofs"), "ROOTFS.erofs").unwrap();
         assert!(matches!(
             store.image(&hash()),
             Err(ImageError::Damaged { .. })

@@ -122,7 +122,8 @@ fn recall(directory: &Dir) -> Memory {
     read().unwrap_or_default()
 }
 
-fn boot() -> Option<String> {
+/// The kernel's id of this boot of the host.
+pub(super) fn boot() -> Option<String> {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     Some(id.trim().to_owned())
 }

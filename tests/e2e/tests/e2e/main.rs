@@ -5,6 +5,7 @@ mod budget;
 mod builds;
 mod clock;
 mod crashes;
+mod firecracker;
 mod full_agent;
 mod full_disk;
 mod full_image;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sandbox::{Engine, PausedAs, Place, Progress, Sandbox, Shape, SnapshotInputs};
+use sandbox::{PausedAs, Place, Progress, Sandbox, Shape, SnapshotInputs};
 
 use super::vms::Bench;
 use crate::context::{CliError, note};

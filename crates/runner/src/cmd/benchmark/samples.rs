@@ -43,6 +43,11 @@ impl Samples {
         self.figures(1e3)
     }
 
+    /// In milliseconds, where anything was measured.
+    pub(super) fn some_milliseconds(&self) -> Option<Figures> {
+        (!self.0.is_empty()).then(|| self.milliseconds())
+    }
+
     /// In microseconds.
     pub(super) fn microseconds(&self) -> Figures {
         self.figures(1e6)

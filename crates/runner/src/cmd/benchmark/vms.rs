@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use host::launcher::Launcher;
 use host::slot::{LeaseKind, Resources, SlotId, SlotRecord};
-use sandbox::{Engine, Place, Sandbox, Shape, Template};
+use sandbox::{Engine, Place, Sandbox, Shape, StepTimes, Template};
 use sandbox_qemu::QemuEngine;
 
 use super::Stored;
@@ -13,6 +13,7 @@ use super::samples::Samples;
 use crate::context::CliError;
 use crate::engine::{self, UNLIMITED};
 use crate::executor::{self, wake_now};
+use crate::home::Home;
 use crate::image::warm_up;
 
 /// Limit of a cold boot: far above what the slowest emulated host needs.
@@ -23,7 +24,8 @@ const PINGS: usize = 1000;
 
 /// The engine, a template and a launcher.
 pub(super) struct Bench<'a> {
-    pub(super) engine: QemuEngine,
+    pub(super) engine: Arc<dyn Engine>,
+    raw: Option<QemuEngine>,
     pub(super) stored: &'a Stored,
     template: Arc<dyn Template>,
     launcher: Launcher,
@@ -36,9 +38,30 @@ pub(super) struct Measured {
     pub(super) cold_boot: Samples,
     pub(super) raw_restore: Samples,
     pub(super) restore: Samples,
+    /// By step, in order.
+    pub(super) steps: Vec<(&'static str, Samples)>,
     pub(super) raw_claim: Samples,
     pub(super) warm_claim: Samples,
     pub(super) ping: Samples,
+}
+
+impl Measured {
+    /// Adds the steps of one restore, and `ready`: their sum, where the engine has no such step itself.
+    fn split(&mut self, steps: &StepTimes) {
+        let named = steps.0.iter().any(|(step, _)| *step == "ready");
+        let sum = steps.0.iter().map(|(_, took)| *took).sum();
+        let ready = (!named).then_some(("ready", sum));
+        for (step, took) in steps.0.iter().copied().chain(ready) {
+            match self.steps.iter_mut().find(|(known, _)| *known == step) {
+                Some((_, samples)) => samples.push(took),
+                None => {
+                    let mut samples = Samples::default();
+                    samples.push(took);
+                    self.steps.push((step, samples));
+                }
+            }
+        }
+    }
 }
 
 impl<'a> Bench<'a> {
@@ -46,8 +69,11 @@ impl<'a> Bench<'a> {
         launcher: Launcher,
         instance: String,
         stored: &'a Stored,
+        home: &Home,
     ) -> Result<Self, CliError> {
-        let engine = engine::of_snapshot(stored.manifest.engine, launcher.clone())?;
+        let kind = stored.manifest.engine;
+        let engine = engine::of_snapshot(kind, launcher.clone(), home)?;
+        let raw = engine::driven_by_hand(kind, launcher.clone())?;
         let template = engine
             .open(
                 stored.image.clone(),
@@ -58,6 +84,7 @@ impl<'a> Bench<'a> {
             .await?;
         Ok(Self {
             engine,
+            raw,
             stored,
             template,
             launcher,
@@ -126,8 +153,10 @@ impl<'a> Bench<'a> {
             outcome,
             ..
         } = self.stored;
-        let raw = self
-            .engine
+        let Some(raw) = &self.raw else {
+            return Ok(());
+        };
+        let raw = raw
             .raw_restore(image.clone(), *shape, directory, outcome)
             .await?;
         measured.raw_restore.push(raw.restore);
@@ -150,6 +179,7 @@ impl<'a> Bench<'a> {
             .map(|(_, took)| *took)
             .sum();
         measured.restore.push(whole.saturating_sub(mount));
+        measured.split(&vm.steps());
         self.end(Sandbox::adopt(vm, slot)).await
     }
 

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use host::cgroup::Cgroups;
 use host::fs::Dir;
-use sandbox_qemu::{Kvm, QemuEngine};
+use sandbox_qemu::QemuEngine;
 
-use super::{Check, Outcome, Subject};
+use super::{Check, Outcome, Subject, engines};
 use crate::cmd::setup;
 use crate::image::{self, GuestBinaries, ImageError, Store, StoredSnapshot, Tool};
 use crate::names::ImageHash;
@@ -27,12 +27,20 @@ pub(super) const ALL: &[Check] = &[
         run: packages,
     },
     Check {
-        name: "qemu",
-        run: qemu,
+        name: "kvm",
+        run: engines::kvm,
     },
     Check {
-        name: "kvm",
-        run: kvm,
+        name: "qemu",
+        run: engines::qemu,
+    },
+    Check {
+        name: "firecracker",
+        run: engines::firecracker,
+    },
+    Check {
+        name: "engine",
+        run: engines::choice,
     },
     Check {
         name: "package sources",
@@ -104,7 +112,10 @@ fn version(release: &str) -> Option<(u32, u32)> {
 }
 
 fn packages(subject: &Subject<'_>) -> Outcome {
-    let missing = setup::missing(&[subject.profile.profile.flavour]);
+    let missing = setup::missing(
+        &[subject.profile.profile.flavour],
+        subject.wants_firecracker(),
+    );
     if missing.is_empty() {
         return Outcome::pass("everything is installed");
     }
@@ -113,31 +124,6 @@ fn packages(subject: &Subject<'_>) -> Outcome {
         format_args!("missing: {names}"),
         format_args!("sudo runner setup --profile {}", subject.profile.name),
     )
-}
-
-fn qemu(_: &Subject<'_>) -> Outcome {
-    match QemuEngine::probe().qemu {
-        Ok(qemu) => Outcome::pass(format_args!("{} {}", qemu.path.display(), qemu.version)),
-        Err(why) => Outcome::fail(why, "sudo runner setup"),
-    }
-}
-
-fn kvm(_: &Subject<'_>) -> Outcome {
-    match QemuEngine::probe().kvm {
-        kvm @ Kvm::Hardware => Outcome::pass(format_args!("{kvm}; `build` proves it with a boot")),
-        kvm @ (Kvm::Missing | Kvm::NotHardware) => Outcome::warn(
-            format_args!("{kvm}; VMs are emulated in software, 10 to 30 times slower"),
-            "use a machine with hardware virtualization, or turn nested virtualization on",
-        ),
-        kvm @ Kvm::Denied(_) if rustix::process::geteuid().is_root() => Outcome::warn(
-            format_args!("{kvm}; VMs are emulated in software, 10 to 30 times slower"),
-            "let this machine use /dev/kvm (its container or sandbox forbids it)",
-        ),
-        kvm @ Kvm::Denied(_) => Outcome::warn(
-            format_args!("{kvm} (as this user; the runner opens it as root)"),
-            "look as root: sudo runner doctor",
-        ),
-    }
 }
 
 fn package_sources(_: &Subject<'_>) -> Outcome {
@@ -282,11 +268,12 @@ fn built(subject: &Subject<'_>) -> Outcome {
         Ok(home) => home,
         Err(error) => return Outcome::fail(&error, "use another home with --home DIR"),
     };
-    let (rootfs, snapshot) = match image::newest_build(&home, &subject.profile.profile) {
-        Ok(Some(newest)) => newest,
-        Ok(None) => return Outcome::fail(format_args!("{name} has not been built"), &build),
-        Err(error) => return Outcome::fail(&error, &build),
-    };
+    let (rootfs, snapshot) =
+        match image::newest_build(&home, &subject.profile.profile, subject.engine) {
+            Ok(Some(newest)) => newest,
+            Ok(None) => return Outcome::fail(format_args!("{name} has not been built"), &build),
+            Err(error) => return Outcome::fail(&error, &build),
+        };
     let verified = Store::open(Arc::new(home))
         .map_err(ImageError::from)
         .and_then(|store| store.snapshot(&rootfs, &snapshot));
