@@ -3,8 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::runner::Offer;
-use crate::{Epoch, RunId};
+use crate::runner::{LeaseRef, Offer};
+use crate::{Epoch, ProfileName, RunId, SessionId};
 
 /// From the server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,34 +17,8 @@ use crate::{Epoch, RunId};
 pub enum ToRunner {
     /// A run waits.
     Job(Offer),
-    /// Somebody wants a run of yours ended.
-    Cancel {
-        /// The run.
-        run_id: RunId,
-        /// Which claim.
-        epoch: Epoch,
-    },
-    /// Something for the agent of a run of yours to read.
-    Input {
-        /// The run.
-        run_id: RunId,
-        /// Which claim.
-        epoch: Epoch,
-        /// Its number; one that was seen is sent again after a reconnect.
-        sequence: u64,
-        /// The text.
-        text: String,
-    },
-    /// The policy of a run of yours is now this one.
-    Policy {
-        /// The run.
-        run_id: RunId,
-        /// Which claim.
-        epoch: Epoch,
-        /// The run's own policy.
-        #[cfg_attr(feature = "openapi", schema(value_type = Object))]
-        policy: serde_json::Value,
-    },
+    /// A run of yours has another policy, or more inputs, or is to be ended: renew its lease and see.
+    Look(LeaseRef),
     /// An operator wants a command run in the VM of a run.
     ExecStart {
         /// Of this exec, made by the server.
@@ -88,6 +62,14 @@ pub enum ToRunner {
 )]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum FromRunner {
+    /// It could start a run of these profiles now: one [`ToRunner::Job`] follows when there is one.
+    Ready {
+        /// Profiles that it could start now.
+        profiles: Vec<ProfileName>,
+        /// Sessions whose VM it keeps.
+        #[serde(default)]
+        held_sessions: Vec<SessionId>,
+    },
     /// Bytes of an exec, in base64.
     ExecOutput {
         /// Which.

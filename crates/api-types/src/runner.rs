@@ -121,8 +121,10 @@ pub struct ExecutionContext {
     pub secrets: Vec<SecretName>,
     /// When the run was accepted.
     pub api_start_time: UnixMillis,
-    /// What has been sent to the agent so far has numbers up to this.
-    pub inputs_seen: u64,
+    /// Which policy `policy` is; a lease's answer says when there is a newer one.
+    pub policy_revision: u64,
+    /// How many inputs wait for the agent.
+    pub inputs: u64,
 }
 
 impl std::fmt::Debug for ExecutionContext {
@@ -232,6 +234,42 @@ pub struct LeaseAnswer {
     pub verdict: LeaseVerdict,
     /// Somebody wants the run ended.
     pub cancel_requested: bool,
+    /// Larger than the one that you know: fetch the policy.
+    pub policy_revision: u64,
+    /// How many inputs there are: fetch those that you do not know.
+    pub inputs: u64,
+}
+
+/// A run's own policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RunPolicy {
+    /// As in `docs/network.md`, in its canonical form; none: the run says nothing of its own.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
+    pub policy: Option<serde_json::Value>,
+    /// Which one.
+    pub policy_revision: u64,
+}
+
+/// Inputs for the agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Inputs {
+    /// In their order.
+    pub inputs: Vec<NumberedInput>,
+}
+
+/// One input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct NumberedInput {
+    /// Its number, from 1.
+    pub sequence: u64,
+    /// The text.
+    pub text: String,
 }
 
 /// The answer to a [`Heartbeat`].

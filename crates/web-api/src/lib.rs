@@ -2,4 +2,13 @@
 //! JetStream, which holds everything.
 #![forbid(unsafe_code)]
 
+pub mod cli;
+pub mod clock;
+pub mod engine;
+pub mod follow;
+pub mod http;
+pub mod index;
+pub mod read_model;
 pub mod run;
+pub mod service;
+pub mod tokens;

@@ -94,6 +94,12 @@ pub struct Entry {
     /// Who had it last, when nobody has it now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_holder: Option<Holder>,
+    /// Revision of the policy that a client gave it after it was made; 0: none.
+    #[serde(default)]
+    pub policy_revision: u64,
+    /// How many inputs it was given.
+    #[serde(default)]
+    pub inputs: u64,
     /// What the guest said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advice: Option<Advice>,

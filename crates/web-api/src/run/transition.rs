@@ -59,6 +59,13 @@ pub enum Command {
     },
     /// The guest believes to be done.
     Advise(Advice),
+    /// A client gave it a policy or an input, which stands elsewhere: whoever has the run is to look.
+    Announce {
+        /// At least this revision of its policy.
+        policy_revision: u64,
+        /// At least so many inputs.
+        inputs: u64,
+    },
 }
 
 /// Why a command is refused.
@@ -193,6 +200,20 @@ pub fn transition(entry: &Entry, command: &Command, now: UnixMillis) -> Result<S
                 error: advice.error.as_deref().map(presentable),
                 ..advice.clone()
             });
+        }
+        (State::Done { .. }, Command::Announce { .. }) => return Err(Refusal::Finished),
+        (
+            State::Queued | State::Running(_),
+            Command::Announce {
+                policy_revision,
+                inputs,
+            },
+        ) => {
+            next.policy_revision = entry.policy_revision.max(*policy_revision);
+            next.inputs = entry.inputs.max(*inputs);
+            if next == *entry {
+                return Ok(Step::Same);
+            }
         }
         (State::Queued, Command::Advise(_)) => return Err(Refusal::LeaseLost),
         (State::Done { .. }, Command::Advise(_)) => return Err(Refusal::Finished),

@@ -22,6 +22,8 @@ fn entry(on_lost: OnRunnerLost) -> Entry {
         epoch: 0,
         state: State::Queued,
         last_holder: None,
+        policy_revision: 0,
+        inputs: 0,
         advice: None,
     }
 }
@@ -205,6 +207,7 @@ fn commands() -> impl Strategy<Value = Command> {
         2 => (who, epoch.clone()).prop_map(|(n, epoch)| complete(n, epoch)),
         1 => Just(Command::Cancel),
         2 => epoch.clone().prop_map(|epoch| Command::Expire { epoch }),
+        1 => (0..3_u64, 0..3_u64).prop_map(|(policy_revision, inputs)| Command::Announce { policy_revision, inputs }),
         1 => epoch.prop_map(|epoch| Command::Advise(Advice { epoch, exit_code: 0, error: None })),
     ]
 }
