@@ -96,7 +96,7 @@ impl ReadModel {
             .unwrap_or_else(PoisonError::into_inner);
         let transaction = connection.transaction()?;
         {
-            let mut statement = transaction.prepare_cached(
+            let mut statement = transaction.prepare(
                 "INSERT INTO runs (run, revision, grp, state, profile, session, title, created, ended, body)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
                  ON CONFLICT (run) DO UPDATE SET revision = excluded.revision, state = excluded.state,
@@ -183,7 +183,7 @@ impl ReadModel {
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let mut statement = connection.prepare_cached(&sql)?;
+        let mut statement = connection.prepare(&sql)?;
         let mut runs = Vec::new();
         for body in statement.query_map(params_from_iter(values), |row| row.get::<_, String>(0))? {
             runs.push(serde_json::from_str::<Run>(&body?)?);
@@ -205,8 +205,8 @@ impl ReadModel {
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let mut statement = connection
-            .prepare_cached("SELECT run FROM runs WHERE ended < ?1 ORDER BY ended LIMIT ?2")?;
+        let mut statement =
+            connection.prepare("SELECT run FROM runs WHERE ended < ?1 ORDER BY ended LIMIT ?2")?;
         let rows = statement.query_map((integer(at), limit), |row| row.get::<_, String>(0))?;
         let mut runs = Vec::new();
         for row in rows {

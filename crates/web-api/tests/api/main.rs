@@ -1,4 +1,12 @@
 //! The API over real NATS.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unreachable,
+    reason = "helpers of tests"
+)]
 
 mod claims;
 mod edges;
