@@ -9,7 +9,6 @@ macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $code:literal, $status:literal, $title:literal;)+) => {
         /// What went wrong, for programs: they decide by this, never by the text.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-        #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
         pub enum ProblemKind {
             $($(#[$doc])* #[serde(rename = $code)] $name,)+
             /// One of a later server.
@@ -18,6 +17,9 @@ macro_rules! kinds {
         }
 
         impl ProblemKind {
+            /// The codes of all kinds, as they stand in documents.
+            pub const CODES: &[&str] = &[$($code),+];
+
             /// Its HTTP status.
             pub fn status(self) -> u16 {
                 match self { $(Self::$name => $status,)+ Self::Other => 500 }
@@ -72,6 +74,23 @@ kinds! {
     /// What the server stands on does not answer.
     Unavailable = "unavailable", 503, "The storage does not answer";
 }
+
+// By hand: the derive does not see through `rename` in a macro.
+#[cfg(feature = "openapi")]
+impl utoipa::PartialSchema for ProblemKind {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
+        utoipa::openapi::schema::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::schema::Type::String)
+            .description(Some(
+                "What went wrong, for programs: they decide by this, never by the text.",
+            ))
+            .enum_values(Some(Self::CODES.iter().copied()))
+            .into()
+    }
+}
+
+#[cfg(feature = "openapi")]
+impl utoipa::ToSchema for ProblemKind {}
 
 /// The document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -57,6 +57,8 @@ pub enum Command {
 pub enum Kind {
     /// An API key
     Client,
+    /// An API key that may also set policies of groups
+    Operator,
     /// A runner's token
     Runner,
 }
@@ -65,6 +67,7 @@ impl From<Kind> for BearerKind {
     fn from(kind: Kind) -> Self {
         match kind {
             Kind::Client => Self::Client,
+            Kind::Operator => Self::Operator,
             Kind::Runner => Self::Runner,
         }
     }

@@ -46,15 +46,16 @@ fn token(parts: &Parts) -> ApiResult<&str> {
         })
 }
 
-async fn bearer(parts: &Parts, service: &Service, kind: BearerKind) -> ApiResult<Bearer> {
+async fn bearer(parts: &Parts, service: &Service, kinds: &[BearerKind]) -> ApiResult<Bearer> {
     let found = service.bearers.recognise(token(parts)?).await?;
     match found {
-        Some(bearer) if bearer.kind == kind => Ok(bearer),
+        Some(bearer) if kinds.contains(&bearer.kind) => Ok(bearer),
         Some(_) => Err(problem(
             ProblemKind::Forbidden,
-            match kind {
-                BearerKind::Client => "this path takes API keys, not runner tokens",
-                BearerKind::Runner => "this path takes runner tokens, not API keys",
+            match kinds {
+                [BearerKind::Runner] => "this path takes runner tokens",
+                [BearerKind::Operator] => "this path takes API keys of operators",
+                _ => "this path takes API keys",
             },
         )),
         None => Err(problem(
@@ -76,7 +77,7 @@ fn in_group(bearer: &Bearer, group: &GroupName) -> ApiResult<()> {
 }
 
 macro_rules! bearer_extractor {
-    ($(#[$doc:meta])* $name:ident, $kind:expr) => {
+    ($(#[$doc:meta])* $name:ident, $kinds:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug)]
         pub struct $name(Bearer);
@@ -84,7 +85,7 @@ macro_rules! bearer_extractor {
         impl FromRequestParts<Arc<Service>> for $name {
             type Rejection = ApiError;
             async fn from_request_parts(parts: &mut Parts, service: &Arc<Service>) -> Result<Self, ApiError> {
-                bearer(parts, service, $kind).await.map(Self)
+                bearer(parts, service, &$kinds).await.map(Self)
             }
         }
 
@@ -93,19 +94,6 @@ macro_rules! bearer_extractor {
             pub fn group(&self, group: &GroupName) -> ApiResult<()> {
                 in_group(&self.0, group)
             }
-
-            /// Its groups.
-            pub fn groups(&self) -> &BTreeSet<GroupName> {
-                &self.0.groups
-            }
-
-            /// The run, if it is of one of its groups.
-            pub async fn run(&self, service: &Service, run: RunId) -> ApiResult<(Entry, u64)> {
-                match service.engine.run(run).await? {
-                    Some((entry, revision)) if self.0.groups.contains(&entry.group) => Ok((entry, revision)),
-                    _ => Err(no_such_run()),
-                }
-            }
         }
     };
 }
@@ -113,15 +101,41 @@ macro_rules! bearer_extractor {
 bearer_extractor!(
     /// A client with its API key.
     Client,
-    BearerKind::Client
+    [BearerKind::Client, BearerKind::Operator]
+);
+bearer_extractor!(
+    /// An operator: a client that may do more.
+    Operator,
+    [BearerKind::Operator]
 );
 bearer_extractor!(
     /// A runner with its token.
     Runner,
-    BearerKind::Runner
+    [BearerKind::Runner]
 );
 
+macro_rules! sees_runs {
+    ($($name:ident),+) => {
+        $(impl $name {
+            /// The run, if it is of one of its groups.
+            pub async fn run(&self, service: &Service, run: RunId) -> ApiResult<(Entry, u64)> {
+                match service.engine.run(run).await? {
+                    Some((entry, revision)) if self.0.groups.contains(&entry.group) => Ok((entry, revision)),
+                    _ => Err(no_such_run()),
+                }
+            }
+        })+
+    };
+}
+
+sees_runs!(Client, Runner);
+
 impl Client {
+    /// Its groups.
+    pub fn groups(&self) -> &BTreeSet<GroupName> {
+        &self.0.groups
+    }
+
     /// Id of its key.
     pub fn id(&self) -> &str {
         &self.0.id

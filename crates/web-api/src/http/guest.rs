@@ -51,7 +51,7 @@ fn items(
     let bytes: usize = items.iter().map(|item| item.get().len()).sum();
     if items.len() > MAX_EVENTS || bytes > MAX_EVENTS_BYTES {
         return Err(problem(
-            ProblemKind::TooLarge,
+            ProblemKind::Invalid,
             "at most 1000 items and 512 KiB at once",
         ));
     }
@@ -119,7 +119,7 @@ pub(super) async fn telemetry(
     guest.lease(&service, body.run_id).await?;
     if body.system_log.len() > MAX_TEXT_BYTES {
         return Err(problem(
-            ProblemKind::TooLarge,
+            ProblemKind::Invalid,
             "`systemLog` has at most 256 KiB",
         ));
     }
@@ -162,7 +162,7 @@ pub(super) async fn checkpoints(
     let (entry, _) = guest.lease(&service, body.run_id).await?;
     if body.cli_agent_session_history.len() > MAX_HISTORY_BYTES {
         return Err(problem(
-            ProblemKind::TooLarge,
+            ProblemKind::Invalid,
             "a history has at most 32 MiB",
         ));
     }

@@ -81,7 +81,7 @@ impl utoipa::IntoResponses for Problems {
     tags(
         (name = "runs", description = "For clients, with an API key."),
         (name = "fleet", description = "For clients, with an API key."),
-        (name = "policies", description = "For clients, with an API key."),
+        (name = "policies", description = "To set them: for operators, with an operator's API key."),
         (name = "runners", description = "For runners, with a runner token."),
         (name = "webhooks", description = "For guest agents, with the sandbox token of their claim."),
         (name = "operations", description = "For whoever operates a replica; without a token.")
@@ -96,6 +96,7 @@ impl utoipa::Modify for Security {
         let components = openapi.components.get_or_insert_with(Default::default);
         let schemes = [
             ("apiKey", "vm0_key_…", "An API key"),
+            ("operatorKey", "vm0_operator_…", "An operator's API key"),
             ("runnerToken", "vm0_runner_…", "A runner's token"),
             ("sandboxToken", "JWT", "A claim's token, made by the server"),
         ];

@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use bytes::Bytes;
 
 use super::Problems;
-use super::auth::Client;
+use super::auth::{Client, Operator};
 use super::error::{ApiResult, problem};
 use super::extract::Json;
 use super::runs::canonical;
@@ -37,12 +37,10 @@ pub(super) async fn of_group(
     }))
 }
 
-fn group(client: &Client, (org, name): (String, String)) -> ApiResult<GroupName> {
-    let group: GroupName = format!("{org}/{name}")
+fn parse((org, name): (String, String)) -> ApiResult<GroupName> {
+    format!("{org}/{name}")
         .parse()
-        .map_err(|_| problem(ProblemKind::NotFound, "there is no such group"))?;
-    client.group(&group)?;
-    Ok(group)
+        .map_err(|_| problem(ProblemKind::NotFound, "there is no such group"))
 }
 
 /// The policy of a group.
@@ -55,7 +53,8 @@ pub(super) async fn get(
     client: Client,
     Path(path): Path<(String, String)>,
 ) -> ApiResult<axum::Json<GroupPolicy>> {
-    let group = group(&client, path)?;
+    let group = parse(path)?;
+    client.group(&group)?;
     of_group(&service, &group)
         .await?
         .map(axum::Json)
@@ -67,14 +66,15 @@ pub(super) async fn get(
     params(("org" = String, Path, description = "First part of the group's name"),
         ("name" = String, Path, description = "Second part of the group's name")),
     request_body(content = Object),
-    responses((status = 200, description = "It", body = GroupPolicy), Problems), security(("apiKey" = [])))]
+    responses((status = 200, description = "It", body = GroupPolicy), Problems), security(("operatorKey" = [])))]
 pub(super) async fn put(
     State(service): State<Arc<Service>>,
-    client: Client,
+    operator: Operator,
     Path(path): Path<(String, String)>,
     Json(body): Json<serde_json::Value>,
 ) -> ApiResult<axum::Json<GroupPolicy>> {
-    let group = group(&client, path)?;
+    let group = parse(path)?;
+    operator.group(&group)?;
     let policy = canonical(&body)?;
     let revision = service
         .engine
@@ -92,13 +92,14 @@ pub(super) async fn put(
 #[utoipa::path(delete, path = "/api/policies/{org}/{name}", tag = "policies", operation_id = "deleteGroupPolicy",
     params(("org" = String, Path, description = "First part of the group's name"),
         ("name" = String, Path, description = "Second part of the group's name")),
-    responses((status = 204, description = "There is none now"), Problems), security(("apiKey" = [])))]
+    responses((status = 204, description = "There is none now"), Problems), security(("operatorKey" = [])))]
 pub(super) async fn delete(
     State(service): State<Arc<Service>>,
-    client: Client,
+    operator: Operator,
     Path(path): Path<(String, String)>,
 ) -> ApiResult<StatusCode> {
-    let group = group(&client, path)?;
+    let group = parse(path)?;
+    operator.group(&group)?;
     service.engine.policies.remove(&key(&group)).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -66,6 +66,9 @@ pub(super) async fn poll(
             "more than 1024 profiles or sessions",
         ));
     }
+    if body.wait_secs > MAX_WAIT_SECS {
+        return Err(problem(ProblemKind::Invalid, "`waitSecs` is at most 60"));
+    }
     let wants = Wants {
         runner: body.runner_id,
         group: body.group,
@@ -78,7 +81,7 @@ pub(super) async fn poll(
     }
     let _place = place(&service.limits.waiters)
         .ok_or_else(|| busy("too many runners wait at this replica", 5))?;
-    let wait = Duration::from_secs(body.wait_secs.min(MAX_WAIT_SECS));
+    let wait = Duration::from_secs(body.wait_secs);
     let mut offer = service.index.wait(wants, Instant::now());
     let job = match tokio::time::timeout(wait, &mut offer).await {
         Ok(offer) => offer.ok(),
@@ -417,10 +420,7 @@ pub(super) async fn upload(
     Json(body): Json<Upload>,
 ) -> ApiResult<axum::Json<Uploaded>> {
     if body.text.len() > MAX_UPLOAD_BYTES {
-        return Err(problem(
-            ProblemKind::TooLarge,
-            "a piece has at most 256 KiB",
-        ));
+        return Err(problem(ProblemKind::Invalid, "`text` has at most 256 KiB"));
     }
     let (entry, _) = runner.run(&service, run).await?;
     let lease = LeaseRef {

@@ -1,4 +1,4 @@
-//! API keys of clients and tokens of runners: `vm0_key_<id>_<secret>` and `vm0_runner_<id>_<secret>`.
+//! API keys of clients and operators and tokens of runners: `vm0_key_<id>_<secret>`, `vm0_operator_…`, `vm0_runner_…`.
 //!
 //! The secret is 32 random bytes, so one SHA-256 is all that is needed at rest: a slow hash protects what people could
 //! guess, and nobody guesses 256 bits.
@@ -20,6 +20,8 @@ use crate::engine::{Bucket, EngineError};
 pub enum BearerKind {
     /// A client: makes runs and looks at them.
     Client,
+    /// A client that may also set its groups' policies, which clients cannot lift.
+    Operator,
     /// A runner: takes and answers runs.
     Runner,
 }
@@ -28,6 +30,7 @@ impl BearerKind {
     fn prefix(self) -> &'static str {
         match self {
             Self::Client => "vm0_key_",
+            Self::Operator => "vm0_operator_",
             Self::Runner => "vm0_runner_",
         }
     }
@@ -86,7 +89,8 @@ fn hash(token: &str) -> String {
 }
 
 fn id_of(token: &str) -> Option<(BearerKind, &str)> {
-    let (kind, rest) = [BearerKind::Client, BearerKind::Runner]
+    let kinds = [BearerKind::Client, BearerKind::Operator, BearerKind::Runner];
+    let (kind, rest) = kinds
         .into_iter()
         .find_map(|kind| Some((kind, token.strip_prefix(kind.prefix())?)))?;
     let (id, secret) = rest.split_once('_')?;
@@ -197,7 +201,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_the_parser_fall(text in "(vm0_key_|vm0_runner_|)\\PC{0,100}") {
+        fn no_text_makes_the_parser_fall(text in "(vm0_key_|vm0_operator_|vm0_runner_|)\\PC{0,100}") {
             let _ = id_of(&text);
         }
     }

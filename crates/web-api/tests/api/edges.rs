@@ -209,11 +209,14 @@ async fn group_policies_are_canonical_and_travel_with_claims() {
         .unwrap();
     assert_eq!(policy["rules"][0]["host"], "example.com");
     assert_eq!(
-        client.put(path, json!({"rules": 1})).await.problem(),
+        let operator = Api::new(&replica.url, &world.operator);
+    let rules = json!({"rules": [{"host": "x.example.com"}]});
+    assert_eq!(client.put(path, rules).await.problem(), ProblemKind::Forbidden);
+    operator.put(path, json!({"rules": 1})).await.problem(),
         ProblemKind::Invalid
     );
     let gone = client
-        .try_send(client.request(Method::DELETE, path))
+        .try_send(operator.request(Method::DELETE, path))
         .await
         .unwrap();
     assert_eq!(gone.status, StatusCode::NO_CONTENT);

@@ -27,6 +27,7 @@ pub(crate) struct World {
     pub(crate) key_file: PathBuf,
     pub(crate) client: String,
     pub(crate) runner: String,
+    pub(crate) operator: String,
     pub(crate) other_client: String,
     pub(crate) other_runner: String,
 }
@@ -66,6 +67,7 @@ impl World {
         for (kind, group) in [
             (BearerKind::Client, GROUP),
             (BearerKind::Runner, GROUP),
+            (BearerKind::Operator, GROUP),
             (BearerKind::Client, "vm0/other"),
             (BearerKind::Runner, "vm0/other"),
         ] {
@@ -76,12 +78,13 @@ impl World {
         }
         let key_file = nats.dir().join("master.key");
         MasterKey::write_new(&key_file).unwrap();
-        let [client, runner, other_client, other_runner] = tokens.try_into().unwrap();
+        let [client, runner, operator, other_client, other_runner] = tokens.try_into().unwrap();
         Ok(Self {
             nats,
             key_file,
             client,
             runner,
+            operator,
             other_client,
             other_runner,
         })
@@ -132,15 +135,20 @@ impl World {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut url = None;
+        let (mut url, mut pid) = (None, 0);
         for line in BufReader::new(guard.stdout.take().unwrap()).lines() {
-            if let Some(at) = line.unwrap().strip_prefix("listening on ") {
+            let line = line.unwrap();
+            if let Some(text) = line.strip_prefix("pid ") {
+                pid = text.parse().unwrap();
+            }
+            if let Some(at) = line.strip_prefix("listening on ") {
                 url = Some(at.to_owned());
                 break;
             }
         }
         Process {
             url: url.expect("vm0-api says where it listens"),
+            pid,
             pipe: guard.stdin.take(),
             guard,
         }
@@ -158,11 +166,17 @@ impl World {
 /// A `vm0-api`.
 pub(crate) struct Process {
     pub(crate) url: String,
+    pid: u32,
     guard: Child,
     pipe: Option<ChildStdin>,
 }
 
 impl Process {
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// kill -9.
     pub(crate) fn kill(mut self) {
         drop(self.pipe.take());
@@ -221,6 +235,15 @@ impl<'a> Api<'a> {
             url,
             token: token.to_owned(),
             http: reqwest::Client::new(),
+        }
+    }
+
+    /// The same, elsewhere, over the same connections.
+    pub(crate) fn at<'b>(&self, url: &'b str) -> Api<'b> {
+        Api {
+            url,
+            token: self.token.clone(),
+            http: self.http.clone(),
         }
     }
 
