@@ -176,7 +176,10 @@ async fn open_loop(world: &World, url: &str, per_second: u32, seconds: u32) {
         ticks.tick().await;
         let (url, client, created) = (url.to_owned(), client.clone(), Arc::clone(&created));
         makers.push(tokio::spawn(async move {
-            let api = client.at(&url);
+            let api = Api {
+                url: &url,
+                ..client
+            };
             let run = api.create(json!({})).await.run_id;
             created.lock().unwrap().insert(run, Instant::now());
         }));
@@ -309,7 +312,7 @@ fn micros() -> u64 {
 }
 
 fn memory(process: &Process) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap();
     let line = status
         .lines()
         .find(|line| line.starts_with("VmRSS:"))

@@ -166,21 +166,18 @@ impl World {
 /// A `vm0-api`.
 pub(crate) struct Process {
     pub(crate) url: String,
-    pid: u32,
+    pub(crate) pid: u32,
     guard: Child,
     pipe: Option<ChildStdin>,
 }
 
 impl Process {
-    /// Its process.
-    pub(crate) fn pid(&self) -> u32 {
-        self.pid
-    }
-
     /// kill -9.
     pub(crate) fn kill(mut self) {
         drop(self.pipe.take());
         self.guard.wait().unwrap();
+        let process = format!("/proc/{}", self.pid);
+        assert!(!std::path::Path::new(&process).exists());
     }
 }
 
@@ -204,8 +201,8 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, so: impl Fn
 #[derive(Clone)]
 pub(crate) struct Api<'a> {
     pub(crate) url: &'a str,
-    token: String,
-    http: reqwest::Client,
+    pub(crate) token: String,
+    pub(crate) http: reqwest::Client,
 }
 
 /// What came back.
@@ -235,15 +232,6 @@ impl<'a> Api<'a> {
             url,
             token: token.to_owned(),
             http: reqwest::Client::new(),
-        }
-    }
-
-    /// The same, elsewhere, over the same connections.
-    pub(crate) fn at<'b>(&self, url: &'b str) -> Api<'b> {
-        Api {
-            url,
-            token: self.token.clone(),
-            http: self.http.clone(),
         }
     }
 
