@@ -15,9 +15,10 @@ use bytes::Bytes;
 
 use super::Problems;
 use super::auth::{Guest, Runner, holds};
+use super::context::{SessionRecord, session_key};
 use super::error::{ApiResult, problem};
 use super::extract::Json;
-use super::runners::{SessionRecord, appended, session_key};
+use super::runners::appended;
 use crate::engine::{Chunk, EngineError, FeedKind, body_json};
 use crate::run::{Advice, Command};
 use crate::service::Service;

@@ -1,6 +1,7 @@
 //! The HTTP API: routes, their description, and what all requests pass.
 
 pub mod auth;
+mod context;
 pub mod error;
 mod extract;
 mod follow;

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use api_types::client::{Holder, Run};
 use api_types::runner::{
     Claim, Complete, ExecutionContext, Fleet, Heartbeat, HeartbeatAnswer, Inputs, LeaseAnswer,
-    LeaseOf, LeaseRef, LeaseVerdict, MAX_WAIT_SECS, NumberedInput, Poll, Polled, ResumeSession,
-    RunPolicy, RunnerInfo, Upload, UploadKind, Uploaded,
+    LeaseOf, LeaseRef, LeaseVerdict, MAX_WAIT_SECS, NumberedInput, Poll, Polled, RunPolicy,
+    RunnerInfo, Upload, UploadKind, Uploaded,
 };
-use api_types::{ProblemKind, RunId, RunnerId, SessionId};
+use api_types::{ProblemKind, RunId, RunnerId};
 use axum::extract::State;
 use axum::http::StatusCode;
 use bytes::Bytes;
@@ -18,22 +18,19 @@ use serde::Deserialize;
 
 use super::Problems;
 use super::auth::{Client, Runner, holds};
+use super::context::{context, newer_policy};
 use super::error::{ApiError, ApiResult, busy, problem};
 use super::extract::{Json, Params, RunPath};
 use super::limits::place;
-use super::policies;
 use crate::engine::{Appended, Chunk, EngineError, FeedKind};
 use crate::index::Wants;
 use crate::run::{Command, Entry, State as RunState};
 use crate::service::Service;
-use crate::tokens::mint;
 
 const MAX_LIST: usize = 1024;
 const MAX_UPLOAD_BYTES: usize = 256 << 10;
 /// After a run's end its runner may still bring what is left of its logs, for so long.
 const AFTERWARDS_MILLIS: u64 = 10 * 60 * 1000;
-/// How much longer than its run a guest's token lasts, seconds: the runner's own grace.
-const TOKEN_SLACK_SECS: u64 = 600;
 
 /// The runners of the API key's groups, and what waits for them.
 #[utoipa::path(get, path = "/api/runners", tag = "fleet", operation_id = "listRunners",
@@ -121,108 +118,6 @@ pub(super) async fn claim(
         .await?;
     service.note(&applied);
     context(&service, &applied.entry, now).await.map(axum::Json)
-}
-
-/// What the runner needs. Where it cannot be had now, the claim stands and is sent again under the same id.
-async fn context(service: &Service, entry: &Entry, now: u64) -> ApiResult<ExecutionContext> {
-    let (spec, group_policy, policy, resume_session) = tokio::join!(
-        service.engine.spec(entry),
-        policies::of_group(service, &entry.group),
-        newer_policy(service, entry),
-        checkpoint(service, entry),
-    );
-    let spec = spec?;
-    let timeout = spec
-        .timeout_secs
-        .unwrap_or(service.config.default_timeout_secs);
-    let sandbox_token = mint(
-        &service.keyring,
-        entry.run,
-        entry.epoch,
-        now / 1000,
-        timeout.saturating_add(TOKEN_SLACK_SECS),
-    )
-    .await?;
-    Ok(ExecutionContext {
-        run_id: entry.run,
-        epoch: entry.epoch,
-        lease_secs: service.config.lease.as_secs(),
-        sandbox_token,
-        profile: entry.profile.clone(),
-        prompt: spec.prompt,
-        working_dir: spec.working_dir,
-        cli_agent_type: spec.cli_agent_type,
-        environment: spec.environment,
-        session_id: entry.session.clone(),
-        resume_session: resume_session?,
-        timeout_secs: spec.timeout_secs,
-        policy: policy?.or(spec.policy),
-        group_policy: group_policy?.map(|p| p.policy),
-        secrets: spec.secrets,
-        api_start_time: entry.created_at,
-        policy_revision: entry.policy_revision,
-        inputs: entry.inputs,
-    })
-}
-
-/// The policy that a client gave the run after it was made.
-async fn newer_policy(service: &Service, entry: &Entry) -> ApiResult<Option<serde_json::Value>> {
-    if entry.policy_revision == 0 {
-        return Ok(None);
-    }
-    let found = service
-        .engine
-        .policies
-        .get(&format!("run.{}", entry.run))
-        .await?;
-    Ok(match found {
-        Some(found) => Some(
-            serde_json::from_slice(&found.value)
-                .map_err(|error| EngineError::Corrupt(error.to_string()))?,
-        ),
-        None => None,
-    })
-}
-
-/// Where the newest checkpoint of a session is.
-#[derive(Debug, serde::Serialize, Deserialize)]
-pub(super) struct SessionRecord {
-    /// The CLI's own id of the session.
-    pub(super) cli_session: String,
-    /// Its history, in the object store.
-    pub(super) blob: String,
-}
-
-/// Key of a session: sessions of two groups are two sessions.
-pub(super) fn session_key(entry: &Entry, session: &SessionId) -> String {
-    let group = entry.group.as_str().replace('/', ".");
-    // A session id may hold dots, but neither two in a row at its ends nor anything that NATS gives a meaning.
-    format!("{group}.{}", hex::encode(session.as_str()))
-}
-
-async fn checkpoint(service: &Service, entry: &Entry) -> ApiResult<Option<ResumeSession>> {
-    let Some(session) = &entry.session else {
-        return Ok(None);
-    };
-    let Some(found) = service
-        .engine
-        .sessions
-        .get(&session_key(entry, session))
-        .await?
-    else {
-        return Ok(None);
-    };
-    let record: SessionRecord = serde_json::from_slice(&found.value)
-        .map_err(|error| EngineError::Corrupt(error.to_string()))?;
-    let Some(bytes) = service.engine.blob(&record.blob).await? else {
-        return Ok(None);
-    };
-    let session_history =
-        String::from_utf8(bytes).map_err(|error| EngineError::Corrupt(error.to_string()))?;
-    Ok(Some(ResumeSession {
-        session_id: record.cli_session,
-        session_history,
-    }))
 }
 
 async fn renewed(
