@@ -1,0 +1,133 @@
+//! A key-value bucket, read at its leader.
+//!
+//! The library's own `get` may be answered by a follower that lags: nothing may be refused on what such a one says. So
+//! reading goes through `STREAM.MSG.GET`, which only the leader answers (NATS ADR-31 says so of the two kinds of reads).
+
+use std::time::Duration;
+
+use async_nats::jetstream::kv::{CreateErrorKind, Operation, Store, UpdateErrorKind, Watch};
+use async_nats::jetstream::stream::LastRawMessageErrorKind;
+use bytes::Bytes;
+
+use super::EngineError;
+
+/// How long a removed key is remembered as removed, so that who watches hears of it.
+pub(super) const MARKER_TTL: Duration = Duration::from_secs(3600);
+
+/// What a key holds.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The value.
+    pub value: Bytes,
+    /// What to name in a compare-and-set.
+    pub revision: u64,
+}
+
+/// The outcome of a compare-and-set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Swap {
+    /// Written; the new revision.
+    Done(u64),
+    /// Somebody else wrote first.
+    Conflict,
+}
+
+/// The bucket.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    store: Store,
+}
+
+impl Bucket {
+    pub(super) fn new(store: Store) -> Self {
+        Self { store }
+    }
+
+    /// What the key holds, as the leader knows it.
+    pub async fn get(&self, key: &str) -> Result<Option<Found>, EngineError> {
+        let subject = format!("{}{key}", self.store.prefix);
+        match self
+            .store
+            .stream
+            .get_last_raw_message_by_subject(&subject)
+            .await
+        {
+            Ok(message) => {
+                let deleted = message
+                    .headers
+                    .get("KV-Operation")
+                    .is_some_and(|operation| operation.as_str() != "PUT")
+                    || message.headers.get("Nats-Marker-Reason").is_some();
+                Ok((!deleted).then_some(Found {
+                    value: message.payload,
+                    revision: message.sequence,
+                }))
+            }
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(EngineError::unavailable(error)),
+        }
+    }
+
+    /// Writes where nothing is.
+    pub async fn create(&self, key: &str, value: Bytes) -> Result<Swap, EngineError> {
+        match self.store.create(key, value).await {
+            Ok(revision) => Ok(Swap::Done(revision)),
+            Err(error) if error.kind() == CreateErrorKind::AlreadyExists => Ok(Swap::Conflict),
+            Err(error) => Err(EngineError::unavailable(error)),
+        }
+    }
+
+    /// Writes where this revision is.
+    pub async fn update(
+        &self,
+        key: &str,
+        value: Bytes,
+        revision: u64,
+    ) -> Result<Swap, EngineError> {
+        match self.store.update(key, value, revision).await {
+            Ok(revision) => Ok(Swap::Done(revision)),
+            Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(Swap::Conflict),
+            Err(error) => Err(EngineError::unavailable(error)),
+        }
+    }
+
+    /// Writes whatever is there.
+    pub async fn put(&self, key: &str, value: Bytes) -> Result<u64, EngineError> {
+        self.store
+            .put(key, value)
+            .await
+            .map_err(EngineError::unavailable)
+    }
+
+    /// Removes the key and what it held.
+    pub async fn remove(&self, key: &str) -> Result<(), EngineError> {
+        self.store
+            .purge_with_ttl(key, MARKER_TTL)
+            .await
+            .map_err(EngineError::unavailable)
+    }
+
+    /// All that is there, then all that changes.
+    pub async fn watch(&self) -> Result<Watch, EngineError> {
+        self.store
+            .watch_with_history(">")
+            .await
+            .map_err(EngineError::unavailable)
+    }
+
+    /// How many keys hold a value or a mark of removal.
+    pub async fn messages(&self) -> Result<u64, EngineError> {
+        let info = self
+            .store
+            .stream
+            .get_info()
+            .await
+            .map_err(EngineError::unavailable)?;
+        Ok(info.state.messages)
+    }
+}
+
+/// Whether a watched change left a value.
+pub fn holds_value(operation: Operation) -> bool {
+    operation == Operation::Put
+}

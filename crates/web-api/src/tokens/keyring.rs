@@ -1,0 +1,238 @@
+//! Signing and encryption keys: made by whatever replica needs one first, wrapped by the master key, shared in NATS.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use api_types::UnixMillis;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use super::master::{MasterKey, open, random_key, seal};
+use crate::clock::Clock;
+use crate::engine::{Bucket, EngineError};
+
+/// A key is used for new tokens and secrets for so long; then the next one is made. Old ones stay good for what they made.
+const ROTATION_MILLIS: u64 = 24 * 3600 * 1000;
+
+/// Why a key cannot be had.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum KeyringError {
+    /// The storage.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Wrapped by another master key, or damaged.
+    #[error(
+        "key {0} cannot be unwrapped: the replica's master key is not the one that wrapped it. Hint: give every replica \
+         the same master key file"
+    )]
+    Foreign(String),
+    /// No randomness, or no memory.
+    #[error("cryptography failed")]
+    Crypto,
+    /// A secret that does not open.
+    #[error("what is encrypted cannot be opened: it was changed, or belongs to another run")]
+    Sealed,
+}
+
+/// What a key is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Guests' tokens.
+    Sign,
+    /// Secrets.
+    Data,
+}
+
+impl Purpose {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Sign => "sign",
+            Self::Data => "data",
+        }
+    }
+}
+
+/// Something encrypted, at rest in NATS.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sealed {
+    /// By which key.
+    pub kid: String,
+    /// Nonce, ciphertext and tag, base64.
+    pub data: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    created_at: UnixMillis,
+    wrapped: String,
+}
+
+/// A key, unwrapped.
+#[derive(Clone)]
+pub(super) struct Key {
+    pub(super) kid: String,
+    created_at: UnixMillis,
+    pub(super) bytes: Arc<Zeroizing<Vec<u8>>>,
+}
+
+/// All keys that this replica knows.
+#[derive(Clone)]
+pub struct Keyring {
+    bucket: Bucket,
+    master: MasterKey,
+    clock: Clock,
+    known: Arc<RwLock<HashMap<String, Key>>>,
+}
+
+impl std::fmt::Debug for Keyring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Keyring")
+    }
+}
+
+impl Keyring {
+    /// Proves the master key against the keys that are there: a replica with another one does not start.
+    pub async fn open(
+        bucket: Bucket,
+        master: MasterKey,
+        clock: Clock,
+    ) -> Result<Self, KeyringError> {
+        use futures_util::StreamExt as _;
+        let keyring = Self {
+            bucket,
+            master,
+            clock,
+            known: Arc::default(),
+        };
+        if keyring.bucket.messages().await? > 0 {
+            let mut watch = keyring.bucket.watch().await?;
+            while let Some(change) = watch.next().await {
+                let change = change.map_err(|error| EngineError::Unavailable(error.to_string()))?;
+                if crate::engine::holds_value(change.operation) {
+                    keyring.learn(&change.key, &change.value)?;
+                }
+                if change.delta == 0 {
+                    break;
+                }
+            }
+        }
+        keyring.current(Purpose::Sign).await?;
+        keyring.current(Purpose::Data).await?;
+        Ok(keyring)
+    }
+
+    fn learn(&self, name: &str, value: &[u8]) -> Result<Key, KeyringError> {
+        let record: Record = serde_json::from_slice(value)
+            .map_err(|error| EngineError::Corrupt(error.to_string()))?;
+        let bytes = STANDARD
+            .decode(&record.wrapped)
+            .ok()
+            .and_then(|wrapped| self.master.unwrap(name, &wrapped))
+            .ok_or_else(|| KeyringError::Foreign(name.to_owned()))?;
+        let key = Key {
+            kid: name.rsplit('.').next().unwrap_or_default().to_owned(),
+            created_at: record.created_at,
+            bytes: Arc::new(bytes),
+        };
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        known.insert(name.to_owned(), key.clone());
+        Ok(key)
+    }
+
+    /// The newest key for a purpose; a new one, where that is too old.
+    pub(super) async fn current(&self, purpose: Purpose) -> Result<Key, KeyringError> {
+        let prefix = format!("{}.", purpose.as_str());
+        let newest = {
+            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+            known
+                .iter()
+                .filter(|(name, _)| name.starts_with(&prefix))
+                .max_by_key(|(_, key)| key.created_at)
+                .map(|(_, key)| key.clone())
+        };
+        let now = self.clock.now();
+        match newest {
+            Some(key) if now.saturating_sub(key.created_at) < ROTATION_MILLIS => Ok(key),
+            _ => self.make(purpose, now).await,
+        }
+    }
+
+    async fn make(&self, purpose: Purpose, now: UnixMillis) -> Result<Key, KeyringError> {
+        let bytes = random_key().map_err(|()| KeyringError::Crypto)?;
+        let mut kid = [0_u8; 8];
+        aws_lc_rs::rand::fill(&mut kid).map_err(|_| KeyringError::Crypto)?;
+        let name = format!("{}.{}", purpose.as_str(), hex::encode(kid));
+        let wrapped = self
+            .master
+            .wrap(&name, &bytes[..])
+            .ok_or(KeyringError::Crypto)?;
+        let record = Record {
+            created_at: now,
+            wrapped: STANDARD.encode(wrapped),
+        };
+        let value =
+            serde_json::to_vec(&record).map_err(|error| EngineError::Corrupt(error.to_string()))?;
+        self.bucket
+            .create(&name, Bytes::from(value.clone()))
+            .await?;
+        self.learn(&name, &value)
+    }
+
+    /// A key by its id, also one that another replica has just made.
+    pub(super) async fn by_id(
+        &self,
+        purpose: Purpose,
+        kid: &str,
+    ) -> Result<Option<Key>, KeyringError> {
+        // What is no id of ours does not cost a question.
+        if kid.len() != 16 || !kid.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            return Ok(None);
+        }
+        let name = format!("{}.{kid}", purpose.as_str());
+        {
+            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(key) = known.get(&name) {
+                return Ok(Some(key.clone()));
+            }
+        }
+        match self.bucket.get(&name).await? {
+            Some(found) => self.learn(&name, &found.value).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// A fingerprint under the master key.
+    pub fn fingerprint(&self, context: &str, message: &[u8]) -> String {
+        self.master.fingerprint(context, message)
+    }
+
+    /// Encrypts something that belongs to `context`.
+    pub async fn seal(&self, context: &str, plain: &[u8]) -> Result<Sealed, KeyringError> {
+        let key = self.current(Purpose::Data).await?;
+        let data = seal(&key.bytes, context.as_bytes(), plain).ok_or(KeyringError::Crypto)?;
+        Ok(Sealed {
+            kid: key.kid,
+            data: STANDARD.encode(data),
+        })
+    }
+
+    /// Decrypts it.
+    pub async fn open_sealed(
+        &self,
+        context: &str,
+        sealed: &Sealed,
+    ) -> Result<Zeroizing<Vec<u8>>, KeyringError> {
+        let key = self
+            .by_id(Purpose::Data, &sealed.kid)
+            .await?
+            .ok_or(KeyringError::Sealed)?;
+        STANDARD
+            .decode(&sealed.data)
+            .ok()
+            .and_then(|data| open(&key.bytes, context.as_bytes(), &data))
+            .ok_or(KeyringError::Sealed)
+    }
+}

@@ -1,0 +1,282 @@
+//! Real NATS servers for tests: one, or a cluster of three. They end with the test, also when it is killed: shells that
+//! hold the other ends of pipes kill the servers and remove their files when the pipes close.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use web_api::engine::Settings;
+
+/// Kills what it starts, and removes the directory, when its standard input ends.
+pub(crate) const GUARD: &str = r#"trap '' INT TERM HUP
+"$@" & pid=$!
+echo "pid $pid"
+read -r _
+kill -9 "$pid" 2>/dev/null
+wait "$pid" 2>/dev/null
+"#;
+
+/// Removes a directory when its standard input ends; those who still write to it are about to be killed.
+const JANITOR: &str = r#"trap '' INT TERM HUP
+read -r _
+n=0
+while [ -e "$1" ] && [ $n -lt 100 ]; do rm -rf "$1" 2>/dev/null || sleep 0.1; n=$((n+1)); done
+"#;
+
+/// Held for as long as the directory is needed.
+struct Janitor {
+    shell: Child,
+    pipe: Option<ChildStdin>,
+}
+
+impl Janitor {
+    fn of(dir: &Path) -> Self {
+        let mut shell = Command::new("sh")
+            .args(["-c", JANITOR, "janitor"])
+            .arg(dir)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self {
+            pipe: shell.stdin.take(),
+            shell,
+        }
+    }
+}
+
+impl Drop for Janitor {
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        let _ = self.shell.wait();
+    }
+}
+
+/// The server's program, or why there is none.
+pub(crate) fn program() -> Result<PathBuf, String> {
+    let path = match std::env::var_os("VM0_TEST_NATS") {
+        Some(path) => PathBuf::from(path),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/nats/nats-server"),
+    };
+    if path.exists() {
+        Ok(path)
+    } else {
+        Err(format!(
+            "there is no NATS server at {} (scripts/test.sh installs it; VM0_TEST_NATS names another)",
+            path.display()
+        ))
+    }
+}
+
+/// A loopback address that is this process's own, so that copies of the tests do not meet.
+pub(crate) fn address() -> String {
+    let [_, a, b, c] = (std::process::id() << 1 | 1).to_be_bytes();
+    format!("127.{}.{b}.{c}", a | 0x40)
+}
+
+fn port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+struct Running {
+    guard: Child,
+    pid: u32,
+    pipe: Option<ChildStdin>,
+}
+
+impl Running {
+    fn start(program: &Path, config: &Path) -> Self {
+        let mut guard = Command::new("sh")
+            .args(["-c", GUARD, "guard"])
+            .arg(program)
+            .arg("-c")
+            .arg(config)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(guard.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let pid = line.trim().strip_prefix("pid ").unwrap().parse().unwrap();
+        Self {
+            pipe: guard.stdin.take(),
+            guard,
+            pid,
+        }
+    }
+
+    fn kill(mut self) {
+        drop(self.pipe.take());
+        self.guard.wait().unwrap();
+    }
+
+    fn signal(&self, signal: &str) {
+        assert!(
+            Command::new("kill")
+                .args([signal, &self.pid.to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        let _ = self.guard.wait();
+    }
+}
+
+/// How a server is to be.
+#[derive(Clone, Copy)]
+pub(crate) struct Kind {
+    pub(crate) nodes: usize,
+    pub(crate) sync_always: bool,
+    /// Most bytes on disk.
+    pub(crate) max_file: &'static str,
+    /// Most of these for feeds; NATS sets them aside at once.
+    pub(crate) feed_bytes: i64,
+}
+
+impl Default for Kind {
+    fn default() -> Self {
+        Self {
+            nodes: 1,
+            sync_always: true,
+            max_file: "4G",
+            feed_bytes: 256 << 20,
+        }
+    }
+}
+
+/// The servers.
+pub(crate) struct Nats {
+    program: PathBuf,
+    dir: PathBuf,
+    address: String,
+    ports: Vec<u16>,
+    feed_bytes: i64,
+    // Dropped before the janitor.
+    nodes: Vec<Option<Running>>,
+    _janitor: Janitor,
+}
+
+impl Nats {
+    pub(crate) fn start(kind: Kind) -> Result<Self, String> {
+        let program = program()?;
+        let dir = tempfile::tempdir().unwrap();
+        let janitor = Janitor::of(dir.path());
+        let address = address();
+        let ports: Vec<u16> = (0..kind.nodes).map(|_| port()).collect();
+        let routes: Vec<u16> = (0..kind.nodes).map(|_| port()).collect();
+        for node in 0..kind.nodes {
+            let sync = if kind.sync_always { "always" } else { "2m" };
+            let mut config = format!(
+                "server_name: n{node}\nlisten: \"{address}:{}\"\njetstream {{ store_dir: {:?}, sync_interval: {sync}, \
+                 max_file_store: {} }}\naccounts {{\n SYS {{ users: [{{user: sys, password: \"s/p\"}}] }}\n APP {{ \
+                 jetstream: enabled, users: [{{user: app, password: app}}] }}\n}}\nsystem_account: SYS\n",
+                ports[node],
+                dir.path().join(format!("n{node}")),
+                kind.max_file,
+            );
+            if kind.nodes > 1 {
+                let others: Vec<String> = routes
+                    .iter()
+                    .map(|p| format!("\"nats://{address}:{p}\""))
+                    .collect();
+                config.push_str(&format!(
+                    "cluster {{ name: c, listen: \"{address}:{}\", routes: [{}] }}\n",
+                    routes[node],
+                    others.join(", ")
+                ));
+            }
+            let mut file = std::fs::File::create(dir.path().join(format!("n{node}.conf"))).unwrap();
+            file.write_all(config.as_bytes()).unwrap();
+        }
+        let mut nats = Self {
+            program,
+            dir: dir.keep(),
+            address,
+            ports,
+            feed_bytes: kind.feed_bytes,
+            nodes: (0..kind.nodes).map(|_| None).collect(),
+            _janitor: janitor,
+        };
+        for node in 0..kind.nodes {
+            nats.restart(node);
+        }
+        for node in 0..kind.nodes {
+            nats.wait(node);
+        }
+        Ok(nats)
+    }
+
+    fn wait(&self, node: usize) {
+        let begin = Instant::now();
+        let to = format!("{}:{}", self.address, self.ports[node]);
+        // There is no event for «it listens»; connecting is the question itself.
+        while std::net::TcpStream::connect(&to).is_err() {
+            assert!(
+                begin.elapsed() < Duration::from_secs(20),
+                "NATS does not start"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Ends a node without a chance to tidy up.
+    pub(crate) fn kill(&mut self, node: usize) {
+        self.nodes[node].take().unwrap().kill();
+    }
+
+    /// Starts a node, with what it has on disk.
+    pub(crate) fn restart(&mut self, node: usize) {
+        let config = self.dir.join(format!("n{node}.conf"));
+        self.nodes[node] = Some(Running::start(&self.program, &config));
+    }
+
+    /// Stops a node's processor time, or gives it back: what a network or disk that hangs looks like.
+    pub(crate) fn freeze(&self, node: usize, frozen: bool) {
+        let running = self.nodes[node].as_ref().unwrap();
+        running.signal(if frozen { "-STOP" } else { "-CONT" });
+    }
+
+    /// Where the master key may lie, too.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(crate) fn url(&self) -> String {
+        self.urls("app:app")
+    }
+
+    pub(crate) fn system_url(&self) -> String {
+        // With what has to be escaped in an address.
+        self.urls("sys:s%2Fp")
+    }
+
+    fn urls(&self, who: &str) -> String {
+        let urls: Vec<String> = self
+            .ports
+            .iter()
+            .map(|port| format!("nats://{who}@{}:{port}", self.address))
+            .collect();
+        urls.join(",")
+    }
+
+    pub(crate) fn settings(&self) -> Settings {
+        Settings {
+            url: self.url(),
+            system_url: Some(self.system_url()),
+            replicas: self.ports.len(),
+            feed_max_bytes: self.feed_bytes,
+            ..Settings::default()
+        }
+    }
+}
