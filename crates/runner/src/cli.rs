@@ -67,6 +67,8 @@ enum Command {
     Policy(cmd::policy::Args),
     /// Cancel a running job
     Kill(cmd::kill::Args),
+    /// Remove what nobody needs any more: images, logs, leftovers
+    Gc(cmd::gc::Args),
     /// Check every prerequisite of this host
     Doctor(cmd::doctor::Args),
     /// Measure this host and engine
@@ -114,6 +116,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode, CliError> {
         Command::Logs(args) => cmd::logs::run(args, context),
         Command::Policy(args) => cmd::policy::run(args, context),
         Command::Kill(args) => cmd::kill::run(args, context),
+        Command::Gc(args) => cmd::gc::run(args, context),
         Command::Doctor(args) => cmd::doctor::run(args, context),
         Command::Benchmark(args) => cmd::benchmark::run(args, context),
         Command::Completion(args) => cmd::completion::run(args, context),

@@ -11,6 +11,7 @@ mod control;
 mod daemon;
 mod engine;
 mod executor;
+mod gc;
 mod home;
 mod image;
 mod names;

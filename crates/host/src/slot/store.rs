@@ -40,6 +40,18 @@ pub fn held_slots(run_dir: impl AsRef<Path>) -> Result<Vec<HeldSlot>, FsError> {
     Ok(held)
 }
 
+/// The slots that dead launchers left on this host, with whatever follows them; none where no runner has run yet. Root
+/// only.
+pub fn orphaned_slots(run_dir: impl AsRef<Path>) -> Result<Vec<SlotId>, FsError> {
+    match Dir::open(run_dir.as_ref()) {
+        Err(e) if e.is_not_found() => return Ok(Vec::new()),
+        other => drop(other?),
+    }
+    let store = SlotStore::open(run_dir.as_ref())?;
+    let _host = store.host_lock()?;
+    Ok(store.survey(&BTreeMap::new())?.left)
+}
+
 fn published(dir: &Dir) -> Result<Vec<HeldSlot>, FsError> {
     match dir.read_bounded(CHANGES_FILE, MAX_LIST) {
         // A list that cannot be read is rewritten with the next change.

@@ -7,6 +7,7 @@ pub(crate) mod config;
 pub(crate) mod cp;
 pub(crate) mod doctor;
 pub(crate) mod exec;
+pub(crate) mod gc;
 pub(crate) mod kill;
 pub(crate) mod local;
 pub(crate) mod logs;

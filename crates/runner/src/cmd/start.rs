@@ -22,8 +22,9 @@ use crate::control::server;
 use crate::daemon::{self, Identity, Inbox, Mailbox, Parts};
 use crate::engine;
 use crate::executor::Setting;
+use crate::gc;
 use crate::home::{Home, rel};
-use crate::image::Store;
+use crate::image::{InUse, Store};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
 use crate::provider::local::LocalProvider;
@@ -80,7 +81,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
                 .with_hint("use `engine: auto`"),
         );
     }
-    let home = context.home()?;
+    let home = Arc::new(context.home()?);
     let proxy = proxy_parts(&home, &config)?;
     let instance = RunId::random().to_string();
     let launcher = LauncherConfig::from_env(instance.clone())?;
@@ -88,6 +89,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     // Before any thread, and before anything is open that the launcher should not hold.
     let forked = ForkedLauncher::fork(launcher)?;
     host::process::come_before_vms();
+    // Still as root, who may have made the locks.
+    let images = hold_images(&home, &config)?;
     home.become_owner()?;
     let lock = only_one(&home, &config.name)?;
     log_to_file(&home, &config.name)?;
@@ -99,11 +102,12 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         let launcher = forked.attach()?;
         let starting = Starting {
             config,
-            home: Arc::new(home),
+            home,
             instance,
             launcher: launcher.clone(),
             run_dir,
             proxy,
+            images,
         };
         let result = starting.run().await;
         // Whatever is left of our VMs goes now.
@@ -195,6 +199,7 @@ struct Starting {
     launcher: Launcher,
     run_dir: PathBuf,
     proxy: ProxyConfig,
+    images: Vec<InUse>,
 }
 
 impl Starting {
@@ -206,6 +211,7 @@ impl Starting {
             launcher,
             run_dir,
             proxy,
+            images,
         } = self;
         tracing::info!(
             runner = %config.name, group = %config.group, instance, pid = std::process::id(),
@@ -270,7 +276,7 @@ impl Starting {
 
         let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
         daemon::watch_signals(&mailbox)?;
-        daemon::watch_host(&mailbox, launcher, run_dir);
+        daemon::watch_host(&mailbox, launcher.clone(), run_dir);
         let runner = LiveRunner {
             instance: instance.clone(),
             name: config.name.clone(),
@@ -293,6 +299,13 @@ impl Starting {
             networks: Some(networks),
             restores: Arc::new(Semaphore::new(cpus)),
         };
+        let cleaning = tokio::spawn(gc::daemon::look_after(
+            Arc::clone(&home),
+            config.gc,
+            launcher,
+            images,
+            |_| {},
+        ));
         let socket = instance_dir.bind_socket("control.sock", 0o600)?;
         let owner = home.owner().uid;
         let status_dir = instance_dir.try_clone()?;
@@ -338,6 +351,7 @@ impl Starting {
             },
         )
         .await;
+        cleaning.abort();
         tracing::info!(code, "stopped");
         let _ = instance_dir.remove_file("control.sock");
         Ok(code)
@@ -358,6 +372,16 @@ fn sweep(instances: &Dir) {
             tracing::warn!(%error, "what a dead instance left cannot be removed");
         }
     }
+}
+
+/// Keeps `gc` and builds from what the configuration names.
+fn hold_images(home: &Arc<Home>, config: &Config) -> Result<Vec<InUse>, CliError> {
+    let store = Store::open(Arc::clone(home))?;
+    let held = config.profiles.iter().map(|(name, profile)| {
+        let held = store.hold(&profile.rootfs_hash, &profile.snapshot_hash);
+        held.map_err(|error| CliError::failed(format!("profile {name}: {error}")))
+    });
+    held.collect()
 }
 
 /// Verifies and opens the snapshot of every profile.

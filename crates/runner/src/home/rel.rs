@@ -16,6 +16,8 @@ pub(crate) const LOGS: &str = "logs";
 pub(crate) const CA: &str = "ca";
 /// `proxy`.
 pub(crate) const PROXY: &str = "proxy";
+/// `bin`.
+pub(crate) const BIN: &str = "bin";
 /// `locks`.
 pub(crate) const LOCKS: &str = "locks";
 

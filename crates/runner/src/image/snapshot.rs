@@ -139,6 +139,7 @@ pub(crate) async fn make(
     launcher: &Launcher,
     steps: &Steps,
 ) -> Result<StoredSnapshot, ImageError> {
+    let _image = store.hold_image(&plan.rootfs)?;
     let _lock = store.lock("snapshot", &plan.hash, steps).await?;
     if let Some(snapshot) = existing(store, plan, steps)? {
         return Ok(snapshot);

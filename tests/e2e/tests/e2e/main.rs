@@ -3,6 +3,7 @@
 mod bad_jobs;
 mod budget;
 mod builds;
+mod cleaning;
 mod clock;
 mod crashes;
 mod full_disk;
