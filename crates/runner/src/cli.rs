@@ -65,6 +65,8 @@ enum Command {
     Logs(cmd::logs::Args),
     /// Show or change what a running job may reach
     Policy(cmd::policy::Args),
+    /// Show who did what to running jobs
+    Audit(cmd::audit::Args),
     /// Cancel a running job
     Kill(cmd::kill::Args),
     /// Remove what nobody needs any more: images, logs, leftovers
@@ -115,6 +117,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode, CliError> {
         Command::Cp(args) => cmd::cp::run(args, context),
         Command::Logs(args) => cmd::logs::run(args, context),
         Command::Policy(args) => cmd::policy::run(args, context),
+        Command::Audit(args) => cmd::audit::run(args, context),
         Command::Kill(args) => cmd::kill::run(args, context),
         Command::Gc(args) => cmd::gc::run(args, context),
         Command::Doctor(args) => cmd::doctor::run(args, context),

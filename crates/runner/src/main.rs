@@ -3,6 +3,7 @@
 //! `main` parses the command line and dispatches; it starts no thread and no async runtime, because `start` and
 //! `build` must fork the launcher while the process is still single-threaded. Commands start their own.
 
+mod audit;
 mod cli;
 mod cmd;
 mod config;

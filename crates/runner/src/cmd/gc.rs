@@ -44,6 +44,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         images_max: None,
         logs_age: days(args.logs_days),
         logs_max: None,
+        // How long they are kept, the runner that writes them knows.
+        audit_age: None,
         dry_run: args.dry_run,
     };
     let mut collector = gc::collect(&home, rules);

@@ -1,5 +1,6 @@
 //! One file a command. Each has an `Args` struct for the command line and `run(args, &Context)`.
 
+pub(crate) mod audit;
 pub(crate) mod benchmark;
 pub(crate) mod build;
 pub(crate) mod completion;

@@ -16,6 +16,7 @@ use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::MakeWriterExt;
 
+use crate::audit::{Action, Audit, Outcome, Who};
 use crate::config::{self, Config, EngineChoice};
 use crate::context::{CliError, Context};
 use crate::control::server;
@@ -23,10 +24,11 @@ use crate::daemon::{self, Identity, Inbox, Mailbox, Parts};
 use crate::engine;
 use crate::executor::Setting;
 use crate::gc;
-use crate::home::{Home, rel};
+use crate::home::{Home, HomeError, rel};
 use crate::image::{InUse, Store};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
+use crate::provider::ProviderEvent;
 use crate::provider::local::LocalProvider;
 use crate::proxy::{Authority, ProxyConfig, install};
 use crate::queue::LiveRunner;
@@ -283,8 +285,17 @@ impl Starting {
             pid: std::process::id(),
             profiles: config.profiles.keys().cloned().collect(),
         };
-        let told = mailbox.clone();
+        let logs = Arc::clone(&home);
+        let audit = Audit::new(
+            move || logs.logs().map_err(HomeError::into_fs),
+            config.name.clone(),
+            instance.clone(),
+        );
+        let (told, noted) = (mailbox.clone(), audit.clone());
         let provider = LocalProvider::start(home.group(&config.group)?, &runner, move |event| {
+            if let ProviderEvent::Marked { run, by } = event {
+                noted.done(Who::of_uid(by), run, Action::Cancel, Outcome::ok());
+            }
             daemon::forward(&told, event);
         })?;
         let provider = Arc::new(provider);
@@ -344,7 +355,7 @@ impl Starting {
             },
             |lookup| {
                 tokio::spawn(async move {
-                    if let Err(error) = server::serve(socket, owner, lookup).await {
+                    if let Err(error) = server::serve(socket, owner, lookup, audit).await {
                         tracing::error!(%error, "the control socket is gone");
                     }
                 });

@@ -69,7 +69,7 @@ impl GcConfig {
 
     /// What may go.
     pub(crate) fn rules(&self) -> Rules {
-        let max = |mb: u64| (mb > 0).then(|| mb << 20);
+        let max = |mb: u64| (mb > 0).then_some(mb << 20);
         Rules {
             keep_latest: 0,
             young: Rules::YOUNG,
@@ -77,6 +77,7 @@ impl GcConfig {
             images_max: max(self.images_max_mb),
             logs_age: days(self.logs_days),
             logs_max: max(self.logs_max_mb),
+            audit_age: Some(days(self.audit_days)),
             dry_run: false,
         }
     }

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use host::fs::{Dir, EntryKind, FsError};
 
 use super::{Collector, Kind, modified, size};
+use crate::audit::{ASIDE, SUFFIX};
 use crate::home::rel::{self, LOGS};
 use crate::names::{RunId, RunnerName};
 
@@ -18,6 +19,8 @@ enum Owner {
     Runner(RunnerName),
     /// One that was put aside: nobody writes to it any more.
     Nobody,
+    /// An audit log that was put aside.
+    Audit,
 }
 
 fn owner(name: &OsStr) -> Option<Owner> {
@@ -34,6 +37,11 @@ fn owner(name: &OsStr) -> Option<Owner> {
         .or_else(|| run("network-", ".jsonl"))
         .or_else(|| runner(".log").map(Owner::Runner))
         .or_else(|| runner(".log.1").map(|_| Owner::Nobody))
+        .or_else(|| {
+            let stamp = name.strip_prefix(ASIDE)?.strip_suffix(SUFFIX)?;
+            let fits = |byte: u8| byte.is_ascii_alphanumeric() || b".-".contains(&byte);
+            stamp.bytes().all(fits).then_some(Owner::Audit)
+        })
 }
 
 pub(super) fn collect(collector: &mut Collector<'_>) -> Result<(), FsError> {
@@ -53,11 +61,19 @@ pub(super) fn collect(collector: &mut Collector<'_>) -> Result<(), FsError> {
             continue;
         };
         let bytes = size(&logs, &name);
+        if owner == Owner::Audit {
+            // They do not count among the others, which a job can make large.
+            let age = collector.age(written);
+            if collector.rules.audit_age.is_some_and(|most| age > most) {
+                remove(collector, &logs, &name, bytes, written);
+            }
+            continue;
+        }
         total = total.saturating_add(bytes);
         let in_use = match owner {
             Owner::Run(run) => active.contains(&run),
             Owner::Runner(runner) => runs(collector, &runner),
-            Owner::Nobody => false,
+            Owner::Nobody | Owner::Audit => false,
         };
         if !in_use && !collector.is_young(written) {
             found.push((written, bytes, name));
@@ -112,6 +128,10 @@ mod tests {
         assert_eq!(is(&format!("network-{run}.jsonl")), Some(Owner::Run(run)));
         assert!(matches!(is("runner-demo.log"), Some(Owner::Runner(_))));
         assert_eq!(is("runner-demo.log.1"), Some(Owner::Nobody));
+        assert_eq!(
+            is("audit-20261124T105900.123Z-6f1c2f0e.jsonl"),
+            Some(Owner::Audit)
+        );
         for other in [
             "audit.jsonl",
             "notes.txt",

@@ -49,6 +49,8 @@ pub(crate) struct Rules {
     pub(crate) logs_age: Duration,
     /// Together they may take this many bytes; beyond it the oldest go.
     pub(crate) logs_max: Option<u64>,
+    /// Audit logs that were put aside so long ago go; `None`: they stay.
+    pub(crate) audit_age: Option<Duration>,
     /// Only say what would go.
     pub(crate) dry_run: bool,
 }

@@ -69,6 +69,7 @@ impl Place {
             images_max: None,
             logs_age: 7 * DAY,
             logs_max: None,
+            audit_age: None,
             dry_run: false,
         };
         change(&mut rules);
@@ -244,6 +245,18 @@ fn logs_go_by_age_and_by_size_and_never_an_active_runs() {
     assert!(kept.exists() && running.exists() && other.exists());
     place.clean(|rules| rules.logs_max = Some(4096));
     assert!(!kept.exists() && running.exists());
+}
+
+#[test]
+fn audit_logs_go_only_by_their_own_age() {
+    let place = Place::new();
+    let aside = place.file("logs/audit-20200101T000000.000Z-6f1c2f0e.jsonl", 100 * DAY);
+    let current = place.file("logs/audit.jsonl", 100 * DAY);
+    place.clean(|rules| rules.logs_max = Some(0));
+    place.clean(|rules| rules.audit_age = Some(101 * DAY));
+    assert!(aside.exists());
+    place.clean(|rules| rules.audit_age = Some(90 * DAY));
+    assert!(!aside.exists() && current.exists());
 }
 
 #[test]

@@ -232,6 +232,16 @@ impl JobNetworks {
             .await?)
     }
 
+    /// Takes the values of a run's secrets out of a text.
+    pub(crate) fn blot(&self, run: RunId, text: String) -> String {
+        let Some(found) = self.registrations.of_run(run) else {
+            return text;
+        };
+        found.secrets.iter().fold(text, |text, secret| {
+            text.replace(secret.value().expose(), "[secret]")
+        })
+    }
+
     /// What a running job may reach; nothing where it has no network.
     pub(crate) fn policy(&self, run: RunId) -> Option<Arc<Policy>> {
         self.registrations.of_run(run).map(|found| found.policy)
