@@ -26,6 +26,7 @@ mod resource_budget;
 mod run_log;
 mod status;
 mod terminal;
+mod vms;
 
 use std::process::ExitCode;
 

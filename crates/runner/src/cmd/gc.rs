@@ -98,15 +98,15 @@ fn slots(collector: &mut Collector<'_>, dry_run: bool) -> Result<(), CliError> {
             collector.failed(Kind::Slot, &error);
         }
         let left = host::slot::orphaned_slots(&run_dir).unwrap_or_default();
-        for slot in &left {
+        for slot in left.keys() {
             let error = format!("slot {} cannot be cleaned; see `runner doctor`", slot.0);
             collector.failed(Kind::Slot, &error);
         }
-        let gone = orphans.iter().filter(|slot| !left.contains(slot));
+        let gone = orphans.keys().filter(|slot| !left.contains_key(slot));
         collector.reclaimed(gone.map(|slot| slot.0.to_string()));
         return Ok(());
     }
-    collector.reclaimed(orphans.iter().map(|slot| slot.0.to_string()));
+    collector.reclaimed(orphans.keys().map(|slot| slot.0.to_string()));
     Ok(())
 }
 

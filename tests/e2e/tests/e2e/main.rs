@@ -1,5 +1,6 @@
 //! The promises of the runner, kept by real microVMs. One binary: it links once.
 
+mod anomalies;
 mod audit;
 mod bad_jobs;
 mod budget;
