@@ -4,6 +4,7 @@
 //! value that makes no sense. An unknown key is refused, with its path: a misspelt limit must not be ignored.
 
 mod gc;
+mod metrics;
 mod render;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use crate::names::{GroupName, ImageHash, ProfileName, RunnerName};
 use crate::profile::{Flavour, Profile};
 
 pub(crate) use gc::{GcConfig, LOGS_DAYS, days};
+pub(crate) use metrics::MetricsConfig;
 pub(crate) use render::Rendered;
 
 /// The whole file.
@@ -38,6 +40,9 @@ pub(crate) struct Config {
     /// What the daemon removes by itself.
     #[serde(default)]
     pub(crate) gc: GcConfig,
+    /// Figures for Prometheus.
+    #[serde(default)]
+    pub(crate) metrics: MetricsConfig,
     /// Which engine runs the VMs.
     #[serde(default)]
     pub(crate) engine: EngineChoice,

@@ -15,6 +15,7 @@ mod executor;
 mod gc;
 mod home;
 mod image;
+mod metrics;
 mod names;
 mod network;
 mod pool;

@@ -205,6 +205,7 @@ fn configure(
             ..NetworkConfig::default()
         },
         gc: Default::default(),
+        metrics: Default::default(),
         engine: args.engine,
         stop_timeout_secs: args.stop_timeout_secs.unwrap_or(config::STOP_TIMEOUT_SECS),
         job_timeout_secs: args.job_timeout_secs.unwrap_or(config::JOB_TIMEOUT_SECS),

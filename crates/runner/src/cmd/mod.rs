@@ -16,4 +16,5 @@ mod parse;
 pub(crate) mod policy;
 pub(crate) mod setup;
 pub(crate) mod start;
+pub(crate) mod top;
 pub(crate) mod version;

@@ -26,6 +26,7 @@ use crate::executor::Setting;
 use crate::gc;
 use crate::home::{Home, HomeError, rel};
 use crate::image::{InUse, Store};
+use crate::metrics::{self, Metrics};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
 use crate::provider::ProviderEvent;
@@ -55,6 +56,19 @@ pub(crate) struct Args {
     /// Set a variable of the runner's own environment; USE_MOCK_CLAUDE=true makes jobs run the mock agent
     #[arg(long, value_name = "NAME=VALUE", value_parser = crate::cmd::parse::variable)]
     env: Vec<(String, String)>,
+    /// How the daemon's own log is written
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogFormat,
+}
+
+/// How a log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    /// A line of text.
+    #[default]
+    Text,
+    /// A JSON object on each line.
+    Json,
 }
 
 /// Runs it.
@@ -95,7 +109,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let images = hold_images(&home, &config)?;
     home.become_owner()?;
     let lock = only_one(&home, &config.name)?;
-    log_to_file(&home, &config.name)?;
+    log_to_file(&home, &config.name, args.log_format)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -139,7 +153,7 @@ fn only_one(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
 /// Held by the one daemon of a runner.
 const LOCK: &str = "runner.lock";
 
-fn log_to_file(home: &Home, name: &RunnerName) -> Result<(), CliError> {
+fn log_to_file(home: &Home, name: &RunnerName, format: LogFormat) -> Result<(), CliError> {
     home.logs()?;
     let path = rel::runner_log(name);
     if let Some(meta) = home.dir().metadata(&path)?
@@ -153,11 +167,14 @@ fn log_to_file(home: &Home, name: &RunnerName) -> Result<(), CliError> {
         .open_file(&path, Access::Append { mode: 0o600 })?;
     let filter =
         EnvFilter::try_from_env("VM0_RUNNER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
-        .with_writer(io::stderr.and(Arc::new(file)))
-        .try_init();
+        .with_writer(io::stderr.and(Arc::new(file)));
+    let _ = match format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
     Ok(())
 }
 
@@ -275,6 +292,15 @@ impl Starting {
             Some(pool),
         );
         networks.proxy().ready().await?;
+        let metrics = Arc::new(Metrics::new(Some(networks.traffic()), crate::cli::VERSION));
+        metrics.reclaimed(orphans);
+        let listener = match config.metrics.listen {
+            None => None,
+            Some(address) => Some(metrics::bind(address).await.map_err(|error| {
+                CliError::failed(format_args!("cannot listen on {address}: {error}"))
+                    .with_hint("change metrics.listen in runner.yaml")
+            })?),
+        };
 
         let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
         daemon::watch_signals(&mailbox)?;
@@ -310,12 +336,13 @@ impl Starting {
             networks: Some(networks),
             restores: Arc::new(Semaphore::new(cpus)),
         };
+        let cleaned = Arc::clone(&metrics);
         let cleaning = tokio::spawn(gc::daemon::look_after(
             Arc::clone(&home),
             config.gc,
             launcher,
             images,
-            |_| {},
+            move |report| cleaned.cleaned(report),
         ));
         let socket = instance_dir.bind_socket("control.sock", 0o600)?;
         let owner = home.owner().uid;
@@ -334,6 +361,7 @@ impl Starting {
             templates,
             budget,
             provider: provider.clone(),
+            metrics: Arc::clone(&metrics),
             setting,
             mailbox,
             inbox,
@@ -354,6 +382,11 @@ impl Starting {
                 writer
             },
             |lookup| {
+                if let Some(listener) = listener {
+                    let lookup = Arc::clone(&lookup);
+                    let text = move || metrics.text(&lookup.snapshot()?).ok();
+                    tokio::spawn(metrics::serve(listener, text));
+                }
                 tokio::spawn(async move {
                     if let Err(error) = server::serve(socket, owner, lookup, audit).await {
                         tracing::error!(%error, "the control socket is gone");

@@ -60,6 +60,9 @@ impl Display for Rendered<'_> {
              \x20 logs_max_mb: {}\n\
              \x20 # Days that the audit log reaches back.\n\
              \x20 audit_days: {}\n\n\
+             # Figures for Prometheus, such as 127.0.0.1:9464; null: none. Whoever reaches the address may read them.\n\
+             metrics:\n\
+             \x20 listen: {}\n\n\
              # auto (the fastest that is proved to work on this host), qemu or firecracker.\n\
              engine: {}\n\n\
              # How long a stopping runner lets jobs finish before it cancels them, seconds.\n\
@@ -82,6 +85,7 @@ impl Display for Rendered<'_> {
             config.gc.logs_days,
             config.gc.logs_max_mb,
             config.gc.audit_days,
+            json(&config.metrics.listen),
             config.engine.name(),
             config.stop_timeout_secs,
             config.job_timeout_secs,

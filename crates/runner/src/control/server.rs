@@ -35,6 +35,7 @@ use super::protocol::{
 use super::sessions::Sessions;
 use crate::audit::{Action, Audit, Entry, Outcome, Who};
 use crate::names::RunId;
+use crate::status::Status;
 
 /// A peer that connects and says nothing is dropped after this.
 const FIRST_FRAME_LIMIT: Duration = Duration::from_secs(10);
@@ -54,6 +55,8 @@ pub(crate) trait RunLookup: Send + Sync + 'static {
     async fn cancel(&self, run: RunId) -> Result<(), Failure>;
     /// Takes the values of a run's secrets out of a text.
     fn blot(&self, run: RunId, text: String) -> String;
+    /// What `status.json` says now, for who reads it here; nothing before there is a status.
+    fn snapshot(&self) -> Option<Status>;
     /// What `status.json` says now.
     async fn status(&self) -> String;
     /// What a run may reach, in canonical form.

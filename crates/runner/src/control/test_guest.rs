@@ -275,6 +275,9 @@ impl RunLookup for Lookup {
     async fn runs(&self) -> Vec<RunInfo> {
         vec![self.info.clone()]
     }
+    fn snapshot(&self) -> Option<crate::status::Status> {
+        None
+    }
     fn blot(&self, _: RunId, text: String) -> String {
         text.replace("s3cret", "[secret]")
     }

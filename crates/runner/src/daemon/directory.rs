@@ -142,6 +142,10 @@ impl RunLookup for Directory {
         Ok(())
     }
 
+    fn snapshot(&self) -> Option<Status> {
+        self.lock().status.clone()
+    }
+
     fn blot(&self, run: RunId, text: String) -> String {
         match &self.networks {
             Some(networks) => networks.blot(run, text),

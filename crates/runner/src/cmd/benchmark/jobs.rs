@@ -95,6 +95,7 @@ impl Jobs {
                 ..SandboxConfig::default()
             },
             network: Default::default(),
+            metrics: Default::default(),
             gc: GcConfig {
                 interval_secs: 0,
                 ..GcConfig::default()
