@@ -42,9 +42,7 @@ pub fn held_slots(run_dir: impl AsRef<Path>) -> Result<Vec<HeldSlot>, FsError> {
 
 /// The slots that dead launchers left on this host, with what they said of themselves; none where no runner has run yet.
 /// Root only.
-pub fn orphaned_slots(
-    run_dir: impl AsRef<Path>,
-) -> Result<BTreeMap<SlotId, SlotRecord>, FsError> {
+pub fn orphaned_slots(run_dir: impl AsRef<Path>) -> Result<BTreeMap<SlotId, SlotRecord>, FsError> {
     match Dir::open(run_dir.as_ref()) {
         Err(e) if e.is_not_found() => return Ok(BTreeMap::new()),
         other => drop(other?),
