@@ -65,8 +65,14 @@ enum Command {
     Logs(cmd::logs::Args),
     /// Show or change what a running job may reach
     Policy(cmd::policy::Args),
+    /// Watch what runs, in a terminal
+    Top(cmd::top::Args),
+    /// Show who did what to running jobs
+    Audit(cmd::audit::Args),
     /// Cancel a running job
     Kill(cmd::kill::Args),
+    /// Remove what nobody needs any more: images, logs, leftovers
+    Gc(cmd::gc::Args),
     /// Check every prerequisite of this host
     Doctor(cmd::doctor::Args),
     /// Measure this host and engine
@@ -113,7 +119,10 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode, CliError> {
         Command::Cp(args) => cmd::cp::run(args, context),
         Command::Logs(args) => cmd::logs::run(args, context),
         Command::Policy(args) => cmd::policy::run(args, context),
+        Command::Top(args) => cmd::top::run(args, context),
+        Command::Audit(args) => cmd::audit::run(args, context),
         Command::Kill(args) => cmd::kill::run(args, context),
+        Command::Gc(args) => cmd::gc::run(args, context),
         Command::Doctor(args) => cmd::doctor::run(args, context),
         Command::Benchmark(args) => cmd::benchmark::run(args, context),
         Command::Completion(args) => cmd::completion::run(args, context),
@@ -129,6 +138,43 @@ pub(crate) fn command() -> clap::Command {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What stands behind the mark in docs/commands.md: the help of every command, as it is printed.
+    fn reference() -> String {
+        fn each(command: &mut clap::Command, name: &str, text: &mut String) {
+            let help = command.clone().term_width(110).render_long_help();
+            let help = help.to_string();
+            let lines: Vec<&str> = help.trim_end().lines().map(str::trim_end).collect();
+            let lines = lines.join("\n");
+            text.push_str(&format!("\n### {name}\n\n```text\n{lines}\n```\n"));
+            for inner in command.get_subcommands_mut() {
+                let name = format!("{name} {}", inner.get_name());
+                each(inner, &name, text);
+            }
+        }
+        let mut command = command();
+        command.build();
+        let mut text = String::new();
+        each(&mut command, "runner", &mut text);
+        text
+    }
+
+    #[test]
+    fn the_reference_in_the_documentation_is_the_help_that_is_printed() {
+        const MARK: &str = "<!-- From here on generated from --help; VM0_UPDATE_DOCS=1 cargo test -p runner reference -->\n";
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/commands.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let (before, found) = text.split_once(MARK).unwrap();
+        let wanted = reference();
+        if std::env::var_os("VM0_UPDATE_DOCS").is_some() {
+            std::fs::write(path, format!("{before}{MARK}{wanted}")).unwrap();
+        } else {
+            assert!(
+                found == wanted,
+                "write it anew: VM0_UPDATE_DOCS=1 cargo test -p runner reference"
+            );
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent_and_every_command_has_examples() {

@@ -3,6 +3,8 @@
 //! Everything is validated here, before anything is opened or started, so the rest of the runner never meets a
 //! value that makes no sense. An unknown key is refused, with its path: a misspelt limit must not be ignored.
 
+mod gc;
+mod metrics;
 mod render;
 
 use std::collections::BTreeMap;
@@ -15,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use crate::names::{GroupName, ImageHash, ProfileName, RunnerName};
 use crate::profile::{Flavour, Profile};
 
+pub(crate) use gc::{GcConfig, LOGS_DAYS, days};
+pub(crate) use metrics::MetricsConfig;
 pub(crate) use render::Rendered;
 
 /// The whole file.
@@ -33,6 +37,12 @@ pub(crate) struct Config {
     /// What jobs reach, and through what.
     #[serde(default)]
     pub(crate) network: NetworkConfig,
+    /// What the daemon removes by itself.
+    #[serde(default)]
+    pub(crate) gc: GcConfig,
+    /// Figures for Prometheus.
+    #[serde(default)]
+    pub(crate) metrics: MetricsConfig,
     /// Which engine runs the VMs.
     #[serde(default)]
     pub(crate) engine: EngineChoice,
@@ -282,7 +292,10 @@ impl Config {
                 0..=MAX_SECS,
             ),
             ("log_max_mb", self.log_max_mb, 1..=1 << 20),
-        ] {
+        ]
+        .into_iter()
+        .chain(self.gc.bounds())
+        {
             if !range.contains(&value) {
                 return refuse(
                     key.to_owned(),

@@ -26,6 +26,11 @@ impl Context {
         Ok(home::resolve(self.home.as_deref())?)
     }
 
+    /// The home as the user named it, for commands that start this program again.
+    pub(crate) fn named_home(&self) -> Option<&std::path::Path> {
+        self.home.as_deref()
+    }
+
     /// Opens the home, creating it when it is missing.
     pub(crate) fn home(&self) -> Result<Home, CliError> {
         Ok(Home::open_or_create(&self.home_path()?)?)

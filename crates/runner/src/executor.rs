@@ -90,6 +90,8 @@ pub(crate) struct Ended {
     pub(crate) result: JobResult,
     /// Whether the VM is fit for the session's next job.
     pub(crate) reusable: bool,
+    /// It is the runner's failure and not the agent's.
+    pub(crate) fault: bool,
 }
 
 /// A claimed job, and what it runs in.
@@ -382,6 +384,7 @@ fn judge(run: RunId, report: &ExitReport, limit: Duration, last_line: &str) -> E
             return Ended {
                 result: JobResult::exited(run, 0),
                 reusable: true,
+                fault: false,
             };
         }
         ExitStatus::Exited(code) => code,
@@ -412,6 +415,7 @@ fn judge(run: RunId, report: &ExitReport, limit: Duration, last_line: &str) -> E
         result: JobResult::failed(run, code, &why.join("; ")),
         // A failed job's VM may be in any state: full disk, half-written files.
         reusable: false,
+        fault: false,
     }
 }
 
@@ -435,6 +439,8 @@ async fn explain(sandbox: &Sandbox, error: SandboxError) -> String {
 impl Ended {
     fn failed(result: JobResult) -> Self {
         Self {
+            // Cancelled jobs and those whose time ran out have another.
+            fault: result.exit_code == 1,
             result,
             reusable: false,
         }

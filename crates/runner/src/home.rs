@@ -66,6 +66,18 @@ pub(crate) enum HomeError {
 }
 
 impl HomeError {
+    /// For who reports errors of the file system only.
+    pub(crate) fn into_fs(self) -> FsError {
+        match self {
+            Self::Fs(error) => error,
+            other => FsError::Io {
+                path: PathBuf::from(rel::LOGS),
+                action: "opened",
+                source: std::io::Error::other(other.to_string()),
+            },
+        }
+    }
+
     /// What to do about it.
     pub(crate) fn hint(&self) -> Option<String> {
         match self {

@@ -3,6 +3,7 @@
 //! `main` parses the command line and dispatches; it starts no thread and no async runtime, because `start` and
 //! `build` must fork the launcher while the process is still single-threaded. Commands start their own.
 
+mod audit;
 mod cli;
 mod cmd;
 mod config;
@@ -12,8 +13,10 @@ mod daemon;
 mod engine;
 mod executor;
 mod firecracker;
+mod gc;
 mod home;
 mod image;
+mod metrics;
 mod names;
 mod network;
 mod pool;
@@ -25,6 +28,7 @@ mod resource_budget;
 mod run_log;
 mod status;
 mod terminal;
+mod vms;
 
 use std::process::ExitCode;
 

@@ -97,6 +97,24 @@ pub(crate) struct WarmPool {
     pub(crate) last_error: Option<String>,
 }
 
+/// One run that has ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RecentRun {
+    /// Which.
+    pub(crate) run_id: RunId,
+    /// Its profile.
+    pub(crate) profile: ProfileName,
+    /// The result's exit code.
+    pub(crate) exit_code: i32,
+    /// Why it ended, where it was not the agent's own end; shortened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+    /// When it ended.
+    pub(crate) ended_at: Time,
+    /// From its claim to its end, seconds.
+    pub(crate) took_secs: u64,
+}
+
 /// One process of the proxy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ProxyWorker {
@@ -239,6 +257,9 @@ pub(crate) struct Status {
     /// The proxy's workers.
     #[serde(default)]
     pub(crate) proxy: Vec<ProxyWorker>,
+    /// Runs that ended last, the newest first.
+    #[serde(default)]
+    pub(crate) recent: Vec<RecentRun>,
     /// When this process started.
     pub(crate) started_at: Time,
     /// When this was true.
@@ -360,6 +381,7 @@ mod tests {
                 total: Resources::default(),
             },
             proxy: Vec::new(),
+            recent: Vec::new(),
             started_at: Time(Timestamp::UNIX_EPOCH),
             updated_at: Time(Timestamp::UNIX_EPOCH),
         }

@@ -292,6 +292,11 @@ impl Host {
         found
     }
 
+    /// The uid of slot 0.
+    pub fn first_uid(&self) -> u32 {
+        self.range.uids.start
+    }
+
     /// The processes of VMs.
     pub fn vms(&self) -> Vec<Proc> {
         processes_of_uids(&self.range.uids)

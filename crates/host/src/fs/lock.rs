@@ -106,15 +106,24 @@ impl Dir {
         }
     }
 
-    /// Whether anybody holds the existing file `rel` locked, without disturbing the holder longer than one system
+    /// Whether anybody holds the existing file `rel` locked, shared or not, without disturbing others longer than one
+    /// system call: an exclusive lock is tried and dropped at once. False if the file is not there.
+    pub fn is_held(&self, rel: impl AsRef<Path>) -> Result<bool, FsError> {
+        self.probe(rel.as_ref(), FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// Whether anybody holds the existing file `rel` locked exclusively, without disturbing the holder longer than one system
     /// call: a shared lock is tried and dropped at once. False if the file is not there.
     pub fn is_locked(&self, rel: impl AsRef<Path>) -> Result<bool, FsError> {
-        let rel = rel.as_ref();
+        self.probe(rel.as_ref(), FlockOperation::NonBlockingLockShared)
+    }
+
+    fn probe(&self, rel: &Path, operation: FlockOperation) -> Result<bool, FsError> {
         let file = match self.open_file(rel, Access::Read) {
             Err(e) if e.is_not_found() => return Ok(false),
             other => other?,
         };
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+        match rustix::fs::flock(&file, operation) {
             Ok(()) => Ok(false),
             Err(Errno::WOULDBLOCK) => Ok(true),
             Err(e) => Err(FsError::io(&self.display_path(rel), "locked", e)),

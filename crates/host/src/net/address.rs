@@ -110,7 +110,7 @@ impl HubNumber {
     }
 
     /// The hub whose table has this name.
-    pub(crate) fn of_table(name: &str) -> Option<HubNumber> {
+    pub fn of_table(name: &str) -> Option<HubNumber> {
         let number = name.strip_prefix("vm0_hub")?;
         let parsed = HubNumber(number.parse().ok()?);
         // Nobody else's that merely looks alike.

@@ -9,7 +9,7 @@ mod admission;
 mod store;
 
 pub use admission::admit;
-pub use store::{CHANGES_FILE, HeldSlot, held_slots};
+pub use store::{CHANGES_FILE, HeldSlot, held_slots, orphaned_slots};
 pub(crate) use store::{Holding, SlotStore, StoreError};
 
 use serde::{Deserialize, Serialize};

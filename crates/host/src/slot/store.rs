@@ -40,6 +40,23 @@ pub fn held_slots(run_dir: impl AsRef<Path>) -> Result<Vec<HeldSlot>, FsError> {
     Ok(held)
 }
 
+/// The slots that dead launchers left on this host, with what they said of themselves; none where no runner has run yet.
+/// Root only.
+pub fn orphaned_slots(run_dir: impl AsRef<Path>) -> Result<BTreeMap<SlotId, SlotRecord>, FsError> {
+    match Dir::open(run_dir.as_ref()) {
+        Err(e) if e.is_not_found() => return Ok(BTreeMap::new()),
+        other => drop(other?),
+    }
+    let store = SlotStore::open(run_dir.as_ref())?;
+    let _host = store.host_lock()?;
+    let left = store.survey(&BTreeMap::new())?.left.into_iter();
+    let described = left.map(|slot| {
+        let file = store.slots.open_file(slot.0.to_string(), Access::Read)?;
+        Ok((slot, read_record(&file)))
+    });
+    described.collect()
+}
+
 fn published(dir: &Dir) -> Result<Vec<HeldSlot>, FsError> {
     match dir.read_bounded(CHANGES_FILE, MAX_LIST) {
         // A list that cannot be read is rewritten with the next change.

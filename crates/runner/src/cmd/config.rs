@@ -206,6 +206,8 @@ fn configure(
                 .map_err(|error| CliError::usage(format_args!("--internal-allow: {error}")))?,
             ..NetworkConfig::default()
         },
+        gc: Default::default(),
+        metrics: Default::default(),
         engine: args.engine,
         stop_timeout_secs: args.stop_timeout_secs.unwrap_or(config::STOP_TIMEOUT_SECS),
         job_timeout_secs: args.job_timeout_secs.unwrap_or(config::JOB_TIMEOUT_SECS),

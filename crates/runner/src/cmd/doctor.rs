@@ -1,9 +1,13 @@
-//! Checks every prerequisite of this host, and says which command fixes what is missing.
+//! Checks every prerequisite of this host and what is going on on it, and says which command fixes what is wrong.
 
+mod anomalies;
 mod checks;
 mod engines;
+mod hints;
+mod mend;
 mod network;
 mod production;
+mod scene;
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -13,17 +17,21 @@ use std::process::ExitCode;
 use sandbox_qemu::Kvm;
 use serde::Serialize;
 
+use anomalies::Shown;
+
 use crate::cmd::setup;
 use crate::config::EngineChoice;
 use crate::context::{CliError, Context};
+use crate::names::RunnerName;
 use crate::profile::ProfileSpec;
 
 /// Command line.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  runner doctor\n  sudo runner doctor --profile vm0/default --json\n  \
+    after_help = "Examples:\n  runner doctor\n  sudo runner doctor --profile vm0/default --json\n  sudo runner doctor --fix\n  \
     sudo runner doctor --engine firecracker --production\n\n\
-    PASS is good, WARN works with less than it could, FAIL must be fixed. Exits with 1 if anything is FAIL."
+    PASS is good, WARN works with less than it could, FAIL must be fixed. Exits with 1 if anything is FAIL.\n\
+    What is wrong with what runs is looked at again for three seconds, and told if it is still so."
 )]
 pub(crate) struct Args {
     /// The profile that is to run here
@@ -39,6 +47,12 @@ pub(crate) struct Args {
     /// Also check what a host in production needs; done in any case where KVM has hardware support
     #[arg(long)]
     production: bool,
+    /// Of the runners, look at this one only
+    #[arg(long, value_name = "NAME")]
+    name: Option<RunnerName>,
+    /// Clean up what dead runners left: slots, processes, tables (needs root)
+    #[arg(long)]
+    fix: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -137,6 +151,13 @@ struct Report {
     /// Nothing is FAIL.
     ok: bool,
     checks: Vec<Line>,
+    /// What runs.
+    runners: Vec<Shown>,
+    /// What is wrong with it, or was until `--fix`.
+    anomalies: Vec<Line>,
+    /// What `--fix` did.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    fixed: Vec<String>,
 }
 
 /// Runs it.
@@ -159,11 +180,29 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             outcome: (check.run)(&subject),
         })
         .collect();
+    let (mut runners, mut anomalies, mut fixed) = (Vec::new(), Vec::new(), Vec::new());
+    // A home that is missing or refused has its own line above.
+    if subject.home.exists()
+        && let Ok(home) = context.home()
+    {
+        let (mut found, mut scene) = anomalies::persisting(&home, args.name.as_ref());
+        if args.fix && !found.is_empty() {
+            fixed = mend::mend(&found)?;
+            (found, scene) = anomalies::persisting(&home, args.name.as_ref());
+        }
+        runners = anomalies::shown(&scene);
+        anomalies.extend(found.into_iter().map(Line::from));
+        anomalies.extend(hints::look(&home));
+    }
     let report = Report {
         ok: checks
             .iter()
+            .chain(&anomalies)
             .all(|line| line.outcome.status != Status::Fail),
         checks,
+        runners,
+        anomalies,
+        fixed,
     };
     if args.json {
         context.print_json(&report)?;
@@ -188,14 +227,9 @@ struct Table<'a> {
 
 impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let width = self
-            .report
-            .checks
-            .iter()
-            .map(|line| line.name.len())
-            .max()
-            .unwrap_or(0);
-        for Line { name, outcome } in &self.report.checks {
+        let lines = || self.report.checks.iter().chain(&self.report.anomalies);
+        let width = lines().map(|line| line.name.len()).max().unwrap_or(0);
+        for Line { name, outcome } in lines() {
             let (on, off) = match (self.colour, outcome.status) {
                 (false, _) => ("", ""),
                 (true, Status::Pass) => ("\x1b[32m", "\x1b[0m"),
@@ -209,6 +243,29 @@ impl fmt::Display for Table<'_> {
             )?;
             if let Some(fix) = &outcome.fix {
                 writeln!(f, "      {:width$}  → {fix}", "")?;
+            }
+        }
+        for fixed in &self.report.fixed {
+            writeln!(f, "FIXED {fixed}")?;
+        }
+        for Shown {
+            name,
+            mode,
+            pid,
+            vms,
+        } in &self.report.runners
+        {
+            let pid = pid.map(|pid| format!(", pid {pid}")).unwrap_or_default();
+            writeln!(f, "\nrunner {name}: {mode}{pid}")?;
+            for vm in vms {
+                write!(f, "  {}  {:9}  slot {}", vm.run_id, vm.phase, vm.slot)?;
+                if let (Some(address), Some(port)) = (&vm.address, vm.proxy_port) {
+                    write!(f, "  {address} → proxy port {port}")?;
+                }
+                if let Some(redirect) = vm.redirect {
+                    write!(f, " (redirected to {redirect})")?;
+                }
+                writeln!(f)?;
             }
         }
         Ok(())
@@ -233,6 +290,9 @@ mod tests {
                     outcome: Outcome::fail("missing", "sudo runner setup"),
                 },
             ],
+            runners: Vec::new(),
+            anomalies: Vec::new(),
+            fixed: Vec::new(),
         };
         assert_eq!(
             Table {

@@ -1,5 +1,6 @@
 //! One file a command. Each has an `Args` struct for the command line and `run(args, &Context)`.
 
+pub(crate) mod audit;
 pub(crate) mod benchmark;
 pub(crate) mod build;
 pub(crate) mod completion;
@@ -7,6 +8,7 @@ pub(crate) mod config;
 pub(crate) mod cp;
 pub(crate) mod doctor;
 pub(crate) mod exec;
+pub(crate) mod gc;
 pub(crate) mod kill;
 pub(crate) mod local;
 pub(crate) mod logs;
@@ -14,4 +16,5 @@ mod parse;
 pub(crate) mod policy;
 pub(crate) mod setup;
 pub(crate) mod start;
+pub(crate) mod top;
 pub(crate) mod version;

@@ -16,16 +16,20 @@ use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::MakeWriterExt;
 
+use crate::audit::{Action, Audit, Outcome, Who};
 use crate::config::{self, Config, EngineChoice};
 use crate::context::{CliError, Context};
 use crate::control::server;
 use crate::daemon::{self, Identity, Inbox, Mailbox, Parts};
 use crate::engine;
 use crate::executor::Setting;
-use crate::home::{Home, rel};
-use crate::image::Store;
+use crate::gc;
+use crate::home::{Home, HomeError, rel};
+use crate::image::{InUse, Store};
+use crate::metrics::{self, Metrics};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
+use crate::provider::ProviderEvent;
 use crate::provider::local::LocalProvider;
 use crate::proxy::{Authority, ProxyConfig, install};
 use crate::queue::LiveRunner;
@@ -55,6 +59,19 @@ pub(crate) struct Args {
     /// Set a variable of the runner's own environment; USE_MOCK_CLAUDE=true makes jobs run the mock agent
     #[arg(long, value_name = "NAME=VALUE", value_parser = crate::cmd::parse::variable)]
     env: Vec<(String, String)>,
+    /// How the daemon's own log is written
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogFormat,
+}
+
+/// How a log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    /// A line of text.
+    #[default]
+    Text,
+    /// A JSON object on each line.
+    Json,
 }
 
 /// Runs it.
@@ -80,7 +97,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     if let Some(engine) = args.engine {
         config.engine = engine;
     }
-    let home = context.home()?;
+    let home = Arc::new(context.home()?);
     let proxy = proxy_parts(&home, &config)?;
     let instance = RunId::random().to_string();
     let launcher = LauncherConfig::from_env(instance.clone())?;
@@ -88,9 +105,11 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     // Before any thread, and before anything is open that the launcher should not hold.
     let forked = ForkedLauncher::fork(launcher)?;
     host::process::come_before_vms();
+    // Still as root, who may have made the locks.
+    let images = hold_images(&home, &config)?;
     home.become_owner()?;
     let lock = only_one(&home, &config.name)?;
-    log_to_file(&home, &config.name)?;
+    log_to_file(&home, &config.name, args.log_format)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -99,11 +118,12 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         let launcher = forked.attach()?;
         let starting = Starting {
             config,
-            home: Arc::new(home),
+            home,
             instance,
             launcher: launcher.clone(),
             run_dir,
             proxy,
+            images,
         };
         let result = starting.run().await;
         // Whatever is left of our VMs goes now.
@@ -133,7 +153,7 @@ fn only_one(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
 /// Held by the one daemon of a runner.
 const LOCK: &str = "runner.lock";
 
-fn log_to_file(home: &Home, name: &RunnerName) -> Result<(), CliError> {
+fn log_to_file(home: &Home, name: &RunnerName, format: LogFormat) -> Result<(), CliError> {
     home.logs()?;
     let path = rel::runner_log(name);
     if let Some(meta) = home.dir().metadata(&path)?
@@ -147,11 +167,14 @@ fn log_to_file(home: &Home, name: &RunnerName) -> Result<(), CliError> {
         .open_file(&path, Access::Append { mode: 0o600 })?;
     let filter =
         EnvFilter::try_from_env("VM0_RUNNER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
-        .with_writer(io::stderr.and(Arc::new(file)))
-        .try_init();
+        .with_writer(io::stderr.and(Arc::new(file)));
+    let _ = match format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
     Ok(())
 }
 
@@ -195,6 +218,7 @@ struct Starting {
     launcher: Launcher,
     run_dir: PathBuf,
     proxy: ProxyConfig,
+    images: Vec<InUse>,
 }
 
 impl Starting {
@@ -206,6 +230,7 @@ impl Starting {
             launcher,
             run_dir,
             proxy,
+            images,
         } = self;
         tracing::info!(
             runner = %config.name, group = %config.group, instance, pid = std::process::id(),
@@ -267,18 +292,36 @@ impl Starting {
             Some(pool),
         );
         networks.proxy().ready().await?;
+        let metrics = Arc::new(Metrics::new(Some(networks.traffic()), crate::cli::VERSION));
+        metrics.reclaimed(orphans);
+        let listener = match config.metrics.listen {
+            None => None,
+            Some(address) => Some(metrics::bind(address).await.map_err(|error| {
+                CliError::failed(format_args!("cannot listen on {address}: {error}"))
+                    .with_hint("change metrics.listen in runner.yaml")
+            })?),
+        };
 
         let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
         daemon::watch_signals(&mailbox)?;
-        daemon::watch_host(&mailbox, launcher, run_dir);
+        daemon::watch_host(&mailbox, launcher.clone(), run_dir);
         let runner = LiveRunner {
             instance: instance.clone(),
             name: config.name.clone(),
             pid: std::process::id(),
             profiles: config.profiles.keys().cloned().collect(),
         };
-        let told = mailbox.clone();
+        let logs = Arc::clone(&home);
+        let audit = Audit::new(
+            move || logs.logs().map_err(HomeError::into_fs),
+            config.name.clone(),
+            instance.clone(),
+        );
+        let (told, noted) = (mailbox.clone(), audit.clone());
         let provider = LocalProvider::start(home.group(&config.group)?, &runner, move |event| {
+            if let ProviderEvent::Marked { run, by } = event {
+                noted.done(Who::of_uid(by), run, Action::Cancel, Outcome::ok());
+            }
             daemon::forward(&told, event);
         })?;
         let provider = Arc::new(provider);
@@ -293,6 +336,14 @@ impl Starting {
             networks: Some(networks),
             restores: Arc::new(Semaphore::new(cpus)),
         };
+        let cleaned = Arc::clone(&metrics);
+        let cleaning = tokio::spawn(gc::daemon::look_after(
+            Arc::clone(&home),
+            config.gc,
+            launcher,
+            images,
+            move |report| cleaned.cleaned(report),
+        ));
         let socket = instance_dir.bind_socket("control.sock", 0o600)?;
         let owner = home.owner().uid;
         let status_dir = instance_dir.try_clone()?;
@@ -310,6 +361,7 @@ impl Starting {
             templates,
             budget,
             provider: provider.clone(),
+            metrics: Arc::clone(&metrics),
             setting,
             mailbox,
             inbox,
@@ -330,14 +382,20 @@ impl Starting {
                 writer
             },
             |lookup| {
+                if let Some(listener) = listener {
+                    let lookup = Arc::clone(&lookup);
+                    let text = move || metrics.text(&lookup.snapshot()?).ok();
+                    tokio::spawn(metrics::serve(listener, text));
+                }
                 tokio::spawn(async move {
-                    if let Err(error) = server::serve(socket, owner, lookup).await {
+                    if let Err(error) = server::serve(socket, owner, lookup, audit).await {
                         tracing::error!(%error, "the control socket is gone");
                     }
                 });
             },
         )
         .await;
+        cleaning.abort();
         tracing::info!(code, "stopped");
         let _ = instance_dir.remove_file("control.sock");
         Ok(code)
@@ -358,6 +416,16 @@ fn sweep(instances: &Dir) {
             tracing::warn!(%error, "what a dead instance left cannot be removed");
         }
     }
+}
+
+/// Keeps `gc` and builds from what the configuration names.
+fn hold_images(home: &Arc<Home>, config: &Config) -> Result<Vec<InUse>, CliError> {
+    let store = Store::open(Arc::clone(home))?;
+    let held = config.profiles.iter().map(|(name, profile)| {
+        let held = store.hold(&profile.rootfs_hash, &profile.snapshot_hash);
+        held.map_err(|error| CliError::failed(format!("profile {name}: {error}")))
+    });
+    held.collect()
 }
 
 /// Verifies and opens the snapshot of every profile.

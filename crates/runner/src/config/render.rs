@@ -48,6 +48,21 @@ impl Display for Rendered<'_> {
              \x20 proxy_workers: {}\n\
              \x20 # Certificate authorities that the proxy trusts upstream; empty: mitmproxy's own list.\n\
              \x20 ssl_verify_upstream_trusted_ca: {}\n\n\
+             # What the runner removes by itself.\n\
+             gc:\n\
+             \x20 # Seconds between two looks; 0: never.\n\
+             \x20 interval_secs: {}\n\
+             \x20 # Days after which an image that no runner.yaml names and nobody has used goes, and what all may take, MiB; 0: no limit.\n\
+             \x20 images_days: {}\n\
+             \x20 images_max_mb: {}\n\
+             \x20 # The same for logs.\n\
+             \x20 logs_days: {}\n\
+             \x20 logs_max_mb: {}\n\
+             \x20 # Days that the audit log reaches back.\n\
+             \x20 audit_days: {}\n\n\
+             # Figures for Prometheus, such as 127.0.0.1:9464; null: none. Whoever reaches the address may read them.\n\
+             metrics:\n\
+             \x20 listen: {}\n\n\
              # auto (the fastest that is proved to work on this host), qemu or firecracker.\n\
              engine: {}\n\n\
              # How long a stopping runner lets jobs finish before it cancels them, seconds.\n\
@@ -64,6 +79,13 @@ impl Display for Rendered<'_> {
             json(&config.network.internal_allow),
             config.network.proxy_workers,
             json(&config.network.ssl_verify_upstream_trusted_ca),
+            config.gc.interval_secs,
+            config.gc.images_days,
+            config.gc.images_max_mb,
+            config.gc.logs_days,
+            config.gc.logs_max_mb,
+            config.gc.audit_days,
+            json(&config.metrics.listen),
             config.engine.name(),
             config.stop_timeout_secs,
             config.job_timeout_secs,

@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
-use guest_control::{Client, ExecSpec, FileSpec, PtySize, Session, Stream};
+use guest_control::{Client, ExecSpec, FileSpec, PtySize, Session, Stream, UserSpec};
 use policy::RuleArgument;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
@@ -33,7 +33,9 @@ use super::protocol::{
     self, CHUNK, Connection, Failure, Input, Refusal, Reply, Request, RunInfo, STDIN_WINDOW,
 };
 use super::sessions::Sessions;
+use crate::audit::{Action, Audit, Entry, Outcome, Who};
 use crate::names::RunId;
+use crate::status::Status;
 
 /// A peer that connects and says nothing is dropped after this.
 const FIRST_FRAME_LIMIT: Duration = Duration::from_secs(10);
@@ -51,6 +53,10 @@ pub(crate) trait RunLookup: Send + Sync + 'static {
     async fn client(&self, run: RunId) -> Result<Client, Failure>;
     /// Cancels a run; returns when that is decided, not when the run has ended.
     async fn cancel(&self, run: RunId) -> Result<(), Failure>;
+    /// Takes the values of a run's secrets out of a text.
+    fn blot(&self, run: RunId, text: String) -> String;
+    /// What `status.json` says now, for who reads it here; nothing before there is a status.
+    fn snapshot(&self) -> Option<Status>;
     /// What `status.json` says now.
     async fn status(&self) -> String;
     /// What a run may reach, in canonical form.
@@ -67,10 +73,12 @@ pub(crate) trait RunLookup: Send + Sync + 'static {
 /// Serves the socket until the future is dropped, which ends every connection.
 ///
 /// `listener` comes from [`host::fs::Dir::bind_socket`]; `owner` is the home's owner: nobody else but root is heard.
+/// What peers do to runs is noted in `audit`.
 pub(crate) async fn serve(
     listener: std::os::unix::net::UnixListener,
     owner: u32,
     lookup: Arc<dyn RunLookup>,
+    audit: Audit,
 ) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
@@ -89,8 +97,8 @@ pub(crate) async fn serve(
                         continue;
                     }
                 };
-                match stream.peer_cred() {
-                    Ok(peer) if peer.uid() == owner || peer.uid() == 0 => {}
+                let who = match stream.peer_cred() {
+                    Ok(peer) if peer.uid() == owner || peer.uid() == 0 => Who::of_peer(&peer),
                     Ok(peer) => {
                         tracing::warn!(uid = peer.uid(), "control connection of a stranger refused");
                         continue;
@@ -99,10 +107,12 @@ pub(crate) async fn serve(
                         tracing::warn!(%error, "control connection without credentials refused");
                         continue;
                     }
-                }
+                };
                 let handler = Handler {
                     lookup: Arc::clone(&lookup),
                     sessions: Arc::clone(&sessions),
+                    audit: audit.clone(),
+                    who,
                 };
                 connections.spawn(async move {
                     if let Err(error) = handler.run(protocol::frame(stream)).await {
@@ -117,6 +127,8 @@ pub(crate) async fn serve(
 struct Handler {
     lookup: Arc<dyn RunLookup>,
     sessions: Arc<Sessions>,
+    audit: Audit,
+    who: Who,
 }
 
 fn policy(answer: Result<String, Refusal>) -> Reply {
@@ -142,28 +154,62 @@ impl Handler {
         let reply = match request {
             Request::Runs => Reply::Runs(self.lookup.runs().await),
             Request::Status => Reply::Status(self.lookup.status().await),
-            Request::Cancel { run } => match self.lookup.cancel(run).await {
-                Ok(()) => Reply::Done,
-                Err(failure) => Reply::Failed(failure),
-            },
+            Request::Cancel { run } => {
+                let entry = self.begin(run, Action::Kill);
+                match self.lookup.cancel(run).await {
+                    Ok(()) => {
+                        entry.set(Outcome::ok());
+                        Reply::Done
+                    }
+                    Err(failure) => {
+                        entry.set(Outcome::failed(&failure.message));
+                        Reply::Failed(failure)
+                    }
+                }
+            }
             Request::Policy { run } => policy(self.lookup.policy(run).await),
             Request::ChangePolicy { run, deny, allow } => {
-                policy(self.lookup.change_policy(run, &deny, &allow).await)
+                let entry = self.begin(run, Action::policy(&deny, &allow));
+                let changed = self.lookup.change_policy(run, &deny, &allow).await;
+                entry.set(match &changed {
+                    Ok(_) => Outcome::ok(),
+                    Err(refusal) => Outcome::failed(&refusal.message),
+                });
+                policy(changed)
             }
             Request::Exec { run, spec, detach } => {
-                return self.exec(connection, run, spec, detach).await;
+                let user = match spec.user {
+                    UserSpec::Root => "root",
+                    UserSpec::User => "user",
+                };
+                let blot = |text| self.lookup.blot(run, text);
+                let action = Action::exec(&spec.argv, user, detach, blot);
+                let entry = self.begin(run, action);
+                return self.exec(connection, run, spec, detach, &entry).await;
             }
             Request::Attach { run, session, size } => {
-                return self.attach(connection, run, session, size).await;
+                let entry = self.begin(run, Action::Attach { session });
+                return self.attach(connection, run, session, size, &entry).await;
             }
             Request::ReadFile { run, path } => {
-                return self.read_file(connection, run, &path).await;
+                let shown = Action::text(&path, |text| self.lookup.blot(run, text));
+                let entry = self.begin(run, Action::CpOut { path: shown });
+                return self.read_file(connection, run, &path, &entry).await;
             }
             Request::WriteFile { run, file } => {
-                return self.write_file(connection, run, file).await;
+                let action = Action::CpIn {
+                    path: Action::text(&file.path, |text| self.lookup.blot(run, text)),
+                    mode: format!("{:o}", file.mode),
+                };
+                let entry = self.begin(run, action);
+                return self.write_file(connection, run, file, &entry).await;
             }
         };
         protocol::send(&mut connection, &reply).await
+    }
+
+    fn begin(&self, run: RunId, action: Action) -> Entry {
+        self.audit.begin(self.who.clone(), run, action)
     }
 
     async fn exec(
@@ -172,6 +218,7 @@ impl Handler {
         run: RunId,
         spec: ExecSpec,
         detach: bool,
+        entry: &Entry,
     ) -> io::Result<()> {
         let started = match self.lookup.client(run).await {
             Ok(client) => client.exec(spec).await.map_err(Failure::from),
@@ -179,7 +226,7 @@ impl Handler {
         };
         let session = match started {
             Ok(session) => session,
-            Err(failure) => return fail(&mut connection, failure).await,
+            Err(failure) => return fail(&mut connection, failure, entry).await,
         };
         let id = self.sessions.number();
         let reply = Reply::Started {
@@ -193,9 +240,11 @@ impl Handler {
         if detach {
             let active = self.lookup.runs().await;
             self.sessions.keep(id, run, session, &active);
+            entry.set(Outcome::ok());
             return protocol::send(&mut connection, &Reply::Done).await;
         }
-        self.serve_attached(connection, run, id, session).await
+        self.serve_attached(connection, run, id, session, entry)
+            .await
     }
 
     async fn attach(
@@ -204,12 +253,13 @@ impl Handler {
         run: RunId,
         id: u32,
         size: Option<PtySize>,
+        entry: &Entry,
     ) -> io::Result<()> {
         let Some(session) = self.sessions.take(id, run) else {
             let failure = Failure::new(format_args!(
                 "run {run} has no detached session {id}; it ended, or somebody is attached to it"
             ));
-            return fail(&mut connection, failure).await;
+            return fail(&mut connection, failure, entry).await;
         };
         if let Some(size) = size {
             // A process that has ended has no terminal any more; its output still is to be had.
@@ -220,7 +270,8 @@ impl Handler {
             pid: session.pid(),
         };
         protocol::send(&mut connection, &reply).await?;
-        self.serve_attached(connection, run, id, session).await
+        self.serve_attached(connection, run, id, session, entry)
+            .await
     }
 
     async fn serve_attached(
@@ -229,10 +280,12 @@ impl Handler {
         run: RunId,
         id: u32,
         session: Session,
+        entry: &Entry,
     ) -> io::Result<()> {
-        match attached(connection, &session).await {
+        match attached(connection, &session, entry).await {
             Ok(End::Exited) => Ok(()),
             Ok(End::Detached) => {
+                entry.set(Outcome::ok());
                 let active = self.lookup.runs().await;
                 self.sessions.keep(id, run, session, &active);
                 Ok(())
@@ -253,10 +306,11 @@ impl Handler {
         mut connection: Connection,
         run: RunId,
         path: &str,
+        entry: &Entry,
     ) -> io::Result<()> {
         let client = match self.lookup.client(run).await {
             Ok(client) => client,
-            Err(failure) => return fail(&mut connection, failure).await,
+            Err(failure) => return fail(&mut connection, failure, entry).await,
         };
         let (sink, mut source) = tokio::io::duplex(CHUNK);
         let forward = async {
@@ -274,8 +328,11 @@ impl Handler {
         let read = async { Ok::<_, io::Error>(client.read_file(path, sink).await) };
         let (read, ()) = tokio::try_join!(read, forward)?;
         match read {
-            Ok(_) => protocol::send(&mut connection, &Reply::Done).await,
-            Err(error) => fail(&mut connection, error.into()).await,
+            Ok(_) => {
+                entry.set(Outcome::ok());
+                protocol::send(&mut connection, &Reply::Done).await
+            }
+            Err(error) => fail(&mut connection, error.into(), entry).await,
         }
     }
 
@@ -284,10 +341,11 @@ impl Handler {
         mut connection: Connection,
         run: RunId,
         file: FileSpec,
+        entry: &Entry,
     ) -> io::Result<()> {
         let client = match self.lookup.client(run).await {
             Ok(client) => client,
-            Err(failure) => return fail(&mut connection, failure).await,
+            Err(failure) => return fail(&mut connection, failure, entry).await,
         };
         // The source fails, rather than ends, when the peer goes away: then the guest's file must not appear.
         let (mut sink, source) = tokio::io::duplex(CHUNK);
@@ -311,21 +369,24 @@ impl Handler {
         let (written, received) = tokio::join!(client.write_file(file, source), receive);
         received?;
         match written {
-            Ok(_) => protocol::send(&mut connection, &Reply::Done).await,
-            Err(error) => fail(&mut connection, error.into()).await,
+            Ok(_) => {
+                entry.set(Outcome::ok());
+                protocol::send(&mut connection, &Reply::Done).await
+            }
+            Err(error) => fail(&mut connection, error.into(), entry).await,
         }
     }
 }
 
 /// Serves a client that is attached to a session until one of the three ends.
-async fn attached(connection: Connection, session: &Session) -> io::Result<End> {
+async fn attached(connection: Connection, session: &Session, entry: &Entry) -> io::Result<End> {
     let (sink, stream) = connection.split();
     // The window bounds what is queued, so the channels need no bound of their own.
     let outstanding = AtomicUsize::new(0);
     let (stdin, queued) = mpsc::unbounded_channel();
     let (taken, confirmed) = mpsc::unbounded_channel();
     tokio::select! {
-        end = forward_output(session, sink, confirmed) => end,
+        end = forward_output(session, sink, confirmed, entry) => end,
         end = accept_input(session, stream, stdin, &outstanding) => end,
         never = feed_stdin(session, queued, &taken, &outstanding) => match never {},
     }
@@ -335,6 +396,7 @@ async fn forward_output(
     session: &Session,
     mut sink: SplitSink<Connection, Bytes>,
     mut confirmed: mpsc::UnboundedReceiver<usize>,
+    entry: &Entry,
 ) -> io::Result<End> {
     let mut output = session.attach(0, true);
     let mut expected = 0;
@@ -362,8 +424,14 @@ async fn forward_output(
         }
     }
     let last = match session.wait().await {
-        Ok(report) => Reply::Exited(report),
-        Err(error) => Reply::Failed(error.into()),
+        Ok(report) => {
+            entry.set(Outcome::report(&report));
+            Reply::Exited(report)
+        }
+        Err(error) => {
+            entry.set(Outcome::failed(&error));
+            Reply::Failed(error.into())
+        }
     };
     protocol::send(&mut sink, &last).await?;
     sink.close().await?;
@@ -430,7 +498,8 @@ async fn kill(session: &Session) {
     let _ = session.kill().await;
 }
 
-async fn fail(connection: &mut Connection, failure: Failure) -> io::Result<()> {
+async fn fail(connection: &mut Connection, failure: Failure, entry: &Entry) -> io::Result<()> {
+    entry.set(Outcome::failed(&failure.message));
     protocol::send(connection, &Reply::Failed(failure)).await
 }
 

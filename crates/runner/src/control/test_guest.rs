@@ -26,6 +26,7 @@ use tokio::task::JoinHandle;
 
 use super::protocol::{Failure, Refusal, RunInfo};
 use super::server::RunLookup;
+use crate::audit::Audit;
 use crate::home::{Home, rel};
 use crate::names::RunId;
 
@@ -274,6 +275,12 @@ impl RunLookup for Lookup {
     async fn runs(&self) -> Vec<RunInfo> {
         vec![self.info.clone()]
     }
+    fn snapshot(&self) -> Option<crate::status::Status> {
+        None
+    }
+    fn blot(&self, _: RunId, text: String) -> String {
+        text.replace("s3cret", "[secret]")
+    }
     async fn client(&self, run: RunId) -> Result<Client, Failure> {
         let client = self.client.lock().unwrap().clone();
         match client {
@@ -357,11 +364,14 @@ impl Daemon {
             server::serve(&mut far, &guest).await;
         })];
         let shared = Arc::clone(&lookup);
+        let audit = Self::audit(&home);
         let owner = home.owner().uid;
         tasks.push(tokio::spawn(async move {
             let client = Client::connect(near, Duration::from_secs(10)).await;
             *shared.client.lock().unwrap() = Some(client.unwrap());
-            super::server::serve(listener, owner, shared).await.unwrap();
+            super::server::serve(listener, owner, shared, audit)
+                .await
+                .unwrap();
         }));
         Self {
             home,
@@ -372,6 +382,14 @@ impl Daemon {
             tasks,
             _temp: temp,
         }
+    }
+
+    /// The audit log of this home.
+    pub(super) fn audit(home: &Home) -> Audit {
+        home.logs().unwrap();
+        let dir = home.dir().try_clone().unwrap();
+        let name = "demo".parse().unwrap();
+        Audit::new(move || dir.open_dir(rel::LOGS), name, "i1".to_owned())
     }
 
     pub(super) fn lookup(&self) -> Arc<dyn RunLookup> {

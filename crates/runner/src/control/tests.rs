@@ -396,7 +396,12 @@ async fn a_stranger_is_not_heard() {
         // Root is always heard, so somebody else plays the owner and we the stranger.
         (me.as_raw() + 1, None)
     };
-    let server = tokio::spawn(super::server::serve(listener, owner, daemon.lookup()));
+    let server = tokio::spawn(super::server::serve(
+        listener,
+        owner,
+        daemon.lookup(),
+        Daemon::audit(&daemon.home),
+    ));
     let stream = std::thread::spawn(move || {
         if let Some(uid) = stranger {
             // This thread's own: the kernel keeps credentials by thread, and the thread ends with this closure.

@@ -142,6 +142,17 @@ impl RunLookup for Directory {
         Ok(())
     }
 
+    fn snapshot(&self) -> Option<Status> {
+        self.lock().status.clone()
+    }
+
+    fn blot(&self, run: RunId, text: String) -> String {
+        match &self.networks {
+            Some(networks) => networks.blot(run, text),
+            None => text,
+        }
+    }
+
     async fn policy(&self, run: RunId) -> Result<String, Refusal> {
         let policy = self.networks_for(run)?.policy(run);
         let policy = policy.ok_or_else(|| refusal(run, &NetworkError::NoRun))?;

@@ -17,6 +17,7 @@ use super::watchers::{Inbox, Mailbox};
 use crate::config::{Config, WarmConfig};
 use crate::control::server::RunLookup;
 use crate::executor::{self, Ended, Progress, Setting, VmSource, Work};
+use crate::metrics::{Meter, Metrics};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::provider::Provider;
 use crate::queue::{ClaimedJob, JobResult};
@@ -50,6 +51,8 @@ pub(crate) struct Parts {
     pub(crate) provider: Arc<dyn Provider>,
     /// What every job needs.
     pub(crate) setting: Setting,
+    /// What is counted.
+    pub(crate) metrics: Arc<Metrics>,
     /// Messages that are sent to the daemon.
     pub(crate) mailbox: Mailbox,
     /// The daemon's end of it.
@@ -78,8 +81,12 @@ pub(super) struct Owner {
     held: HashMap<SlotId, Held>,
     /// To be destroyed as soon as their lease is back from its task.
     doomed: HashSet<SlotId>,
+    /// Whose VM had a job before.
+    parked: HashSet<SlotId>,
     cancels: HashMap<RunId, watch::Sender<Option<CancelReason>>>,
     directory: Arc<Directory>,
+    metrics: Arc<Metrics>,
+    meter: Meter,
 }
 
 /// Runs the daemon until it is told to stop or cannot go on; returns its exit status. `serve` gets what the control
@@ -123,8 +130,11 @@ pub(crate) async fn run(
         mailbox: parts.mailbox,
         held: HashMap::new(),
         doomed: HashSet::new(),
+        parked: HashSet::new(),
         cancels: HashMap::new(),
         directory: Arc::clone(&directory),
+        meter: Meter::new(Arc::clone(&parts.metrics)),
+        metrics: parts.metrics,
     };
     let writer = status(owner.status());
     directory.update(owner.status());
@@ -228,6 +238,9 @@ impl Owner {
             Message::Parked { lease, parked } => {
                 let slot = lease.slot();
                 self.keep(lease, None);
+                if parked {
+                    self.parked.insert(slot);
+                }
                 Event::Parked { slot, parked }
             }
             Message::Demoted { lease } => {
@@ -250,6 +263,12 @@ impl Owner {
     }
 
     fn digest(&mut self, event: Event) {
+        match &event {
+            Event::Claimed(job) => self.meter.claimed(job, now()),
+            Event::Progress { run, phase } => self.meter.progress(*run, *phase, now()),
+            Event::Completed(run) => self.meter.completed(*run, now()),
+            _ => {}
+        }
         for action in self.plan.handle(event, now()) {
             self.carry_out(action);
         }
@@ -297,6 +316,7 @@ impl Owner {
             }
             Action::Complete(result) => {
                 tracing::info!(run = %result.run_id, exit_code = result.exit_code, error = result.error, "job ended");
+                self.meter.ended(&result, now());
                 self.provider.complete(result);
             }
             Action::Warm(profile) => self.warm(profile),
@@ -333,6 +353,12 @@ impl Owner {
                 return self.mailbox.event(ended);
             }
         };
+        self.metrics
+            .started(match (&source, self.parked.remove(&slot)) {
+                (VmSource::Restore(..), _) => "restored",
+                (VmSource::Paused(_), true) => "idle",
+                (VmSource::Paused(_), false) => "warm",
+            });
         tracing::info!(
             %run, %profile, slot = slot.0, submitter = job.submitter,
             ready = matches!(source, VmSource::Paused(_)), "job starts"
@@ -352,7 +378,7 @@ impl Owner {
             };
             executor::execute(&setting, work, cancelled, &told).await
         });
-        let mailbox = self.mailbox.clone();
+        let (mailbox, metrics) = (self.mailbox.clone(), Arc::clone(&self.metrics));
         // A claim is answered whatever becomes of the executor.
         tokio::spawn(async move {
             let ended = task.await.unwrap_or_else(|error| {
@@ -360,8 +386,12 @@ impl Owner {
                 Ended {
                     result: JobResult::failed(run, 1, "internal error: the executor fell"),
                     reusable: false,
+                    fault: true,
                 }
             });
+            if ended.fault {
+                metrics.fault();
+            }
             mailbox.event(Event::Ended {
                 result: ended.result,
                 reusable: ended.reusable,
@@ -379,6 +409,7 @@ impl Owner {
         };
         let sandbox = held.sandbox.take();
         self.held.remove(&slot);
+        self.parked.remove(&slot);
         let mailbox = self.mailbox.clone();
         tokio::spawn(async move {
             if let Some(sandbox) = sandbox {
@@ -429,6 +460,7 @@ impl Owner {
                 .as_ref()
                 .map(|networks| networks.proxy().states())
                 .unwrap_or_default(),
+            recent: self.meter.recent(&self.clock),
             started_at: self.clock.time(self.started),
             updated_at: self.clock.time(now),
         }

@@ -11,6 +11,7 @@ use sandbox::fake::FakeEngine;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::*;
+use crate::metrics::Metrics;
 use crate::provider::ProviderEvent;
 use crate::queue::test_support::fields;
 use crate::queue::{Job, JobFields, JobHead, QueueError};
@@ -120,6 +121,7 @@ where
             budget: Budget::new(launcher.clone(), "test".to_owned(), limits, 0, None),
             config,
             provider: queue.clone(),
+            metrics: Arc::new(Metrics::new(None, "0")),
             setting: Setting {
                 home: Arc::new(home),
                 provider: queue.clone(),

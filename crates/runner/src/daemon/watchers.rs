@@ -57,6 +57,8 @@ pub(crate) fn forward(mailbox: &Mailbox, event: ProviderEvent) {
         ProviderEvent::Claimed(job) => Event::Claimed(job),
         ProviderEvent::Lost(run) => Event::Lost(run),
         ProviderEvent::Cancelled(run) => Event::Cancel(run),
+        // The log's, not ours.
+        ProviderEvent::Marked { .. } => return,
         ProviderEvent::Completed(run) => Event::Completed(run),
         ProviderEvent::Broken(reason) => Event::ProviderBroken(reason),
     });

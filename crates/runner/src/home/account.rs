@@ -42,6 +42,11 @@ impl Account {
         }
     }
 
+    /// The name of a user.
+    pub(crate) fn name_of(uid: u32) -> Option<String> {
+        entry(uid)?.name.into_string().ok()
+    }
+
     /// The home directory: `$HOME` of an ordinary call; under sudo, which may have kept or replaced that variable,
     /// always the one in the invoking user's passwd entry.
     pub(crate) fn invoking_home() -> Result<PathBuf, u32> {

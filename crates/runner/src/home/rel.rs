@@ -18,6 +18,8 @@ pub(crate) const CA: &str = "ca";
 pub(crate) const PROXY: &str = "proxy";
 /// `firecracker`.
 pub(crate) const FIRECRACKER: &str = "firecracker";
+/// `bin`.
+pub(crate) const BIN: &str = "bin";
 /// `locks`.
 pub(crate) const LOCKS: &str = "locks";
 

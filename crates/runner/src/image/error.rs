@@ -93,6 +93,16 @@ pub(crate) enum ImageError {
         /// Its hash.
         hash: String,
     },
+    /// Somebody who must not be disturbed uses it, builds it or removes it.
+    #[error("{what} {hash} is in use{}", holder.map(|pid| format!(" by process {pid}")).unwrap_or_default())]
+    Busy {
+        /// `image` or `snapshot`.
+        what: &'static str,
+        /// Its hash.
+        hash: String,
+        /// Who holds its lock.
+        holder: Option<u32>,
+    },
     /// A file is not what its manifest says.
     #[error("{} cannot be trusted: {reason}", path.display())]
     Damaged {

@@ -39,6 +39,6 @@ pub(crate) use progress::Steps;
 pub(crate) use sets::{Family, Wanted};
 pub(crate) use snapshot::SnapshotPlan;
 pub(crate) use sources::host_suite;
-pub(crate) use staging::abandoned;
-pub(crate) use store::{Store, StoredSnapshot};
+pub(crate) use staging::{abandoned, lock_name, staged, staging_name};
+pub(crate) use store::{InUse, MANIFEST, Store, StoredSnapshot};
 pub(crate) use tools::Tool;

@@ -113,6 +113,7 @@ pub(crate) async fn make(
     boot_limit: Duration,
     steps: &Steps,
 ) -> Result<StoredSnapshot, ImageError> {
+    let _image = store.hold_image(&plan.rootfs)?;
     let _lock = store.lock("snapshot", &plan.hash, steps).await?;
     if let Some(snapshot) = existing(store, plan, steps)? {
         return Ok(snapshot);

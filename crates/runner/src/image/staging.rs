@@ -38,8 +38,7 @@ impl Staging {
         target: &OsStr,
         owner: Account,
     ) -> Result<Self, ImageError> {
-        let mut name = OsString::from(STAGING);
-        name.push(target);
+        let name = unfinished(target);
         // Closed to everybody: it holds setuid programs that nobody has checked yet.
         let directory = parent.create_new_dir(&name, 0o700)?;
         let path = parent_path.join(&name);
@@ -147,8 +146,19 @@ pub(super) fn sweep(parent: &Dir, locks: &Dir, kind: &str, ours: &OsStr) -> Resu
     Ok(())
 }
 
+fn unfinished(target: &OsStr) -> OsString {
+    let mut name = OsString::from(STAGING);
+    name.push(target);
+    name
+}
+
+/// The name of the staging directory of an image or snapshot.
+pub(crate) fn staging_name(hash: &ImageHash) -> OsString {
+    unfinished(OsStr::new(hash.as_str()))
+}
+
 /// Of what a name is the staging directory.
-fn staged(name: &OsStr) -> Option<ImageHash> {
+pub(crate) fn staged(name: &OsStr) -> Option<ImageHash> {
     name.to_str()?.strip_prefix(STAGING)?.parse().ok()
 }
 
@@ -187,6 +197,6 @@ pub(crate) fn abandoned(home: &Dir) -> Result<Vec<PathBuf>, FsError> {
 }
 
 /// The lock whose holder builds (or removes) something.
-pub(super) fn lock_name(kind: &str, hash: &ImageHash) -> String {
+pub(crate) fn lock_name(kind: &str, hash: &ImageHash) -> String {
     format!("{}-{hash}.lock", kind.replace(' ', "-"))
 }

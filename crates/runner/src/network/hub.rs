@@ -25,6 +25,7 @@ use super::kernel::KernelEvents;
 use super::log::NetworkLog;
 use super::mirror;
 use super::registrations::{Registration, Registrations};
+use crate::metrics::Counters;
 use crate::names::{ProfileName, RunId};
 use crate::proxy::{Proxy, ProxyConfig, ProxyError};
 use crate::queue::{Job, SecretsError, handover_name, receive};
@@ -230,6 +231,21 @@ impl JobNetworks {
             .launcher
             .open_destinations(network, destinations, FOR_THE_JOB)
             .await?)
+    }
+
+    /// Counters of what jobs do.
+    pub(crate) fn traffic(&self) -> Counters {
+        self.registrations.traffic()
+    }
+
+    /// Takes the values of a run's secrets out of a text.
+    pub(crate) fn blot(&self, run: RunId, text: String) -> String {
+        let Some(found) = self.registrations.of_run(run) else {
+            return text;
+        };
+        found.secrets.iter().fold(text, |text, secret| {
+            text.replace(secret.value().expose(), "[secret]")
+        })
     }
 
     /// What a running job may reach; nothing where it has no network.

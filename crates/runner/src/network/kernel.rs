@@ -128,6 +128,7 @@ fn listen<T: Send + 'static>(
 fn tell_refusal(registrations: &Registrations, refusal: &Refusal) {
     let Some(network) = refusal.network() else {
         tracing::warn!(?refusal, "a packet was dropped that nobody may send");
+        registrations.stray();
         return;
     };
     let (protocol, port) = match refusal.protocol {

@@ -7,11 +7,12 @@ use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use policy::log::{Line, Timestamp};
-use policy::{Policy, Secret};
+use policy::log::{Event, Line, Timestamp};
+use policy::{Action, Policy, Secret};
 use tokio::sync::watch;
 
 use super::log::NetworkLog;
+use crate::metrics::Counters;
 use crate::names::RunId;
 
 /// One registration as others see it.
@@ -43,6 +44,8 @@ struct Kept {
 #[derive(Debug)]
 pub(crate) struct Registrations {
     state: Mutex<State>,
+    /// Lines by what they are about and what became of it.
+    traffic: Counters,
     /// Rings whenever there are others than before.
     changed: watch::Sender<()>,
 }
@@ -58,6 +61,7 @@ impl Registrations {
     pub(crate) fn new() -> Self {
         Self {
             state: Mutex::default(),
+            traffic: Counters::default(),
             changed: watch::Sender::new(()),
         }
     }
@@ -166,7 +170,40 @@ impl Registrations {
             && generation.is_none_or(|generation| generation == kept.registration.generation)
         {
             kept.log.write(line);
+            drop(state);
+            self.count(line);
         }
+    }
+
+    /// Counts what a line tells.
+    fn count(&self, line: &Line) {
+        let (kind, count) = match &line.event {
+            Event::Http { .. } => ("http", 1),
+            Event::Tcp { .. } => ("tcp", 1),
+            Event::Dns { .. } => ("dns", 1),
+            Event::Packet { count, .. } => ("packet", *count),
+        };
+        let action = match line.action {
+            Action::Allow => "allow",
+            Action::Deny => "deny",
+            Action::Audit => "audit",
+        };
+        let labels = vec![("type", kind.to_owned()), ("action", action.to_owned())];
+        self.traffic.get_or_create(&labels).inc_by(count);
+    }
+
+    /// Counts a refused packet that is no run's.
+    pub(super) fn stray(&self) {
+        let labels = vec![
+            ("type", "packet".to_owned()),
+            ("action", "stray".to_owned()),
+        ];
+        self.traffic.get_or_create(&labels).inc();
+    }
+
+    /// The counters.
+    pub(super) fn traffic(&self) -> Counters {
+        self.traffic.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -290,7 +290,7 @@ impl Worker {
                 }
             }
             Look::Bad(reason) => self.refuse(id, &reason),
-            Look::Fresh(head) if self.queue.is_cancelled(id, head.submitter) => {
+            Look::Fresh(head) if self.is_cancelled(id, head.submitter) => {
                 self.claim_and_answer(&JobResult::cancelled(id));
             }
             Look::Fresh(head) if self.profiles.contains(&head.profile) => {
@@ -313,6 +313,15 @@ impl Worker {
         }
     }
 
+    /// Whether a job that is not claimed is cancelled; then it is told by whom.
+    fn is_cancelled(&self, id: RunId, submitter: u32) -> bool {
+        let by = self.queue.cancelled_by(id, submitter);
+        if let Some(by) = by {
+            (self.tell)(ProviderEvent::Marked { run: id, by });
+        }
+        by.is_some()
+    }
+
     fn refuse(&mut self, id: RunId, reason: &str) {
         tracing::info!(run = %id, reason, "refused a job");
         self.claim_and_answer(&JobResult::failed(id, 1, reason));
@@ -321,12 +330,15 @@ impl Worker {
     /// Deals with a cancel marker.
     fn marker(&mut self, id: RunId) {
         if let Some(claimed) = self.claimed.get_mut(&id) {
-            if !claimed.cancel_told && self.queue.is_cancelled(id, claimed.submitter) {
+            if !claimed.cancel_told
+                && let Some(by) = self.queue.cancelled_by(id, claimed.submitter)
+            {
                 claimed.cancel_told = true;
+                (self.tell)(ProviderEvent::Marked { run: id, by });
                 (self.tell)(ProviderEvent::Cancelled(id));
             }
-        } else if let Some(submitter) = self.offered.get(&id) {
-            if self.queue.is_cancelled(id, *submitter) {
+        } else if let Some(submitter) = self.offered.get(&id).copied() {
+            if self.is_cancelled(id, submitter) {
                 self.offered.remove(&id);
                 (self.tell)(ProviderEvent::Gone(id));
                 self.claim_and_answer(&JobResult::cancelled(id));

@@ -64,6 +64,16 @@ fn found(events: &Receiver<ProviderEvent>) -> RunId {
     }
 }
 
+/// The next event says that our marker cancelled this run.
+fn marked(events: &Receiver<ProviderEvent>, id: RunId) {
+    let me = rustix::process::geteuid().as_raw();
+    let event = events.recv_timeout(PATIENCE).unwrap();
+    assert!(
+        matches!(event, ProviderEvent::Marked { run, by } if run == id && by == me),
+        "{event:?}"
+    );
+}
+
 #[test]
 fn a_job_is_found_claimed_cancelled_and_completed_in_order() {
     let bench = Bench::new();
@@ -76,6 +86,7 @@ fn a_job_is_found_claimed_cancelled_and_completed_in_order() {
     };
     assert_eq!(job.job.run_id, id);
     bench.queue().cancel(id).unwrap();
+    marked(&events, id);
     assert!(
         matches!(events.recv_timeout(PATIENCE).unwrap(), ProviderEvent::Cancelled(run) if run == id)
     );
@@ -108,9 +119,11 @@ fn cancelling_before_discovery_or_before_the_claim_answers_without_running() {
         bench.result(early).error.as_deref(),
         Some("cancelled by user")
     );
+    marked(&events, early);
     let waiting = bench.submit("vm0/small");
     assert_eq!(found(&events), waiting);
     bench.queue().cancel(waiting).unwrap();
+    marked(&events, waiting);
     assert!(
         matches!(events.recv_timeout(PATIENCE).unwrap(), ProviderEvent::Gone(run) if run == waiting)
     );

@@ -32,6 +32,13 @@ pub(crate) enum ProviderEvent {
     Lost(RunId),
     /// Somebody who may wants this claimed run cancelled.
     Cancelled(RunId),
+    /// Somebody's marker cancelled a run, claimed or not: for the audit log only.
+    Marked {
+        /// Which.
+        run: RunId,
+        /// The marker's owner.
+        by: u32,
+    },
     /// The result is durable, and its submitter has been told.
     Completed(RunId),
     /// The provider has stopped working; the reason is for people.

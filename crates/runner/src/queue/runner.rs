@@ -244,18 +244,18 @@ impl RunnerQueue {
         }
     }
 
-    /// Whether a valid cancel marker lies there for a job of this submitter. Only the submitter, the runner's owner
-    /// and root may cancel.
-    pub(crate) fn is_cancelled(&self, id: RunId, submitter: u32) -> bool {
+    /// Whose valid cancel marker lies there for a job of this submitter. Only the submitter, the runner's owner and
+    /// root may cancel.
+    pub(crate) fn cancelled_by(&self, id: RunId, submitter: u32) -> Option<u32> {
         match self.group.dir.metadata(cancel_name(id)) {
             Ok(Some(meta)) if meta.is_file() => {
                 let allowed = [submitter, self.group.owner, 0].contains(&meta.uid());
                 if !allowed {
                     tracing::warn!(run = %id, uid = meta.uid(), "ignored a cancel marker of somebody else");
                 }
-                allowed
+                allowed.then_some(meta.uid())
             }
-            _ => false,
+            _ => None,
         }
     }
 

@@ -1,8 +1,11 @@
 //! The promises of the runner, kept by real microVMs. One binary: it links once.
 
+mod anomalies;
+mod audit;
 mod bad_jobs;
 mod budget;
 mod builds;
+mod cleaning;
 mod clock;
 mod crashes;
 mod firecracker;
@@ -11,6 +14,7 @@ mod full_disk;
 mod full_image;
 mod guests;
 mod jobs;
+mod metrics;
 mod network;
 mod network_clients;
 mod network_crashes;
@@ -18,3 +22,4 @@ mod network_escapes;
 mod network_streams;
 mod operators;
 mod terminal;
+mod top;

@@ -36,49 +36,75 @@ impl Tmux {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    fn screen(&self) -> String {
-        self.ok(&["capture-pane", "-p"])
+    pub(crate) fn screen(&self) -> String {
+        // -J: a line that is longer than the window is one line.
+        self.ok(&["capture-pane", "-p", "-J"])
     }
 
-    fn shows(&self, wanted: &str) {
+    pub(crate) fn shows(&self, wanted: &str) {
         eventually(
-            &format!("{wanted:?} on the screen:\n{}", self.screen()),
+            &format!(
+                "{wanted:?} on the screen, which began as:\n{}",
+                self.screen()
+            ),
             LONG,
             || self.screen().contains(wanted),
         );
     }
 
-    fn types(&self, line: &str) {
+    pub(crate) fn types(&self, line: &str) {
         self.ok(&["send-keys", line, "Enter"]);
+    }
+
+    /// Sends one key.
+    pub(crate) fn keys(&self, key: &str) {
+        self.ok(&["send-keys", key]);
+    }
+
+    /// Changes the window's size.
+    pub(crate) fn resize(&self, columns: u16, rows: u16) {
+        let (columns, rows) = (columns.to_string(), rows.to_string());
+        self.ok(&["resize-window", "-x", &columns, "-y", &rows]);
+    }
+
+    /// Opens a window of this size with a command of the runner in it.
+    pub(crate) fn open(&self, host: &Host, args: &[&str], (columns, rows): (u16, u16)) {
+        let command = host.runner(args);
+        let mut line = String::new();
+        for (name, value) in command.get_envs() {
+            if let Some(value) = value {
+                line += &format!("{}={} ", name.display(), value.display());
+            }
+        }
+        line += &command.get_program().display().to_string();
+        for argument in command.get_args() {
+            line += &format!(" {}", argument.display());
+        }
+        let (columns, rows) = (columns.to_string(), rows.to_string());
+        let size = ["-x", &columns, "-y", &rows];
+        self.ok(&[
+            &["-f", "/dev/null", "new-session", "-d"],
+            &size[..],
+            &[&line],
+        ]
+        .concat());
+    }
+
+    /// Waits until the command in the window has ended, and with it the server.
+    pub(crate) fn ends(&self) {
+        eventually("the command has ended", LONG, || {
+            !self.run(&["list-sessions"]).status.success()
+        });
     }
 
     /// Opens `exec <prefix> -it -- bash` of a run in a window, and checks that it is a terminal in every respect.
     pub(crate) fn try_out(self, host: &Host, run: &str) {
-        let exec = host.runner(&["exec", &run[..8], "-it", "--", "bash"]);
-        let mut line = format!(
-            "VM0_RUNNER_HOME={} {}",
-            host.home().display(),
-            exec.get_program().display()
-        );
-        for argument in exec.get_args() {
-            line += &format!(" {}", argument.display());
-        }
-        self.ok(&[
-            "-f",
-            "/dev/null",
-            "new-session",
-            "-d",
-            "-x",
-            "90",
-            "-y",
-            "30",
-            &line,
-        ]);
+        self.open(host, &["exec", &run[..8], "-it", "--", "bash"], (90, 30));
         self.shows("$");
         self.types("tty && echo size=$(stty size)");
         self.shows("size=30 90");
         self.shows("/dev/pts/");
-        self.ok(&["resize-window", "-x", "111", "-y", "40"]);
+        self.resize(111, 40);
         self.types("clear; echo now=$(stty size)");
         self.shows("now=40 111");
         // Ctrl-C reaches the guest's program, not the command.

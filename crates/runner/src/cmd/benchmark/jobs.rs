@@ -14,8 +14,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::samples::Samples;
 use crate::config::{
-    Config, EngineChoice, JOB_TIMEOUT_SECS, LOG_MAX_MB, ProfileConfig, Rendered, SandboxConfig,
-    WarmConfig,
+    Config, EngineChoice, GcConfig, JOB_TIMEOUT_SECS, LOG_MAX_MB, ProfileConfig, Rendered,
+    SandboxConfig, WarmConfig,
 };
 use crate::context::{CliError, note};
 use crate::control::client::{self, Instance};
@@ -95,6 +95,11 @@ impl Jobs {
                 ..SandboxConfig::default()
             },
             network: Default::default(),
+            metrics: Default::default(),
+            gc: GcConfig {
+                interval_secs: 0,
+                ..GcConfig::default()
+            },
             engine: EngineChoice::Auto,
             stop_timeout_secs: 0,
             job_timeout_secs: JOB_TIMEOUT_SECS,

@@ -301,7 +301,7 @@ fn runners(home: &Home) -> Vec<RunnerName> {
 }
 
 /// Runs a program with this input; gives its output, or what it complained of.
-fn output(command: &[&str], input: &str) -> Result<String, String> {
+pub(super) fn output(command: &[&str], input: &str) -> Result<String, String> {
     let (program, args) = command.split_first().ok_or("nothing to run")?;
     let run = || -> std::io::Result<std::process::Output> {
         let mut child = Command::new(program)

@@ -1,0 +1,278 @@
+//! Figures for Prometheus: what is counted, and how it is served (`metrics.listen` in `runner.yaml`).
+//!
+//! Counters and histograms are fed where things happen; gauges are taken from the daemon's status when somebody asks.
+//! Names begin with `vm0_runner_` and follow the OpenMetrics conventions: base units, `_total` on counters.
+
+mod http;
+mod meter;
+
+use std::sync::{Mutex, PoisonError};
+
+use host::slot::Resources;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+pub(crate) use http::{bind, serve};
+pub(crate) use meter::Meter;
+
+use crate::gc::Report;
+use crate::queue::JobResult;
+use crate::status::{Mode, Phase, Status, WorkerState};
+
+/// Names and values of a series' labels.
+pub(crate) type Labels = Vec<(&'static str, String)>;
+
+/// A counter for each combination of labels.
+pub(crate) type Counters = Family<Labels, Counter>;
+type Gauges = Family<Labels, Gauge>;
+type Histograms = Family<Labels, Histogram, fn() -> Histogram>;
+
+/// From a warm claim to the longest job: 10 ms to about three hours, by doubling.
+fn durations() -> Histogram {
+    Histogram::new((0..20).map(|n| 0.01 * f64::from(1_u32 << n)))
+}
+
+/// Everything that is counted.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    /// Gauges are set and everything is written under this lock, so that two who ask see no mixture.
+    registry: Mutex<Registry>,
+    jobs: Counters,
+    faults: Counter,
+    phases: Histograms,
+    starts: Counters,
+    removed: Counters,
+    removed_bytes: Counters,
+    runs: Gauges,
+    waiting: Gauge,
+    vms: Gauges,
+    warm_target: Gauges,
+    budget: Gauges,
+    proxy: Gauges,
+    mode: Gauges,
+}
+
+impl Metrics {
+    /// Nothing counted yet. `traffic` are the counters of what jobs do in the network.
+    pub(crate) fn new(traffic: Option<Counters>, version: &str) -> Self {
+        let mut registry = Registry::with_prefix("vm0_runner");
+        let phases = Histograms::new_with_constructor(durations as fn() -> Histogram);
+        let metrics = Self {
+            registry: Mutex::default(),
+            jobs: Counters::default(),
+            faults: Counter::default(),
+            phases,
+            starts: Counters::default(),
+            removed: Counters::default(),
+            removed_bytes: Counters::default(),
+            runs: Gauges::default(),
+            waiting: Gauge::default(),
+            vms: Gauges::default(),
+            warm_target: Gauges::default(),
+            budget: Gauges::default(),
+            proxy: Gauges::default(),
+            mode: Gauges::default(),
+        };
+        let r = &mut registry;
+        let m = &metrics;
+        r.register("jobs", "Jobs that were answered, by result", m.jobs.clone());
+        r.register(
+            "faults",
+            "Jobs that failed because of the runner and not of the agent: no VM, no network, VM died",
+            m.faults.clone(),
+        );
+        r.register(
+            "job_phase_seconds",
+            "How long jobs were in each phase, in seconds",
+            m.phases.clone(),
+        );
+        r.register(
+            "vm_starts",
+            "Jobs that got a VM, by where it came from: warm pool, idle VM of the session, restored for it",
+            m.starts.clone(),
+        );
+        r.register(
+            "reclaimed",
+            "Leftovers and old files that were removed, by kind",
+            m.removed.clone(),
+        );
+        r.register(
+            "reclaimed_bytes",
+            "What they took on the disk, in bytes",
+            m.removed_bytes.clone(),
+        );
+        if let Some(traffic) = traffic {
+            r.register(
+                "network_events",
+                "Requests, connections, queries and packets of jobs, by what became of them",
+                traffic,
+            );
+        }
+        r.register("runs", "Active runs by phase", m.runs.clone());
+        r.register(
+            "jobs_waiting",
+            "Jobs that were seen and have no room yet",
+            m.waiting.clone(),
+        );
+        r.register("vms", "VMs that wait for a job", m.vms.clone());
+        r.register(
+            "warm_target",
+            "VMs that the warm pool tries to keep ready",
+            m.warm_target.clone(),
+        );
+        r.register(
+            "budget",
+            "The host's budget: total, taken by jobs (firm), taken by waiting VMs (revocable); CPUs, MiB",
+            m.budget.clone(),
+        );
+        r.register(
+            "proxy_up",
+            "Whether a process of the proxy carries traffic",
+            m.proxy.clone(),
+        );
+        r.register(
+            "mode",
+            "What the runner is up to: 1 for its mode",
+            m.mode.clone(),
+        );
+        let info = Gauges::default();
+        let version = version.to_owned();
+        info.get_or_create(&vec![("version", version)]).set(1);
+        r.register("build_info", "The runner's version", info);
+        // Series exist from the start: what is not there cannot be told from what never happened.
+        for result in ["ok", "failed", "cancelled", "timed_out"] {
+            let _ = m.jobs.get_or_create(&vec![("result", result.to_owned())]);
+        }
+        for source in ["warm", "idle", "restored"] {
+            let _ = m.starts.get_or_create(&vec![("source", source.to_owned())]);
+        }
+        *metrics
+            .registry
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = registry;
+        metrics
+    }
+
+    /// A job was answered.
+    fn answered(&self, result: &JobResult) {
+        let result = match (&result.error, result.exit_code) {
+            (_, 0) => "ok",
+            (Some(_), JobResult::CANCELLED) => "cancelled",
+            (Some(_), JobResult::TIMED_OUT) => "timed_out",
+            (_, _) => "failed",
+        };
+        let labels = vec![("result", result.to_owned())];
+        self.jobs.get_or_create(&labels).inc();
+    }
+
+    /// A job failed because of us.
+    pub(crate) fn fault(&self) {
+        self.faults.inc();
+    }
+
+    /// A job has left a phase.
+    fn phase(&self, phase: &'static str, profile: &str, seconds: f64) {
+        let labels = vec![("phase", phase.to_owned()), ("profile", profile.to_owned())];
+        self.phases.get_or_create(&labels).observe(seconds);
+    }
+
+    /// A job got its VM.
+    pub(crate) fn started(&self, source: &'static str) {
+        let labels = vec![("source", source.to_owned())];
+        self.starts.get_or_create(&labels).inc();
+    }
+
+    /// Something was cleaned up.
+    pub(crate) fn cleaned(&self, report: &Report) {
+        for removed in &report.removed {
+            let labels = vec![("kind", removed.kind.name().to_owned())];
+            self.removed.get_or_create(&labels).inc();
+            self.removed_bytes
+                .get_or_create(&labels)
+                .inc_by(removed.bytes);
+        }
+    }
+
+    /// Slots of dead runners were reclaimed.
+    pub(crate) fn reclaimed(&self, slots: u32) {
+        let labels = vec![("kind", "slot".to_owned())];
+        self.removed.get_or_create(&labels).inc_by(slots.into());
+    }
+
+    /// Everything, in the text format.
+    pub(crate) fn text(&self, status: &Status) -> Result<String, std::fmt::Error> {
+        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        self.set(status);
+        let mut text = String::new();
+        encode(&mut text, &registry)?;
+        Ok(text)
+    }
+
+    fn set(&self, status: &Status) {
+        for phase in [Phase::Preparing, Phase::Running, Phase::Finishing] {
+            let runs = status.active_runs.iter();
+            let count = runs.filter(|run| run.phase == phase).count();
+            let labels = vec![("phase", phase.to_string())];
+            self.runs.get_or_create(&labels).set(signed(count));
+        }
+        self.waiting.set(i64::from(status.waiting));
+        let idle = vec![("kind", "idle".to_owned()), ("profile", String::new())];
+        self.vms
+            .get_or_create(&idle)
+            .set(signed(status.idle_vms.len()));
+        for pool in &status.warm {
+            let profile = pool.profile.to_string();
+            for (kind, count) in [("warm", pool.ready), ("preparing", pool.preparing)] {
+                let labels = vec![("kind", kind.to_owned()), ("profile", profile.clone())];
+                self.vms.get_or_create(&labels).set(i64::from(count));
+            }
+            let labels = vec![("profile", profile)];
+            self.warm_target
+                .get_or_create(&labels)
+                .set(i64::from(pool.target));
+        }
+        for (kind, resources) in [
+            ("total", status.budget.total),
+            ("firm", status.budget.host.firm),
+            ("revocable", status.budget.host.revocable),
+        ] {
+            let Resources {
+                vcpu,
+                memory_mb,
+                disk_mb,
+            } = resources;
+            for (resource, value) in [
+                ("vcpu", u64::from(vcpu)),
+                ("memory_mb", memory_mb),
+                ("disk_mb", disk_mb),
+            ] {
+                let labels = vec![("kind", kind.to_owned()), ("resource", resource.to_owned())];
+                let value = i64::try_from(value).unwrap_or(i64::MAX);
+                self.budget.get_or_create(&labels).set(value);
+            }
+        }
+        for (index, worker) in status.proxy.iter().enumerate() {
+            let labels = vec![("worker", index.to_string())];
+            let up = worker.state == WorkerState::Ready;
+            self.proxy.get_or_create(&labels).set(i64::from(up));
+        }
+        for (mode, name) in [
+            (Mode::Starting, "starting"),
+            (Mode::Running, "running"),
+            (Mode::Draining, "draining"),
+            (Mode::Stopping, "stopping"),
+        ] {
+            let labels = vec![("mode", name.to_owned())];
+            let now = i64::from(status.mode == mode);
+            self.mode.get_or_create(&labels).set(now);
+        }
+    }
+}
+
+fn signed(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
