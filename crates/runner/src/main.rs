@@ -15,6 +15,7 @@ mod home;
 mod image;
 mod names;
 mod network;
+mod notify;
 mod pool;
 mod profile;
 mod provider;

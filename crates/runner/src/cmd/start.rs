@@ -1,5 +1,7 @@
 //! Runs the daemon.
 
+mod handover;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -16,6 +18,7 @@ use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::MakeWriterExt;
 
+use self::handover::{Readiness, Side};
 use crate::config::{self, Config, EngineChoice};
 use crate::context::{CliError, Context};
 use crate::control::server;
@@ -52,6 +55,9 @@ pub(crate) struct Args {
     /// Set a variable of the runner's own environment; USE_MOCK_CLAUDE=true makes jobs run the mock agent
     #[arg(long, value_name = "NAME=VALUE", value_parser = crate::cmd::parse::variable)]
     env: Vec<(String, String)>,
+    /// Take over from the instance of this name that runs; returns when that is done. For `systemctl reload`
+    #[arg(long, hide = true)]
+    takeover: bool,
 }
 
 /// Runs it.
@@ -82,6 +88,14 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     }
     let home = context.home()?;
     let proxy = proxy_parts(&home, &config)?;
+    let readiness = if args.takeover {
+        match handover::split()? {
+            Side::Command(code) => return Ok(code),
+            Side::Instance(readiness) => Some(readiness),
+        }
+    } else {
+        None
+    };
     let instance = RunId::random().to_string();
     let launcher = LauncherConfig::from_env(instance.clone())?;
     let run_dir = launcher.run_dir.clone();
@@ -89,7 +103,11 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let forked = ForkedLauncher::fork(launcher)?;
     host::process::come_before_vms();
     home.become_owner()?;
-    let lock = only_one(&home, &config.name)?;
+    let name = match &readiness {
+        None => Some(only_one(&home, &config.name)?),
+        // It is somebody else's, most likely, until everything else is ready.
+        Some(_) => name_if_free(&home, &config.name)?,
+    };
     log_to_file(&home, &config.name)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -104,6 +122,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             launcher: launcher.clone(),
             run_dir,
             proxy,
+            name,
+            readiness,
         };
         let result = starting.run().await;
         // Whatever is left of our VMs goes now.
@@ -112,16 +132,15 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     })?;
     // A task that hangs in the kernel must not keep a daemon that is done.
     runtime.shutdown_timeout(Duration::from_secs(2));
-    drop(lock);
     Ok(ExitCode::from(code))
 }
 
 /// Two daemons of one name would answer for each other.
 fn only_one(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
-    let dir = home.ensure_dir(rel::runner(name))?;
-    if let Some(lock) = dir.try_lock(LOCK, LockKind::Exclusive, 0o600)? {
+    if let Some(lock) = name_if_free(home, name)? {
         return Ok(lock);
     }
+    let dir = home.ensure_dir(rel::runner(name))?;
     let file = dir.open_file(LOCK, Access::Read)?;
     let who = lock_holder(&file).map_or_else(String::new, |pid| format!(" (pid {pid})"));
     Err(
@@ -130,7 +149,12 @@ fn only_one(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
     )
 }
 
-/// Held by the one daemon of a runner.
+fn name_if_free(home: &Home, name: &RunnerName) -> Result<Option<Lock>, CliError> {
+    let dir = home.ensure_dir(rel::runner(name))?;
+    Ok(dir.try_lock(LOCK, LockKind::Exclusive, 0o600)?)
+}
+
+/// Held by the one daemon of a runner that takes jobs.
 const LOCK: &str = "runner.lock";
 
 fn log_to_file(home: &Home, name: &RunnerName) -> Result<(), CliError> {
@@ -195,6 +219,9 @@ struct Starting {
     launcher: Launcher,
     run_dir: PathBuf,
     proxy: ProxyConfig,
+    /// `None` as long as another instance has it, which is to hand over.
+    name: Option<Lock>,
+    readiness: Option<Readiness>,
 }
 
 impl Starting {
@@ -206,6 +233,8 @@ impl Starting {
             launcher,
             run_dir,
             proxy,
+            name,
+            readiness,
         } = self;
         tracing::info!(
             runner = %config.name, group = %config.group, instance, pid = std::process::id(),
@@ -267,6 +296,13 @@ impl Starting {
             Some(pool),
         );
         networks.proxy().ready().await?;
+        let name = match name {
+            Some(name) => name,
+            None => {
+                handover::retire_others(&home, &config.name, &instance).await?;
+                only_one(&home, &config.name)?
+            }
+        };
 
         let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
         daemon::watch_signals(&mailbox)?;
@@ -311,10 +347,14 @@ impl Starting {
             budget,
             provider: provider.clone(),
             setting,
+            name: Some(name),
             mailbox,
             inbox,
         };
         tracing::info!("ready");
+        if let Some(readiness) = readiness {
+            readiness.tell();
+        }
         let code = daemon::run(
             parts,
             |first| {

@@ -51,6 +51,8 @@ pub(crate) trait RunLookup: Send + Sync + 'static {
     async fn client(&self, run: RunId) -> Result<Client, Failure>;
     /// Cancels a run; returns when that is decided, not when the run has ended.
     async fn cancel(&self, run: RunId) -> Result<(), Failure>;
+    /// Gives the runner's name to another process, and leaves when the last job has ended.
+    async fn retire(&self, successor: u32);
     /// What `status.json` says now.
     async fn status(&self) -> String;
     /// What a run may reach, in canonical form.
@@ -146,6 +148,10 @@ impl Handler {
                 Ok(()) => Reply::Done,
                 Err(failure) => Reply::Failed(failure),
             },
+            Request::Retire { successor } => {
+                self.lookup.retire(successor).await;
+                Reply::Done
+            }
             Request::Policy { run } => policy(self.lookup.policy(run).await),
             Request::ChangePolicy { run, deny, allow } => {
                 policy(self.lookup.change_policy(run, &deny, &allow).await)
