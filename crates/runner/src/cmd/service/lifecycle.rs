@@ -3,12 +3,14 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use host::fs::{Lock, LockKind};
+
 use super::systemd::{JournalMark, State, require_root, systemctl};
 use super::unit::{Place, Unit, UnitName};
 use super::{Run, instances};
 use crate::config::{self, Config};
 use crate::context::{CliError, Context, block_on, note};
-use crate::home::Home;
+use crate::home::{Home, rel};
 use crate::names::{RunId, RunnerName};
 use crate::status::{Mode, Status};
 
@@ -29,6 +31,7 @@ pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitC
         )));
     }
     let unit = UnitName::of(&config.name);
+    let _one = one_at_a_time(&context.home()?, &config.name)?;
     if place == Place::UntilReboot && Place::Persistent.read(&unit)?.is_some() {
         return Err(CliError::failed(format_args!("{unit} is installed for every boot"))
             .with_hint("`runner service install` replaces it, `uninstall` removes it"));
@@ -60,6 +63,12 @@ pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitC
     }
     context.print_line(format_args!("{unit} is running"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Two deploys at once, one after the other.
+fn one_at_a_time(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
+    let locks = home.ensure_dir(rel::LOCKS)?;
+    Ok(locks.lock(format!("service-{name}"), LockKind::Exclusive, 0o600)?)
 }
 
 fn text(
@@ -148,6 +157,7 @@ pub(super) fn uninstall(
 /// Ends the service, if no job would be lost by it or that is wanted.
 fn end(unit: &UnitName, name: &RunnerName, force: bool, context: &Context) -> Result<(), CliError> {
     let home = context.home()?;
+    let _one = one_at_a_time(&home, name)?;
     let state = State::of(unit)?;
     if state.is_up() {
         if force {

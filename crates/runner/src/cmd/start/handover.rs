@@ -49,6 +49,9 @@ impl Readiness {
 
 /// Splits the process: the command's part returns when the instance is ready or has failed.
 ///
+/// The instance is no child of the command: a main process that is not systemd's own child is one whose end it does
+/// not wait for, so a stop would kill it at once.
+///
 /// Only while the process has one thread.
 pub(super) fn split() -> io::Result<Side> {
     let (reads, writes) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
@@ -57,26 +60,30 @@ pub(super) fn split() -> io::Result<Side> {
         -1 => Err(io::Error::last_os_error()),
         0 => {
             drop(reads);
-            Ok(Side::Instance(Readiness(writes.into())))
+            // SAFETY: as above. Ending at once runs nothing of the command's.
+            match unsafe { libc::fork() } {
+                0 => Ok(Side::Instance(Readiness(writes.into()))),
+                // SAFETY: takes no pointers and does not return.
+                child => unsafe { libc::_exit(i32::from(child < 0)) },
+            }
         }
-        child => {
+        between => {
             drop(writes);
-            Ok(Side::Command(wait(reads, child)?))
+            Ok(Side::Command(wait(reads, between)?))
         }
     }
 }
 
-fn wait(reads: OwnedFd, child: libc::pid_t) -> io::Result<ExitCode> {
+fn wait(reads: OwnedFd, between: libc::pid_t) -> io::Result<ExitCode> {
+    rustix::process::waitpid(Pid::from_raw(between), WaitOptions::empty())?;
     let mut told = Vec::new();
+    // Ends with a word, or with the instance, which has said why on stderr, which we share.
     File::from(reads).read_to_end(&mut told)?;
-    if !told.is_empty() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    // It has said why on stderr, which we share.
-    let status = rustix::process::waitpid(Pid::from_raw(child), WaitOptions::empty())?;
-    let code = status.and_then(|(_, status)| status.exit_status());
-    let code = code.and_then(|code| u8::try_from(code).ok());
-    Ok(ExitCode::from(code.filter(|code| *code != 0).unwrap_or(1)))
+    Ok(if told.is_empty() {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 /// Asks every other instance of this name to retire, and returns when the name is free.
