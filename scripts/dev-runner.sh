@@ -175,8 +175,8 @@ deploy() {
         keep \"\$dir/runner\" \"\$dir/.runner.old\"
         mv .service.env.new service.env
         $staged config --name \"\$name\" --group \"\$group\"$config >&2 || restore
-        ln -f $staged \"\$dir/.runner.new\"
-        mv -f \"\$dir/.runner.new\" \"\$dir/runner\"
+        [ $staged -ef \"\$dir/runner\" ] || ln -f $staged \"\$dir/.runner.new\"
+        [ ! -e \"\$dir/.runner.new\" ] || mv -f \"\$dir/.runner.new\" \"\$dir/runner\"
         root \"\$dir/runner\" service start --name \"\$name\" --config \"\$PWD/runner.yaml\" $options >&2 || restore
         rm -f .runner.yaml.old .service.env.old \"\$dir/.runner.old\"" ||
         die "the runner was not started" "what the host said stands above; a runner that was there before goes on"

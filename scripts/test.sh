@@ -156,7 +156,8 @@ unset RUSTFLAGS VM0_RUNNER_HOME VM0_RUNNER_RUN_DIR VM0_RUNNER_UID_BASE
 packages=(ca-certificates curl git build-essential pkg-config musl-tools shellcheck util-linux procps python3-venv iproute2 nftables openssl)
 case $tier in full | slow | soak)
     need_root "scripts/test.sh (the microVM tests)"
-    packages+=(tmux e2fsprogs libfaketime)
+    # A metal host is a container with systemd and an ssh server.
+    packages+=(tmux e2fsprogs libfaketime systemd-container mmdebstrap openssh-client)
     ;;
 esac
 need_disk 10

@@ -28,25 +28,25 @@ const GONE: Duration = Duration::from_secs(20);
 const INTO_WORLD: &str = "mount --bind \"$1\" /etc/hosts && mount --bind \"$2\" /etc/resolv.conf && shift 2 && exec \"$@\"";
 
 /// The checkout.
-fn top() -> &'static Path {
+pub(crate) fn top() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .ancestors()
         .nth(2)
         .expect("tests/e2e is two levels down")
 }
 
-fn target() -> PathBuf {
+pub(crate) fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| top().join("target"), PathBuf::from)
 }
 
 /// The binary under test.
-fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     std::env::var_os("VM0_RUNNER_BIN")
         .map_or_else(|| target().join("release/runner"), PathBuf::from)
 }
 
 /// The home that holds the images.
-fn images() -> PathBuf {
+pub(crate) fn images() -> PathBuf {
     std::env::var_os("VM0_TEST_IMAGES").map_or_else(|| target().join("test-home"), PathBuf::from)
 }
 
@@ -58,7 +58,7 @@ pub fn kept(name: &str) -> PathBuf {
 }
 
 /// Hashes of a profile's image, as `runner build --dry-run` prints them; `None` when it is not built.
-fn hashes(profile: &str) -> Option<(String, String)> {
+pub(crate) fn hashes(profile: &str) -> Option<(String, String)> {
     let output = Command::new(binary())
         .args(["build", "--dry-run", "--profile", profile])
         .env("VM0_RUNNER_HOME", images())
@@ -96,7 +96,7 @@ fn link_tree(from: &Path, to: &Path) {
 }
 
 /// A copy of a whole tree that keeps holes: the saved memory is mostly holes.
-fn copy_tree(from: &Path, to: &Path) {
+pub(crate) fn copy_tree(from: &Path, to: &Path) {
     fs::create_dir_all(to.parent().expect("below a home")).expect("a directory can be made");
     let copied = Command::new("cp")
         .args(["--archive", "--sparse=always"])
@@ -107,12 +107,12 @@ fn copy_tree(from: &Path, to: &Path) {
 }
 
 /// How the names of a range's homes begin.
-fn home_prefix(range: &RunRange) -> String {
+pub(crate) fn home_prefix(range: &RunRange) -> String {
     format!("vm0-e2e-home-{}-", range.number)
 }
 
 /// Removes the homes and logs that killed tests left: whoever holds a range is the only one with such names.
-fn sweep(homes: &Path, prefix: &str) {
+pub(crate) fn sweep(homes: &Path, prefix: &str) {
     for entry in fs::read_dir(homes).expect("our directory").flatten() {
         if entry.file_name().to_string_lossy().starts_with(prefix) {
             // A log is a file, a home a directory; one of the two calls fits.
@@ -418,7 +418,7 @@ impl HostBuilder {
 }
 
 /// Gives a whole tree to a user.
-fn give(path: &Path, uid: u32) {
+pub(crate) fn give(path: &Path, uid: u32) {
     chown(path, Some(uid), Some(uid)).expect("root may chown");
     if path.is_dir() {
         for entry in fs::read_dir(path).expect("our home").flatten() {

@@ -37,14 +37,18 @@ pub(crate) struct Args {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Start the service until the next reboot, or replace the one that runs without ending its jobs
-    #[command(after_help = "The old instance of a running service finishes its jobs while the new one takes all others. \
+    #[command(
+        after_help = "The old instance of a running service finishes its jobs while the new one takes all others. \
 Where the new one cannot start, the old one goes on.\n\n\
 Examples:\n  sudo runner service start --config ~/.vm0-runner/runners/demo/runner.yaml --local\n  \
-sudo runner service start --config ~/.vm0-runner/runners/demo/runner.yaml --local --env USE_MOCK_CLAUDE=true")]
+sudo runner service start --config ~/.vm0-runner/runners/demo/runner.yaml --local --env USE_MOCK_CLAUDE=true"
+    )]
     Start(Run),
     /// Start the service now and at every boot
-    #[command(after_help = "What runs under this name already is replaced as by `start`.\n\n\
-Example:\n  sudo runner service install --config ~/.vm0-runner/runners/demo/runner.yaml --local")]
+    #[command(
+        after_help = "What runs under this name already is replaced as by `start`.\n\n\
+Example:\n  sudo runner service install --config ~/.vm0-runner/runners/demo/runner.yaml --local"
+    )]
     Install(Run),
     /// Stop the service
     #[command(
@@ -58,10 +62,8 @@ Examples:\n  sudo runner service stop --name demo\n  sudo runner service stop --
     )]
     Uninstall(End),
     /// Take no new jobs; those that run go on
-    #[command(
-        after_help = "Jobs that come meanwhile wait in the queue.\n\n\
-Examples:\n  sudo runner service drain --name demo\n  sudo runner service drain --name demo --wait 30m"
-    )]
+    #[command(after_help = "Jobs that come meanwhile wait in the queue.\n\n\
+Examples:\n  sudo runner service drain --name demo\n  sudo runner service drain --name demo --wait 30m")]
     Drain {
         /// The runner's name
         #[arg(long)]

@@ -72,7 +72,9 @@ impl Instance {
 
     /// Whether it has come so far as to take requests.
     pub(crate) fn listens(&self) -> bool {
-        self.dir.metadata("control.sock").is_ok_and(|meta| meta.is_some())
+        self.dir
+            .metadata("control.sock")
+            .is_ok_and(|meta| meta.is_some())
     }
 
     /// Opens a connection and sends the request.

@@ -174,7 +174,11 @@ impl RunLookup for Directory {
 
     async fn retire(&self, successor: u32) {
         self.mailbox.event(Event::Retire);
-        let held = self.name.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let held = self
+            .name
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if held.is_some() {
             tracing::info!(successor, "handing over");
             notify::hand_over(successor);

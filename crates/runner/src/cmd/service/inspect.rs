@@ -72,5 +72,8 @@ pub(super) fn logs(name: &RunnerName, follow: bool, lines: u32) -> Result<ExitCo
 /// Returns only when it failed.
 fn become_it(mut command: Command) -> CliError {
     let error = command.exec();
-    CliError::failed(format_args!("cannot start {:?}: {error}", command.get_program()))
+    CliError::failed(format_args!(
+        "cannot start {:?}: {error}",
+        command.get_program()
+    ))
 }

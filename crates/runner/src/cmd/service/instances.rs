@@ -58,7 +58,9 @@ pub(super) async fn wait_drained(home: &Home, name: &RunnerName) -> Result<Vec<S
             return Err(CliError::failed(format_args!(
                 "runner {name} goes on taking jobs, though it was told not to"
             ))
-            .with_hint(format_args!("its log says more: runner service logs --name {name}")));
+            .with_hint(format_args!(
+                "its log says more: runner service logs --name {name}"
+            )));
         }
         tokio::time::sleep(LOOK).await;
     }

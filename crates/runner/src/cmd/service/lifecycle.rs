@@ -20,7 +20,10 @@ pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitC
         Place::Persistent => "install",
     })?;
     let file = std::fs::canonicalize(&args.config).map_err(|error| {
-        CliError::failed(format_args!("cannot open {}: {error}", args.config.display()))
+        CliError::failed(format_args!(
+            "cannot open {}: {error}",
+            args.config.display()
+        ))
     })?;
     let config = config::load(&file)?;
     if args.name.as_ref().is_some_and(|name| *name != config.name) {
@@ -33,8 +36,10 @@ pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitC
     let unit = UnitName::of(&config.name);
     let _one = one_at_a_time(&context.home()?, &config.name)?;
     if place == Place::UntilReboot && Place::Persistent.read(&unit)?.is_some() {
-        return Err(CliError::failed(format_args!("{unit} is installed for every boot"))
-            .with_hint("`runner service install` replaces it, `uninstall` removes it"));
+        return Err(
+            CliError::failed(format_args!("{unit} is installed for every boot"))
+                .with_hint("`runner service install` replaces it, `uninstall` removes it"),
+        );
     }
     let text = text(args, &file, &config, context)?;
     let before = State::of(&unit)?;
@@ -78,7 +83,11 @@ fn text(
     context: &Context,
 ) -> Result<String, CliError> {
     let program = std::env::current_exe()?;
-    let environment_file = args.env_file.as_ref().map(std::fs::canonicalize).transpose();
+    let environment_file = args
+        .env_file
+        .as_ref()
+        .map(std::fs::canonicalize)
+        .transpose();
     let environment_file = environment_file
         .map_err(|error| CliError::failed(format_args!("cannot open --env-file: {error}")))?;
     Unit {
@@ -125,7 +134,11 @@ fn undo(
         .with_hint("what it said stands above; `journalctl -u` of the unit has all of it")
 }
 
-pub(super) fn stop(name: &RunnerName, force: bool, context: &Context) -> Result<ExitCode, CliError> {
+pub(super) fn stop(
+    name: &RunnerName,
+    force: bool,
+    context: &Context,
+) -> Result<ExitCode, CliError> {
     require_root("stop")?;
     let unit = UnitName::of(name);
     end(&unit, name, force, context)?;
@@ -176,7 +189,9 @@ fn end(unit: &UnitName, name: &RunnerName, force: bool, context: &Context) -> Re
 /// Fails while jobs run. A job that comes between this look and the end is impossible: the runner drains meanwhile.
 fn refuse_active(home: &Home, unit: &UnitName, name: &RunnerName) -> Result<(), CliError> {
     let running = |status: &Status| status.mode == Mode::Running;
-    let ran = block_on(instances::statuses(home, name))?.iter().any(running);
+    let ran = block_on(instances::statuses(home, name))?
+        .iter()
+        .any(running);
     if ran {
         signal(unit, "SIGUSR1")?;
     }
@@ -212,10 +227,11 @@ async fn end_predecessors(home: &Home, unit: &UnitName, name: &RunnerName) -> Re
     };
     let main = State::of(unit)?.get("MainPID").parse::<u32>().ok();
     for status in statuses.iter().filter(|status| Some(status.pid) != main) {
-        let pid = i32::try_from(status.pid).ok().and_then(rustix::process::Pid::from_raw);
+        let pid = i32::try_from(status.pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
         let Some(pid) = pid else { continue };
-        let Ok(process) =
-            rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK)
+        let Ok(process) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK)
         else {
             continue;
         };

@@ -35,7 +35,10 @@ pub(super) fn systemctl<S: AsRef<OsStr>>(args: &[S]) -> Result<String, CliError>
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let words: Vec<_> = args.iter().map(|arg| arg.as_ref().to_string_lossy()).collect();
+    let words: Vec<_> = args
+        .iter()
+        .map(|arg| arg.as_ref().to_string_lossy())
+        .collect();
     let told = String::from_utf8_lossy(&output.stderr);
     Err(CliError::failed(format_args!(
         "`systemctl {}` failed: {}",
@@ -64,7 +67,9 @@ impl State {
         let text = systemctl(&["show", "--property", Self::PROPERTIES, unit.as_str()])?;
         let pairs = text.lines().filter_map(|line| line.split_once('='));
         Ok(Self(
-            pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            pairs
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect(),
         ))
     }
 
@@ -99,7 +104,9 @@ pub(super) fn units() -> Result<Vec<String>, CliError> {
         "--no-pager",
         UnitName::PATTERN,
     ])?;
-    let names = text.lines().filter_map(|line| line.split_whitespace().next());
+    let names = text
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
     Ok(names.map(str::to_owned).collect())
 }
 
@@ -126,7 +133,15 @@ impl JournalMark {
     /// Shows on stderr what the unit's processes have said since.
     pub(super) fn show_since(&self, unit: &UnitName) {
         let mut command = Command::new("journalctl");
-        command.args(["--quiet", "--no-pager", "--output", "cat", "-n", "30", "--unit"]);
+        command.args([
+            "--quiet",
+            "--no-pager",
+            "--output",
+            "cat",
+            "-n",
+            "30",
+            "--unit",
+        ]);
         command.arg(unit.as_str()).stdin(Stdio::null());
         if let Some(cursor) = &self.0 {
             command.arg(format!("--after-cursor={cursor}"));

@@ -126,13 +126,19 @@ impl Unit<'_> {
         }
         let mut environment = String::new();
         for (name, value) in self.environment {
-            let _ = writeln!(environment, "Environment={}", quoted(&format!("{name}={value}")));
+            let _ = writeln!(
+                environment,
+                "Environment={}",
+                quoted(&format!("{name}={value}"))
+            );
         }
         if let Some(file) = self.environment_file {
             // The whole rest of the line is the path, which only specifiers are looked for in.
             let file = path(file)?;
             if file.chars().any(char::is_control) {
-                return Err(CliError::usage("--env-file has a control character in its path"));
+                return Err(CliError::usage(
+                    "--env-file has a control character in its path",
+                ));
             }
             let _ = writeln!(environment, "EnvironmentFile={}", file.replace('%', "%%"));
         }
@@ -221,7 +227,10 @@ mod tests {
     fn a_value_cannot_become_another_line_or_a_placeholder() {
         let value = "x\n[Service]\nExecStart=/bin/sh @COMMAND@ @NAME@";
         let text = unit(&[("A".to_owned(), value.to_owned())]);
-        assert_eq!(text.lines().filter(|l| l.starts_with("ExecStart=")).count(), 1);
+        assert_eq!(
+            text.lines().filter(|l| l.starts_with("ExecStart=")).count(),
+            1
+        );
         assert_eq!(text.lines().filter(|l| *l == "[Service]").count(), 1);
     }
 
