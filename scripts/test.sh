@@ -134,7 +134,7 @@ addon_tests() {
 # In the addon's directory, where the tools find their settings.
 in_addon() { (cd "$addon" && RUFF_CACHE_DIR=$target/ruff-cache MYPY_CACHE_DIR=$target/mypy-cache "$addon_venv/bin/$1" "${@:2}"); }
 
-shell_scripts() { shellcheck --external-sources scripts/*.sh .ci/run crates/runner/mitm-addon/pin.sh; }
+shell_scripts() { shellcheck --external-sources scripts/*.sh tests/e2e/src/metal/*.sh .ci/run crates/runner/mitm-addon/pin.sh; }
 
 advisories() {
     local log=$logs/advisories-$$.log

@@ -89,6 +89,14 @@ fn root(sources: &Path) -> PathBuf {
     made
 }
 
+/// A directory of this user's home that a variable may name.
+fn of_home(variable: &str, name: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(name),
+        PathBuf::from,
+    )
+}
+
 /// The directory that holds pnpm's program.
 fn pnpm() -> Option<PathBuf> {
     if !has("npm") {
@@ -193,6 +201,23 @@ impl Metal {
             trusted.extend(read(&wiring.trusted));
             trusted
         });
+        // To this machine its VMs are processes like any: they need users of their own, or a runner beside the test
+        // would take them for what it left itself.
+        let uids = format!("VM0_RUNNER_UID_BASE={}", self.world.range().uids.start);
+        self.write(
+            "upper/etc/systemd/system.conf.d/uids.conf",
+            format!("[Manager]\nDefaultEnvironment={uids}\n"),
+        );
+        self.write("upper/etc/environment", format!("{uids}\n"));
+        self.write(
+            "upper/etc/sudoers.d/uids",
+            "Defaults env_keep += VM0_RUNNER_UID_BASE\n",
+        );
+        // Twenty connections at once are more than a server takes as it comes.
+        self.write(
+            "upper/etc/ssh/sshd_config.d/many.conf",
+            "MaxStartups 100\nMaxSessions 100\n",
+        );
         let key = self.at("laptop/key");
         let made = Command::new("ssh-keygen")
             .args(["-q", "-t", "ed25519", "-N", "", "-f"])
@@ -328,6 +353,9 @@ impl Metal {
             .env("RUNNER_ENV_FILE", self.at("laptop/env"))
             // A laptop's user has no agent or settings that would help.
             .env("HOME", self.at("laptop"))
+            // But the Rust that is here.
+            .env("CARGO_HOME", of_home("CARGO_HOME", ".cargo"))
+            .env("RUSTUP_HOME", of_home("RUSTUP_HOME", ".rustup"))
             .env_remove("SSH_AUTH_SOCK")
             .current_dir(top())
             .stdin(Stdio::null());

@@ -5,6 +5,7 @@
 #   root.sh DIRECTORY SOURCES      SOURCES: apt's sources of the images, deb822
 set -eu
 directory=$1 sources=$2
+# shellcheck source=/dev/null
 . /etc/os-release
 case $(uname -m) in
 aarch64) qemu=qemu-system-arm ;;

@@ -214,6 +214,8 @@ fn the_browser_commands_of_the_document_show_their_pages() {
         skip("pnpm comes by npm, which is not installed");
         return metal.finish();
     }
+    // Here the deploy builds the runner itself, for the architecture that the host says it has.
+    metal.settings("RUNNER_BINARY=");
     follow(&metal, "vm0/default", true);
     for (name, site, colour) in SHOTS {
         let png = metal.laptop_directory().join(name);

@@ -14,6 +14,9 @@ use crate::home::{Home, rel};
 use crate::names::{RunId, RunnerName};
 use crate::status::{Mode, Status};
 
+/// Longest wait for a predecessor that was told to stop.
+const PREDECESSOR: Duration = Duration::from_secs(600);
+
 pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitCode, CliError> {
     require_root(match place {
         Place::UntilReboot => "start",
@@ -51,11 +54,12 @@ pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitC
     place.write(&unit, Some(&text))?;
     systemctl(&["daemon-reload"])?;
     let mark = JournalMark::now();
-    let started = if before.is_up() {
+    let started = if before.is_active() {
         note(format_args!("replacing {unit}; its running jobs go on"));
         systemctl(&["reload", unit.as_str()])
     } else {
-        systemctl(&["start", unit.as_str()])
+        // Also where it is between two attempts to start: it has no jobs then.
+        systemctl(&["restart", unit.as_str()])
     };
     if let Err(error) = started {
         return Err(undo(&unit, place, &before, kept.as_deref(), &mark, error));
@@ -115,7 +119,7 @@ fn undo(
     mark.show_since(unit);
     // The file of what runs has to stay, or systemd forgets how to end it.
     let mut undone = Ok(String::new());
-    if !before.is_up() {
+    if !before.is_active() {
         undone = systemctl(&["stop", unit.as_str()]);
     }
     let restored = match place.write(unit, kept) {
@@ -245,8 +249,10 @@ async fn end_predecessors(home: &Home, unit: &UnitName, name: &RunnerName) -> Re
         let ended = unsafe {
             tokio::io::unix::AsyncFd::register_with_interest(process, tokio::io::Interest::READABLE)
         }?;
-        // It obeys its own stop_timeout_secs; a second signal cancels what is left after it.
-        let _ = ended.readable().await?;
+        // It obeys its own stop_timeout_secs; what does not end at all is systemd's to kill.
+        if let Ok(result) = tokio::time::timeout(PREDECESSOR, ended.readable()).await {
+            let _ = result?;
+        }
     }
     Ok(())
 }

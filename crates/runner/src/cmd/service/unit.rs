@@ -84,9 +84,11 @@ impl Place {
             // In the manager's own directory, which a name that begins with a dot does not concern.
             let mut new = tempfile::Builder::new()
                 .prefix(".vm0-runner-")
-                .permissions(std::fs::Permissions::from_mode(0o644))
                 .tempfile_in(self.directory())?;
             new.write_all(text.as_bytes())?;
+            // Everybody may read a unit, whatever the umask is here.
+            new.as_file()
+                .set_permissions(std::fs::Permissions::from_mode(0o644))?;
             new.as_file().sync_all()?;
             new.persist(&file).map_err(|error| error.error)?;
             std::fs::File::open(self.directory())?.sync_all()
