@@ -9,6 +9,8 @@
 //! The container is an overlay on a root that is built once. It has no package archive of its own: the images and the
 //! proxy that its user's home begins with are those of the tests, as if somebody had deployed to it before.
 
+mod submission;
+
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +26,8 @@ use crate::skip::skip;
 use crate::text::Text;
 use crate::wait::{LONG, eventually};
 use crate::world::World;
+
+pub use submission::Submission;
 
 /// The host's user.
 const UID: u32 = 1000;
@@ -496,30 +500,5 @@ impl Drop for Metal {
             self.directory.disable_cleanup(true);
             eprintln!("kept {}", self.directory.path().display());
         }
-    }
-}
-
-/// A job submitted from the laptop.
-pub struct Submission {
-    child: Child,
-    stdout: Text,
-    stderr: Text,
-}
-
-impl Submission {
-    /// Waits for its result.
-    pub fn result(mut self) -> serde_json::Value {
-        let out = self.stdout.all(LONG);
-        let status = self.child.wait().expect("our child");
-        let line = out.lines().last().unwrap_or_default();
-        serde_json::from_str(line)
-            .unwrap_or_else(|error| panic!("{error}: {status}: {out:?} {}", self.stderr.now()))
-    }
-
-    /// Waits for its result, which is this exit code.
-    pub fn expect_exit(self, code: u64) -> String {
-        let result = self.result();
-        assert_eq!(result["exit_code"], code, "{result}");
-        result["run_id"].as_str().expect("an id").to_owned()
     }
 }

@@ -8,8 +8,8 @@ directory=$1 sources=$2
 # shellcheck source=/dev/null
 . /etc/os-release
 case $(uname -m) in
-aarch64) qemu=qemu-system-arm ;;
-*) qemu=qemu-system-x86 ;;
+aarch64) qemu="qemu-system-arm" ;;
+*) qemu="qemu-system-x86" ;;
 esac
 packages=systemd,systemd-sysv,dbus,openssh-server,sudo,curl,ca-certificates,procps,iproute2,nftables,python3-venv,mmdebstrap
 packages=$packages,erofs-utils,e2fsprogs,lz4,xz-utils,zstd,openssl,util-linux,$qemu
