@@ -1,7 +1,11 @@
 #!/bin/sh
 # Builds everything: the guest's static binaries, then the runner that carries them.
 #
-#   scripts/build.sh [--debug]      --debug: the runner unoptimized, for a quick try
+#   scripts/build.sh [--debug] [--target ARCH]
+#
+#   --debug         the runner unoptimized, for a quick try
+#   --target ARCH   a static runner for other hosts of this architecture: x86_64 or aarch64. Nothing of it is C, so
+#                   the linker that comes with Rust is enough, whatever this host is.
 #
 # Prints the path of the runner on stdout; everything else goes to stderr. Does nothing that is already done.
 set -eu
@@ -9,11 +13,19 @@ cd "$(dirname "$0")/.."
 
 profile=release
 directory=release
-case "${1-}" in
-  "") ;;
-  --debug) profile=dev directory=debug ;;
-  *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
-esac
+arch=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --debug) profile=dev directory=debug ;;
+    --target)
+      arch=${2-}
+      case $arch in x86_64 | aarch64) ;; *) echo "error: --target wants x86_64 or aarch64" >&2; exit 2 ;; esac
+      shift
+      ;;
+    *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p;}' "$0" >&2; exit 2 ;;
+  esac
+  shift
+done
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$1" >&2; [ -z "${2-}" ] || printf 'hint: %s\n' "$2" >&2; exit 1; }
@@ -22,20 +34,28 @@ command -v cargo >/dev/null || PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 command -v cargo >/dev/null || fail "cargo was not found" "install Rust with https://rustup.rs"
 
 target_root=${CARGO_TARGET_DIR:-target}
-arch=$(uname -m)
-musl=$arch-unknown-linux-musl
-gnu=$arch-unknown-linux-gnu
+host_arch=$(uname -m)
+musl=${arch:-$host_arch}-unknown-linux-musl
+gnu=$host_arch-unknown-linux-gnu
 
 # A static program of musl is smaller and starts faster in an emulated guest; a static one of glibc works too.
 has_target() { [ -d "$(rustc --print sysroot)/lib/rustlib/$1/lib" ]; }
 if ! has_target "$musl" && command -v rustup >/dev/null; then
   say "adding the Rust target $musl"
-  rustup target add "$musl" >&2 || say "the target cannot be had here; the guest binaries will be static glibc programs"
+  rustup target add "$musl" >&2 || say "the target cannot be had here"
 fi
 if has_target "$musl"; then
   guest_target=$musl
+elif [ -n "$arch" ]; then
+  fail "a runner for other hosts needs the Rust target $musl" "rustup target add $musl"
 else
+  say "the guest binaries will be static glibc programs"
   guest_target=$gnu
+fi
+if [ -n "$arch" ] && [ "$arch" != "$host_arch" ]; then
+  CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld
+  CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld
+  export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_LINKER
 fi
 
 say "building the guest's binaries for $guest_target"
@@ -45,6 +65,8 @@ RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile guest -
 guest=$(cd "$target_root/$guest_target/guest" && pwd)
 
 say "building the runner"
+set -- --locked --profile "$profile" -p runner
+[ -z "$arch" ] || { set -- "$@" --target "$musl"; directory=$musl/$directory; }
 GUEST_INIT_PATH=$guest/guest-init GUEST_AGENT_PATH=$guest/guest-agent GUEST_MOCK_CLAUDE_PATH=$guest/guest-mock-claude \
-  cargo build --locked --profile "$profile" -p runner >&2
+  cargo build "$@" >&2
 printf '%s\n' "$(cd "$target_root/$directory" && pwd)/runner"

@@ -135,7 +135,7 @@ addon_tests() {
 # In the addon's directory, where the tools find their settings.
 in_addon() { (cd "$addon" && RUFF_CACHE_DIR=$target/ruff-cache MYPY_CACHE_DIR=$target/mypy-cache "$addon_venv/bin/$1" "${@:2}"); }
 
-shell_scripts() { shellcheck --external-sources scripts/*.sh .ci/run crates/runner/mitm-addon/pin.sh; }
+shell_scripts() { shellcheck --external-sources scripts/*.sh tests/e2e/src/metal/*.sh .ci/run crates/runner/mitm-addon/pin.sh; }
 
 # The NATS server of the API server's tests: as $target/nats/nats-server.
 need_nats() {
@@ -176,7 +176,8 @@ unset RUSTFLAGS VM0_RUNNER_HOME VM0_RUNNER_RUN_DIR VM0_RUNNER_UID_BASE
 packages=(ca-certificates curl git build-essential pkg-config musl-tools shellcheck util-linux procps python3-venv iproute2 nftables openssl)
 case $tier in full | slow | soak)
     need_root "scripts/test.sh (the microVM tests)"
-    packages+=(tmux e2fsprogs libfaketime squashfs-tools)
+    # A metal host is a container with systemd and an ssh server.
+    packages+=(tmux e2fsprogs libfaketime squashfs-tools systemd-container mmdebstrap openssh-client)
     # Where systemd runs, the package starts a server of its own: not on somebody's machine. The test then says SKIP.
     [ -d /run/systemd/system ] || packages+=(prometheus)
     ;;

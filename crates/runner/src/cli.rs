@@ -55,6 +55,8 @@ enum Command {
     Config(cmd::config::Args),
     /// Run the daemon that takes and runs jobs
     Start(cmd::start::Args),
+    /// Run the daemon as a systemd service
+    Service(cmd::service::Args),
     /// Submit jobs through the local file queue
     Local(cmd::local::Args),
     /// Execute a command in a running job's VM
@@ -114,6 +116,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode, CliError> {
         Command::Build(args) => cmd::build::run(args, context),
         Command::Config(args) => cmd::config::run(args, context),
         Command::Start(args) => cmd::start::run(args, context),
+        Command::Service(args) => cmd::service::run(args, context),
         Command::Local(args) => cmd::local::run(args, context),
         Command::Exec(args) => cmd::exec::run(args, context),
         Command::Cp(args) => cmd::cp::run(args, context),

@@ -19,6 +19,7 @@ mod image;
 mod metrics;
 mod names;
 mod network;
+mod notify;
 mod pool;
 mod profile;
 mod provider;

@@ -16,8 +16,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub use builder::HostBuilder;
-pub(crate) use places::wheels;
+pub(crate) use builder::{home_prefix, sweep};
+pub(crate) use places::{binary, hashes, images, target, top, wheels};
 pub use places::{has_wheels, kept};
+pub(crate) use trees::{copy_tree, give};
 
 use crate::audit;
 use crate::network_log::NetworkLog;

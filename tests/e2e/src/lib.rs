@@ -17,6 +17,7 @@
 mod audit;
 mod clock;
 mod host;
+mod metal;
 mod mounts;
 mod network_log;
 mod process;
@@ -31,6 +32,7 @@ mod world;
 
 pub use clock::{DaemonClock, seconds_now};
 pub use host::{Host, HostBuilder, has_wheels, kept};
+pub use metal::{Metal, NAME as METAL_NAME, Submission};
 pub use mounts::in_own_mounts;
 pub use network_log::NetworkLog;
 pub use process::{Proc, processes_of_uids};

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{FlockOperation, flock};
@@ -106,6 +106,24 @@ impl RunRange {
             .collect()
     }
 
+    /// The groups that a metal host was put into, one a hierarchy.
+    pub(crate) fn container_cgroups(&self) -> Vec<PathBuf> {
+        let name = format!("vm0e2e-{}", self.number);
+        let mut hierarchies = vec![PathBuf::from("/sys/fs/cgroup")];
+        hierarchies.extend(
+            fs::read_dir("/sys/fs/cgroup")
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.path()),
+        );
+        hierarchies
+            .iter()
+            .map(|hierarchy| hierarchy.join(&name))
+            .filter(|group| group.is_dir())
+            .collect()
+    }
+
     /// Ends every process of the range and removes its files: only for what a killed or failed test left.
     pub(crate) fn clear(&self) {
         let ours = std::process::id();
@@ -128,6 +146,10 @@ impl RunRange {
             // Gone in the meantime, or still counting a zombie: the runner clears a slot before it uses it.
             let _ = fs::remove_dir(cgroup);
         }
+        for group in self.container_cgroups() {
+            // As above: the next holder tries again.
+            remove_groups(&group);
+        }
         for namespace in self.namespaces() {
             // Gone in the meantime is as good.
             let _ = Command::new("ip")
@@ -141,4 +163,17 @@ impl RunRange {
             Err(error) => panic!("{} cannot be removed: {error}", self.run_dir.display()),
         }
     }
+}
+
+/// Removes a control group and all below it; false if one of them still has processes.
+pub(crate) fn remove_groups(group: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(group) else {
+        return true;
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_groups(&entry.path());
+        }
+    }
+    fs::remove_dir(group).is_ok()
 }

@@ -10,6 +10,7 @@ import ssl
 import sys
 import threading
 import time
+import zlib
 
 # A line for each thing that arrived.
 record_file = open(sys.argv[2], "a", buffering=1)
@@ -55,6 +56,13 @@ class Web(http.server.BaseHTTPRequestHandler):
         body = PAGE if self.path == "/page" else b"hello from the world\n"
         self.send_response(200)
         if body is PAGE:
+            self.send_header("content-type", "text/html")
+        elif "text/html" in headers.get("accept", ""):
+            # A browser sees which site it got, in its own colour.
+            site = headers.get("host", "")
+            colour = f"#{zlib.crc32(site.encode()) & 0xFFFFFF:06x}"
+            page = f"<title>{site}</title><body style='margin:0;background:{colour};font:64px sans-serif'><h1>{site}</h1>"
+            body = page.encode()
             self.send_header("content-type", "text/html")
         self.send_header("content-length", str(len(body)))
         self.end_headers()

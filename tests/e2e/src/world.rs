@@ -75,6 +75,13 @@ const PROGRAMS: [&str; 7] = ["curl", "git", "ip", "nft", "nsenter", "openssl", "
 impl World {
     /// Makes one. `None`, with the reason reported, where that is impossible.
     pub fn new() -> Option<Self> {
+        let mut world = Self::around(&[])?;
+        world.serve("host", include_str!("upstreams.py"), &[]);
+        Some(world)
+    }
+
+    /// One whose host is somebody else's business, and whose web also has `sites`.
+    pub(crate) fn around(sites: &[&str]) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             skip("it makes network namespaces, which needs root");
             return None;
@@ -94,10 +101,9 @@ impl World {
             range,
             servers: Vec::new(),
         };
-        world.files();
+        world.files(sites);
         world.links();
         world.serve("world", include_str!("upstreams.py"), &[]);
-        world.serve("host", include_str!("upstreams.py"), &[]);
         Some(world)
     }
 
@@ -109,9 +115,13 @@ impl World {
         self.range.namespace(which)
     }
 
-    fn files(&self) {
+    fn files(&self, sites: &[&str]) {
         let directory = self.directory();
-        fs::write(directory.join("hosts"), HOSTS).expect("our directory");
+        let mut hosts = HOSTS.to_owned();
+        for site in sites {
+            hosts += &format!("{WORLD} {site}\n");
+        }
+        fs::write(directory.join("hosts"), hosts).expect("our directory");
         // Nobody answers there: what the hosts file does not name does not exist.
         fs::write(
             directory.join("resolv.conf"),
@@ -130,10 +140,13 @@ impl World {
         openssl(&format!(
             "req -new {key} -keyout server.key -out server.csr -subj /CN=e2e"
         ));
-        let good = "www.example.com,DNS:api.example.com,DNS:other.example.org";
+        let mut good = "www.example.com,DNS:api.example.com,DNS:other.example.org".to_owned();
+        for site in sites {
+            good += &format!(",DNS:{site}");
+        }
         let services = "git.example.com,DNS:wheels.example.com,DNS:npm.example.com,DNS:crates.example.com,DNS:model.example.com";
         for (name, authority, names, valid) in [
-            ("good", "ca", good, "-days 2"),
+            ("good", "ca", good.as_str(), "-days 2"),
             ("services", "ca", services, "-days 2"),
             ("unknown", "stranger", "unknown.example.net", "-days 2"),
             ("expired", "ca", "expired.example.net", "-days -1"),
@@ -178,6 +191,16 @@ impl World {
         ] {
             ip(&format!("-n {world} address add {address} dev host"));
         }
+    }
+
+    /// Its range.
+    pub(crate) fn range(&self) -> &RunRange {
+        &self.range
+    }
+
+    /// The network namespace of its web, from which a laptop may be looked at.
+    pub(crate) fn laptop(&self) -> PathBuf {
+        Path::new("/run/netns").join(self.namespace("world"))
     }
 
     fn record(&self, which: &str) -> PathBuf {

@@ -14,6 +14,7 @@ pub(crate) mod local;
 pub(crate) mod logs;
 mod parse;
 pub(crate) mod policy;
+pub(crate) mod service;
 pub(crate) mod setup;
 pub(crate) mod start;
 pub(crate) mod top;

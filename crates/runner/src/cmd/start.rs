@@ -1,5 +1,7 @@
 //! Runs the daemon.
 
+mod handover;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -16,6 +18,7 @@ use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::MakeWriterExt;
 
+use self::handover::{Readiness, Side};
 use crate::audit::{Action, Audit, Outcome, Who};
 use crate::config::{self, Config, EngineChoice};
 use crate::context::{CliError, Context};
@@ -62,6 +65,9 @@ pub(crate) struct Args {
     /// How the daemon's own log is written
     #[arg(long, value_enum, default_value_t)]
     log_format: LogFormat,
+    /// Take over from the instance of this name that runs; returns when that is done. For `systemctl reload`
+    #[arg(long, hide = true)]
+    takeover: bool,
 }
 
 /// How a log is written.
@@ -99,6 +105,14 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     }
     let home = Arc::new(context.home()?);
     let proxy = proxy_parts(&home, &config)?;
+    let readiness = if args.takeover {
+        match handover::split()? {
+            Side::Command(code) => return Ok(code),
+            Side::Instance(readiness) => Some(readiness),
+        }
+    } else {
+        None
+    };
     let instance = RunId::random().to_string();
     let launcher = LauncherConfig::from_env(instance.clone())?;
     let run_dir = launcher.run_dir.clone();
@@ -108,7 +122,11 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     // Still as root, who may have made the locks.
     let images = hold_images(&home, &config)?;
     home.become_owner()?;
-    let lock = only_one(&home, &config.name)?;
+    let name = match &readiness {
+        None => Some(only_one(&home, &config.name)?),
+        // It is somebody else's, most likely, until everything else is ready.
+        Some(_) => name_if_free(&home, &config.name)?,
+    };
     log_to_file(&home, &config.name, args.log_format)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -124,6 +142,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             run_dir,
             proxy,
             images,
+            name,
+            readiness,
         };
         let result = starting.run().await;
         // Whatever is left of our VMs goes now.
@@ -132,16 +152,15 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     })?;
     // A task that hangs in the kernel must not keep a daemon that is done.
     runtime.shutdown_timeout(Duration::from_secs(2));
-    drop(lock);
     Ok(ExitCode::from(code))
 }
 
 /// Two daemons of one name would answer for each other.
 fn only_one(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
-    let dir = home.ensure_dir(rel::runner(name))?;
-    if let Some(lock) = dir.try_lock(LOCK, LockKind::Exclusive, 0o600)? {
+    if let Some(lock) = name_if_free(home, name)? {
         return Ok(lock);
     }
+    let dir = home.ensure_dir(rel::runner(name))?;
     let file = dir.open_file(LOCK, Access::Read)?;
     let who = lock_holder(&file).map_or_else(String::new, |pid| format!(" (pid {pid})"));
     Err(
@@ -150,7 +169,12 @@ fn only_one(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
     )
 }
 
-/// Held by the one daemon of a runner.
+fn name_if_free(home: &Home, name: &RunnerName) -> Result<Option<Lock>, CliError> {
+    let dir = home.ensure_dir(rel::runner(name))?;
+    Ok(dir.try_lock(LOCK, LockKind::Exclusive, 0o600)?)
+}
+
+/// Held by the one daemon of a runner that takes jobs.
 const LOCK: &str = "runner.lock";
 
 fn log_to_file(home: &Home, name: &RunnerName, format: LogFormat) -> Result<(), CliError> {
@@ -219,6 +243,9 @@ struct Starting {
     run_dir: PathBuf,
     proxy: ProxyConfig,
     images: Vec<InUse>,
+    /// `None` as long as another instance has it, which is to hand over.
+    name: Option<Lock>,
+    readiness: Option<Readiness>,
 }
 
 impl Starting {
@@ -231,6 +258,8 @@ impl Starting {
             run_dir,
             proxy,
             images,
+            name,
+            readiness,
         } = self;
         tracing::info!(
             runner = %config.name, group = %config.group, instance, pid = std::process::id(),
@@ -301,6 +330,13 @@ impl Starting {
                     .with_hint("change metrics.listen in runner.yaml")
             })?),
         };
+        let name = match name {
+            Some(name) => name,
+            None => {
+                handover::retire_others(&home, &config.name, &instance).await?;
+                only_one(&home, &config.name)?
+            }
+        };
 
         let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
         daemon::watch_signals(&mailbox)?;
@@ -363,10 +399,14 @@ impl Starting {
             provider: provider.clone(),
             metrics: Arc::clone(&metrics),
             setting,
+            name: Some(name),
             mailbox,
             inbox,
         };
         tracing::info!("ready");
+        if let Some(readiness) = readiness {
+            readiness.tell();
+        }
         let code = daemon::run(
             parts,
             |first| {

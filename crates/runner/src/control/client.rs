@@ -18,6 +18,8 @@ const LOOKUP_LIMIT: Duration = Duration::from_secs(3);
 pub(crate) struct Instance {
     /// The runner's name.
     pub(crate) runner: RunnerName,
+    /// The process's own id, unlike that of any other.
+    pub(crate) id: String,
     dir: Dir,
 }
 
@@ -54,12 +56,25 @@ impl Instance {
                 if dir.is_locked("lock").unwrap_or(false) {
                     live.push(Self {
                         runner: runner.clone(),
+                        id: entry.name.to_string_lossy().into_owned(),
                         dir,
                     });
                 }
             }
         }
         Ok(live)
+    }
+
+    /// Whether its process still lives.
+    pub(crate) fn is_live(&self) -> bool {
+        self.dir.is_locked("lock").unwrap_or(false)
+    }
+
+    /// Whether it has come so far as to take requests.
+    pub(crate) fn listens(&self) -> bool {
+        self.dir
+            .metadata("control.sock")
+            .is_ok_and(|meta| meta.is_some())
     }
 
     /// Opens a connection and sends the request.
@@ -93,6 +108,7 @@ pub(crate) async fn active_runs(home: &Home) -> Result<Vec<ActiveRun>, CliError>
                         info,
                         instance: Instance {
                             runner: instance.runner.clone(),
+                            id: instance.id.clone(),
                             dir: instance.dir.try_clone()?,
                         },
                     });

@@ -94,6 +94,12 @@ pub(crate) enum Request {
         /// What it may reach.
         allow: Vec<RuleArgument>,
     },
+    /// Another instance of this runner takes the jobs from now on: this one finishes what it has and leaves. Answered
+    /// with [`Reply::Done`] when the runner's name is free.
+    Retire {
+        /// The other instance's process.
+        successor: u32,
+    },
 }
 
 /// Later frames of the client.

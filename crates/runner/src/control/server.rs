@@ -57,6 +57,8 @@ pub(crate) trait RunLookup: Send + Sync + 'static {
     fn blot(&self, run: RunId, text: String) -> String;
     /// What `status.json` says now, for who reads it here; nothing before there is a status.
     fn snapshot(&self) -> Option<Status>;
+    /// Gives the runner's name to another process, and leaves when the last job has ended.
+    async fn retire(&self, successor: u32);
     /// What `status.json` says now.
     async fn status(&self) -> String;
     /// What a run may reach, in canonical form.
@@ -166,6 +168,10 @@ impl Handler {
                         Reply::Failed(failure)
                     }
                 }
+            }
+            Request::Retire { successor } => {
+                self.lookup.retire(successor).await;
+                Reply::Done
             }
             Request::Policy { run } => policy(self.lookup.policy(run).await),
             Request::ChangePolicy { run, deny, allow } => {

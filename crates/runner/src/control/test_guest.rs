@@ -272,6 +272,8 @@ struct Lookup {
 
 #[async_trait]
 impl RunLookup for Lookup {
+    async fn retire(&self, _: u32) {}
+
     async fn runs(&self) -> Vec<RunInfo> {
         vec![self.info.clone()]
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use guest_control::Client;
+use host::fs::Lock;
 use policy::{MergeError, RuleArgument};
 
 use super::event::Event;
@@ -13,6 +14,7 @@ use crate::control::protocol::{Failure, Refusal, RunInfo};
 use crate::control::server::RunLookup;
 use crate::names::RunId;
 use crate::network::{JobNetworks, NetworkError};
+use crate::notify;
 use crate::status::Status;
 
 #[derive(Default)]
@@ -26,14 +28,21 @@ pub(super) struct Directory {
     contents: Mutex<Contents>,
     mailbox: Mailbox,
     networks: Option<Arc<JobNetworks>>,
+    /// What makes us the one daemon of our name, until a successor is.
+    name: Mutex<Option<Lock>>,
 }
 
 impl Directory {
-    pub(super) fn new(mailbox: Mailbox, networks: Option<Arc<JobNetworks>>) -> Self {
+    pub(super) fn new(
+        mailbox: Mailbox,
+        networks: Option<Arc<JobNetworks>>,
+        name: Option<Lock>,
+    ) -> Self {
         Self {
             contents: Mutex::default(),
             mailbox,
             networks,
+            name: Mutex::new(name),
         }
     }
 
@@ -172,6 +181,19 @@ impl RunLookup for Directory {
         let policy = changed.map_err(|error| refusal(run, &error))?;
         tracing::info!(%run, denied = deny.len(), allowed = allow.len(), "a policy was changed");
         Ok(policy.to_json())
+    }
+
+    async fn retire(&self, successor: u32) {
+        self.mailbox.event(Event::Retire);
+        let held = self
+            .name
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if held.is_some() {
+            tracing::info!(successor, "handing over");
+            notify::hand_over(successor);
+        }
     }
 
     async fn status(&self) -> String {

@@ -59,6 +59,8 @@ pub(super) enum Event {
     Drain,
     /// SIGUSR2.
     Resume,
+    /// Another instance takes jobs from now on: finish what is running, then leave.
+    Retire,
     /// SIGTERM or SIGINT.
     Stop,
     /// A deadline passed.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use host::fs::Lock;
 use host::slot::{Resources, SlotId};
 use jiff::Timestamp;
 use sandbox::{EngineKind, Sandbox, Template};
@@ -19,6 +20,7 @@ use crate::control::server::RunLookup;
 use crate::executor::{self, Ended, Progress, Setting, VmSource, Work};
 use crate::metrics::{Meter, Metrics};
 use crate::names::{ProfileName, RunId, RunnerName};
+use crate::notify::Manager;
 use crate::provider::Provider;
 use crate::queue::{ClaimedJob, JobResult};
 use crate::resource_budget::{self, Budget, Lease};
@@ -53,6 +55,8 @@ pub(crate) struct Parts {
     pub(crate) setting: Setting,
     /// What is counted.
     pub(crate) metrics: Arc<Metrics>,
+    /// What makes this the one daemon of its name.
+    pub(crate) name: Option<Lock>,
     /// Messages that are sent to the daemon.
     pub(crate) mailbox: Mailbox,
     /// The daemon's end of it.
@@ -105,7 +109,7 @@ pub(crate) async fn run(
             .proxy()
             .on_change(move || mailbox.event(Event::Time));
     }
-    let directory = Arc::new(Directory::new(parts.mailbox.clone(), networks));
+    let directory = Arc::new(Directory::new(parts.mailbox.clone(), networks, parts.name));
     let shapes: BTreeMap<ProfileName, Resources> = parts
         .templates
         .iter()
@@ -140,10 +144,13 @@ pub(crate) async fn run(
     directory.update(owner.status());
     serve(directory);
     owner.digest(Event::Time);
+    let mut manager = Manager::new();
+    manager.tell(&owner.status());
     loop {
         let deadline = owner.plan.deadline(now());
         let message = tokio::select! {
             biased;
+            () = manager.beat() => continue,
             message = inbox.0.recv() => match message {
                 Some(message) => message,
                 // We hold a mailbox ourselves.
@@ -154,6 +161,7 @@ pub(crate) async fn run(
         owner.hear(message);
         let status = owner.status();
         owner.directory.update(status.clone());
+        manager.tell(&status);
         writer.publish(status);
         if owner.plan.exit().is_some() {
             break;

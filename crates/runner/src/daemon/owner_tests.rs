@@ -131,6 +131,7 @@ where
                 networks: None,
                 restores: Arc::new(Semaphore::new(1)),
             },
+            name: None,
             mailbox: mailbox.clone(),
             inbox,
         };

@@ -13,12 +13,12 @@ use crate::skip::skip;
 use crate::world::{Wiring, World};
 
 /// How the names of a range's homes begin.
-fn home_prefix(range: &RunRange) -> String {
+pub(crate) fn home_prefix(range: &RunRange) -> String {
     format!("vm0-e2e-home-{}-", range.number)
 }
 
 /// Removes the homes and logs that killed tests left: whoever holds a range is the only one with such names.
-fn sweep(homes: &Path, prefix: &str) {
+pub(crate) fn sweep(homes: &Path, prefix: &str) {
     for entry in fs::read_dir(homes).expect("our directory").flatten() {
         if entry.file_name().to_string_lossy().starts_with(prefix) {
             // A log is a file, a home a directory; one of the two calls fits.

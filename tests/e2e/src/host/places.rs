@@ -7,25 +7,25 @@ use std::process::{Command, Stdio};
 use crate::skip::skip;
 
 /// The checkout.
-pub(super) fn top() -> &'static Path {
+pub(crate) fn top() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .ancestors()
         .nth(2)
         .expect("tests/e2e is two levels down")
 }
 
-pub(super) fn target() -> PathBuf {
+pub(crate) fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| top().join("target"), PathBuf::from)
 }
 
 /// The binary under test.
-pub(super) fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     std::env::var_os("VM0_RUNNER_BIN")
         .map_or_else(|| target().join("release/runner"), PathBuf::from)
 }
 
 /// The home that holds the images.
-pub(super) fn images() -> PathBuf {
+pub(crate) fn images() -> PathBuf {
     std::env::var_os("VM0_TEST_IMAGES").map_or_else(|| target().join("test-home"), PathBuf::from)
 }
 
@@ -54,7 +54,7 @@ pub fn kept(name: &str) -> PathBuf {
 }
 
 /// Hashes of a profile's image, as `runner build --dry-run` prints them; `None` when it is not built.
-pub(super) fn hashes(profile: &str) -> Option<(String, String)> {
+pub(crate) fn hashes(profile: &str) -> Option<(String, String)> {
     let output = Command::new(binary())
         .args(["build", "--dry-run", "--profile", profile])
         .env("VM0_RUNNER_HOME", images())

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// Hard links of a whole tree.
-pub(super) fn link_tree(from: &Path, to: &Path) {
+pub(crate) fn link_tree(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("a directory can be made");
     let mode = fs::metadata(from).expect("it was listed").permissions();
     for entry in fs::read_dir(from).expect("images can be read").flatten() {
@@ -21,7 +21,7 @@ pub(super) fn link_tree(from: &Path, to: &Path) {
 }
 
 /// A copy of a whole tree that keeps holes: the saved memory is mostly holes.
-pub(super) fn copy_tree(from: &Path, to: &Path) {
+pub(crate) fn copy_tree(from: &Path, to: &Path) {
     fs::create_dir_all(to.parent().expect("below a home")).expect("a directory can be made");
     let copied = Command::new("cp")
         .args(["--archive", "--sparse=always"])
@@ -32,7 +32,7 @@ pub(super) fn copy_tree(from: &Path, to: &Path) {
 }
 
 /// Bytes of all files below a directory.
-pub(super) fn size_of(directory: &Path) -> u64 {
+pub(crate) fn size_of(directory: &Path) -> u64 {
     fs::read_dir(directory)
         .expect("images can be read")
         .flatten()
@@ -49,7 +49,7 @@ pub(super) fn size_of(directory: &Path) -> u64 {
 }
 
 /// An ext4 of its own, on a file beside the mount point that is already unlinked when a test can fail.
-pub(super) fn mount_ext4(at: &Path, bytes: u64) {
+pub(crate) fn mount_ext4(at: &Path, bytes: u64) {
     let backing = at.with_extension("ext4");
     File::create(&backing)
         .and_then(|file| file.set_len(bytes))
@@ -71,7 +71,7 @@ pub(super) fn mount_ext4(at: &Path, bytes: u64) {
 }
 
 /// Gives a whole tree to a user.
-pub(super) fn give(path: &Path, uid: u32) {
+pub(crate) fn give(path: &Path, uid: u32) {
     chown(path, Some(uid), Some(uid)).expect("root may chown");
     if path.is_dir() {
         for entry in fs::read_dir(path).expect("our home").flatten() {

@@ -158,6 +158,8 @@ pub(super) struct Plan {
     give_up_at: Option<Instant>,
     exit: Option<u8>,
     failed: Option<String>,
+    /// A successor takes the jobs: we leave when ours have ended.
+    retiring: bool,
     admitted: u64,
     actions: Vec<Action>,
 }
@@ -183,6 +185,7 @@ impl Plan {
             give_up_at: None,
             exit: None,
             failed: None,
+            retiring: false,
             admitted: 0,
             actions: Vec::new(),
         }
@@ -237,7 +240,15 @@ impl Plan {
                 self.admitting = None;
             }
             Event::Drain if self.mode == Mode::Running => self.mode = Mode::Draining,
-            Event::Resume if self.mode == Mode::Draining => self.mode = Mode::Running,
+            Event::Resume if self.mode == Mode::Draining && !self.retiring => {
+                self.mode = Mode::Running;
+            }
+            Event::Retire => {
+                self.retiring = true;
+                if self.mode == Mode::Running {
+                    self.mode = Mode::Draining;
+                }
+            }
             Event::Drain | Event::Resume => {}
             Event::Stop if self.mode == Mode::Stopping => {
                 self.cancel_all(CancelReason::Stopping, now)
@@ -323,6 +334,10 @@ impl Plan {
     }
 
     fn finish(&mut self, now: Instant) {
+        let done = self.runs.is_empty() && self.admitting.is_none();
+        if self.retiring && self.mode == Mode::Draining && done {
+            self.mode = Mode::Stopping;
+        }
         if self.mode != Mode::Stopping || !self.runs.is_empty() || self.exit.is_some() {
             return;
         }

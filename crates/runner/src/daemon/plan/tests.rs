@@ -653,6 +653,29 @@ fn draining_keeps_runs_drops_paused_vms_claims_nothing_and_can_be_resumed() {
 }
 
 #[test]
+fn a_retiring_runner_takes_nothing_finishes_what_it_has_and_leaves() {
+    let mut bench = Bench::warm(1, 1);
+    bench.tell(Event::Time);
+    bench.warmed();
+    let job = bench.submit("vm0/big");
+    let run = job.job.run_id;
+    bench.start(job);
+    bench.tell(Event::Retire);
+    bench.destroyed();
+    bench.submit("vm0/small");
+    // A successor has the name: there is no way back.
+    bench.tell(Event::Resume);
+    bench.pass(Duration::from_secs(3600));
+    bench.nothing_asked();
+    assert_eq!(bench.plan.mode(), Mode::Draining);
+    assert_eq!(bench.plan.exit(), None);
+    bench.end(run, true);
+    assert_eq!(bench.plan.exit(), None);
+    bench.destroyed();
+    assert_eq!(bench.plan.exit(), Some(0));
+}
+
+#[test]
 fn stopping_finishes_runs_cancels_them_at_the_limit_and_leaves_when_all_is_reaped() {
     let mut bench = Bench::new();
     let (first, second) = (bench.submit("vm0/small"), bench.submit("vm0/small"));

@@ -1,0 +1,311 @@
+//! Starting, replacing, draining and ending the service.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use host::fs::{Lock, LockKind};
+
+use super::systemd::{JournalMark, State, require_root, systemctl};
+use super::unit::{Place, Unit, UnitName};
+use super::{Run, instances};
+use crate::config::{self, Config};
+use crate::context::{CliError, Context, block_on, note};
+use crate::home::{Home, rel};
+use crate::names::{RunId, RunnerName};
+use crate::status::{Mode, Status};
+
+/// Longest wait for a predecessor that was told to stop.
+const PREDECESSOR: Duration = Duration::from_secs(600);
+
+pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitCode, CliError> {
+    require_root(match place {
+        Place::UntilReboot => "start",
+        Place::Persistent => "install",
+    })?;
+    let file = std::fs::canonicalize(&args.config).map_err(|error| {
+        CliError::failed(format_args!(
+            "cannot open {}: {error}",
+            args.config.display()
+        ))
+    })?;
+    let config = config::load(&file)?;
+    if args.name.as_ref().is_some_and(|name| *name != config.name) {
+        return Err(CliError::usage(format_args!(
+            "{} is the configuration of runner {}",
+            file.display(),
+            config.name
+        )));
+    }
+    let unit = UnitName::of(&config.name);
+    let _one = one_at_a_time(&context.home()?, &config.name)?;
+    if place == Place::UntilReboot && Place::Persistent.read(&unit)?.is_some() {
+        return Err(
+            CliError::failed(format_args!("{unit} is installed for every boot"))
+                .with_hint("`runner service install` replaces it, `uninstall` removes it"),
+        );
+    }
+    let text = text(args, &file, &config, context)?;
+    let before = State::of(&unit)?;
+    let kept = place.read(&unit)?;
+    // What failed before is no reason not to start now.
+    if before.has_failed() {
+        systemctl(&["reset-failed", unit.as_str()])?;
+    }
+    place.write(&unit, Some(&text))?;
+    systemctl(&["daemon-reload"])?;
+    let mark = JournalMark::now();
+    let started = if before.is_active() {
+        note(format_args!("replacing {unit}; its running jobs go on"));
+        systemctl(&["reload", unit.as_str()])
+    } else {
+        // Also where it is between two attempts to start: it has no jobs then.
+        systemctl(&["restart", unit.as_str()])
+    };
+    if let Err(error) = started {
+        return Err(undo(&unit, place, &before, kept.as_deref(), &mark, error));
+    }
+    if place == Place::Persistent {
+        systemctl(&["enable", "--quiet", unit.as_str()])?;
+        // The one in /etc counts; this one would be there again after an uninstall.
+        Place::UntilReboot.write(&unit, None)?;
+        systemctl(&["daemon-reload"])?;
+    }
+    context.print_line(format_args!("{unit} is running"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Two deploys at once, one after the other.
+fn one_at_a_time(home: &Home, name: &RunnerName) -> Result<Lock, CliError> {
+    let locks = home.ensure_dir(rel::LOCKS)?;
+    Ok(locks.lock(format!("service-{name}"), LockKind::Exclusive, 0o600)?)
+}
+
+fn text(
+    args: &Run,
+    file: &std::path::Path,
+    config: &Config,
+    context: &Context,
+) -> Result<String, CliError> {
+    let program = std::env::current_exe()?;
+    let environment_file = args
+        .env_file
+        .as_ref()
+        .map(std::fs::canonicalize)
+        .transpose();
+    let environment_file = environment_file
+        .map_err(|error| CliError::failed(format_args!("cannot open --env-file: {error}")))?;
+    Unit {
+        name: &config.name,
+        program: &program,
+        home: context.home()?.path(),
+        config: file,
+        local: args.local,
+        environment: &args.env,
+        environment_file: environment_file.as_deref(),
+        stop_timeout: config.stop_timeout(),
+    }
+    .text()
+}
+
+/// Leaves things as they were before a start that failed, and says why it did.
+fn undo(
+    unit: &UnitName,
+    place: Place,
+    before: &State,
+    kept: Option<&str>,
+    mark: &JournalMark,
+    error: CliError,
+) -> CliError {
+    mark.show_since(unit);
+    // The file of what runs has to stay, or systemd forgets how to end it.
+    let mut undone = Ok(String::new());
+    if !before.is_active() {
+        undone = systemctl(&["stop", unit.as_str()]);
+    }
+    let restored = match place.write(unit, kept) {
+        Ok(()) => systemctl(&["daemon-reload"]),
+        Err(error) => Err(error),
+    };
+    for problem in [undone, restored].into_iter().filter_map(Result::err) {
+        note(format_args!("warning: {problem}"));
+    }
+    let why = if before.is_active() {
+        "could not be replaced; the instance that ran goes on"
+    } else {
+        "did not start"
+    };
+    CliError::failed(format_args!("{unit} {why}: {error}"))
+        .with_hint("what it said stands above; `journalctl -u` of the unit has all of it")
+}
+
+pub(super) fn stop(
+    name: &RunnerName,
+    force: bool,
+    context: &Context,
+) -> Result<ExitCode, CliError> {
+    require_root("stop")?;
+    let unit = UnitName::of(name);
+    end(&unit, name, force, context)?;
+    // A unit until the reboot ends with its service.
+    Place::UntilReboot.write(&unit, None)?;
+    systemctl(&["daemon-reload"])?;
+    context.print_line(format_args!("{unit} is stopped"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn uninstall(
+    name: &RunnerName,
+    force: bool,
+    context: &Context,
+) -> Result<ExitCode, CliError> {
+    require_root("uninstall")?;
+    let unit = UnitName::of(name);
+    end(&unit, name, force, context)?;
+    if Place::Persistent.read(&unit)?.is_some() {
+        systemctl(&["disable", "--quiet", unit.as_str()])?;
+        Place::Persistent.write(&unit, None)?;
+    }
+    Place::UntilReboot.write(&unit, None)?;
+    systemctl(&["daemon-reload"])?;
+    context.print_line(format_args!("{unit} is uninstalled"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends the service, if no job would be lost by it or that is wanted.
+fn end(unit: &UnitName, name: &RunnerName, force: bool, context: &Context) -> Result<(), CliError> {
+    let home = context.home()?;
+    let _one = one_at_a_time(&home, name)?;
+    let state = State::of(unit)?;
+    if state.is_up() {
+        if force {
+            block_on(end_predecessors(&home, unit, name))?;
+        } else {
+            refuse_active(&home, unit, name)?;
+        }
+        systemctl(&["stop", unit.as_str()])?;
+    }
+    if State::of(unit)?.has_failed() {
+        systemctl(&["reset-failed", unit.as_str()])?;
+    }
+    Ok(())
+}
+
+/// Fails while jobs run. A job that comes between this look and the end is impossible: the runner drains meanwhile.
+fn refuse_active(home: &Home, unit: &UnitName, name: &RunnerName) -> Result<(), CliError> {
+    let running = |status: &Status| status.mode == Mode::Running;
+    let ran = block_on(instances::statuses(home, name))?
+        .iter()
+        .any(running);
+    if ran {
+        signal(unit, "SIGUSR1")?;
+    }
+    let active = block_on(instances::wait_drained(home, name)).map(|all| instances::runs(&all));
+    if matches!(&active, Ok(runs) if runs.is_empty()) {
+        return Ok(());
+    }
+    if ran {
+        signal(unit, "SIGUSR2")?;
+    }
+    let active = active?;
+    Err(CliError::failed(format_args!(
+        "runner {name} has {} active job(s): {}",
+        active.len(),
+        ids(&active)
+    ))
+    .with_hint(format_args!(
+        "`runner service drain --name {name} --wait 30m` lets them finish, --force ends them"
+    )))
+}
+
+fn ids(runs: &[RunId]) -> String {
+    let ids: Vec<_> = runs.iter().map(ToString::to_string).collect();
+    ids.join(", ")
+}
+
+/// systemd knows one main process; predecessors that still finish their jobs are told to stop before it, or they would
+/// be killed with their jobs unanswered.
+async fn end_predecessors(home: &Home, unit: &UnitName, name: &RunnerName) -> Result<(), CliError> {
+    let Ok(statuses) = instances::statuses(home, name).await else {
+        // --force is for those that do not answer, too.
+        return Ok(());
+    };
+    let main = State::of(unit)?.get("MainPID").parse::<u32>().ok();
+    for status in statuses.iter().filter(|status| Some(status.pid) != main) {
+        let pid = i32::try_from(status.pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        let Some(pid) = pid else { continue };
+        let Ok(process) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK)
+        else {
+            continue;
+        };
+        // Still the one that answered: it holds the lock of its instance.
+        let same = instances::statuses(home, name).await?;
+        if !same.iter().any(|now| now.instance == status.instance) {
+            continue;
+        }
+        let _ = rustix::process::pidfd_send_signal(&process, rustix::process::Signal::TERM);
+        // SAFETY: the descriptor is owned by the `AsyncFd`, which closes it last.
+        let ended = unsafe {
+            tokio::io::unix::AsyncFd::register_with_interest(process, tokio::io::Interest::READABLE)
+        }?;
+        // It obeys its own stop_timeout_secs; what does not end at all is systemd's to kill.
+        if let Ok(result) = tokio::time::timeout(PREDECESSOR, ended.readable()).await {
+            let _ = result?;
+        }
+    }
+    Ok(())
+}
+
+fn signal(unit: &UnitName, signal: &str) -> Result<(), CliError> {
+    // The older name of the option, which newer versions know too.
+    systemctl(&["kill", "--kill-who=main", "--signal", signal, unit.as_str()]).map(drop)
+}
+
+fn require_active(unit: &UnitName) -> Result<(), CliError> {
+    if State::of(unit)?.is_active() {
+        return Ok(());
+    }
+    Err(CliError::failed(format_args!("{unit} is not running"))
+        .with_hint("`runner service status` shows what is"))
+}
+
+pub(super) fn drain(
+    name: &RunnerName,
+    wait: Option<Duration>,
+    context: &Context,
+) -> Result<ExitCode, CliError> {
+    require_root("drain")?;
+    let unit = UnitName::of(name);
+    require_active(&unit)?;
+    let home = context.home()?;
+    signal(&unit, "SIGUSR1")?;
+    let left = block_on(async {
+        let statuses = instances::wait_drained(&home, name).await?;
+        match wait {
+            Some(limit) => instances::wait_empty(&home, name, limit).await,
+            None => Ok(instances::runs(&statuses)),
+        }
+    })?;
+    if wait.is_some() && !left.is_empty() {
+        return Err(CliError::failed(format_args!(
+            "runner {name} drains, and still has {} active job(s): {}",
+            left.len(),
+            ids(&left)
+        ))
+        .with_hint(format_args!(
+            "wait again, end one with `runner kill`, or `runner service resume --name {name}`"
+        )));
+    }
+    context.print_line(format_args!("{unit} drains, {} active job(s)", left.len()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn resume(name: &RunnerName, context: &Context) -> Result<ExitCode, CliError> {
+    require_root("resume")?;
+    let unit = UnitName::of(name);
+    require_active(&unit)?;
+    signal(&unit, "SIGUSR2")?;
+    context.print_line(format_args!("{unit} takes jobs again"))?;
+    Ok(ExitCode::SUCCESS)
+}
