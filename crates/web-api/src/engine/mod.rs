@@ -5,7 +5,7 @@
 //! | runs | bucket `<ns>_runs`, one key a run | compare-and-set only |
 //! | specifications | bucket `<ns>_specs`; above 512 KiB in the object store | once |
 //! | tokens, keys, group policies, checkpoints | buckets `<ns>_{tokens,keys,policies,sessions}` | put, or create |
-//! | fleet | bucket `<ns>_fleet`, in memory, forgotten after a minute | put |
+//! | fleet | bucket `<ns>_fleet`, forgotten after a minute | put |
 //! | events, outputs, logs, inputs | stream `<ns>_feed`, subject `<ns>.feed.<kind>.<run>` | compare-and-set on the subject |
 //! | large blobs | object store `<ns>_blobs` | once |
 
@@ -264,10 +264,8 @@ impl Maker<'_> {
             bucket: name.clone(),
             history: 1,
             max_age: memory.unwrap_or_default(),
-            storage: match memory {
-                Some(_) => StorageType::Memory,
-                None => StorageType::File,
-            },
+            // Also what is soon forgotten: a node that restarts forgets a bucket in memory as a whole.
+            storage: StorageType::File,
             num_replicas: self.settings.replicas,
             limit_markers: Some(bucket::MARKER_TTL),
             ..kv::Config::default()

@@ -219,7 +219,7 @@ async fn an_outage_of_nats_is_told_and_costs_no_lease() {
         return;
     };
     let config = Config {
-        lease: Duration::from_secs(2),
+        lease: Duration::from_secs(5),
         ..Config::default()
     };
     let replica = world.replica(config).await;
@@ -234,12 +234,14 @@ async fn an_outage_of_nats_is_told_and_costs_no_lease() {
     let refused = client.post("/api/runs", run(json!({}))).await;
     assert_eq!(refused.problem(), ProblemKind::Unavailable);
     // Longer than a lease by far.
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     world.nats.restart(0);
     eventually("the replica is back", || async {
         client.get("/readyz").await.status == StatusCode::OK
     })
     .await;
+    // The runner is slow to notice: who ends silent leases has looked several times by then, but not for a whole lease.
+    tokio::time::sleep(Duration::from_secs(2)).await;
     eventually("the lease is renewed", || async {
         let body = json!({"runnerId": me, "epoch": 1});
         match runner.job(id, "renew", body).await {
@@ -252,6 +254,18 @@ async fn an_outage_of_nats_is_told_and_costs_no_lease() {
     })
     .await;
     runner.complete(me, id, 1).await.ok::<Run>();
+    // The fleet is there again, too, and a runner that is lost now is found out.
+    let lost = client.create(json!({})).await.run_id;
+    runner.claim(me, lost).await;
+    let beat = json!({
+        "runnerId": me, "runnerName": "metal-1", "group": GROUP, "profiles": [], "mode": "running"
+    });
+    let heard = runner.post("/api/runners/heartbeat", beat).await;
+    assert_eq!(heard.status, StatusCode::OK, "{heard:?}");
+    eventually("the lost runner is found out", || async {
+        client.run(lost).await.state == RunState::Done
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
