@@ -12,6 +12,7 @@
 
 mod end;
 mod errand;
+mod jailed;
 mod networks;
 mod services;
 mod start;
@@ -71,12 +72,16 @@ struct Main {
     starting: Option<Starting>,
     /// The request to answer with why it failed before exec, when it is reaped.
     failed: Option<(u64, String)>,
+    /// Of a jailed process: the first of its namespace, which has no purpose without it.
+    keeper: Option<OwnedFd>,
 }
 
 struct Starting {
     request: u64,
     /// Ends without a byte when exec closes it; otherwise says what failed.
     report: OwnedFd,
+    /// Where a jailed process's control directory arrives before that.
+    control: Option<OwnedFd>,
 }
 
 /// Requests to answer when nothing of the slot runs any more.
@@ -231,6 +236,11 @@ impl Server {
             }
             Op::Launch(order) => {
                 if let Err(refusal) = self.launch(id, order, fds) {
+                    self.answer(id, Err(refusal));
+                }
+            }
+            Op::LaunchJailed(order) => {
+                if let Err(refusal) = self.launch_jailed(id, order, fds) {
                     self.answer(id, Err(refusal));
                 }
             }

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Signal, WaitOptions, WaitStatus};
 
-use super::start::read_report;
 use super::{Ending, Main, Server, not_ours};
 use crate::cgroup::Cgroups;
 use crate::launcher::Reaped;
@@ -40,13 +39,14 @@ impl Server {
     fn main_died(&mut self, unit: Unit, mut main: Main, status: WaitStatus) {
         if let Some(starting) = main.starting.take() {
             // It died since we last looked: before exec, or after it.
-            match read_report(starting.report) {
-                Some(message) => main.failed = Some((starting.request, message)),
-                None => {
-                    let (reply, pidfd) = main.reply();
-                    self.answer_with(starting.request, Ok(reply), pidfd.as_ref());
-                }
+            let request = starting.request;
+            match main.outcome(starting) {
+                Err(message) => main.failed = Some((request, message)),
+                Ok((reply, fds)) => self.answer_with(request, Ok(reply), &fds),
             }
+        }
+        if let Some(keeper) = main.keeper.take() {
+            let _ = rustix::process::pidfd_send_signal(&keeper, Signal::KILL);
         }
         if let Some((request, message)) = main.failed {
             let step = format!("start a process in {unit}");
