@@ -170,7 +170,8 @@ fn furnish(plan: &Plan<'_>, copies: &[OwnedFd]) -> Step<()> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let control =
         rustix::fs::open(&control, flags, Mode::empty()).at("open the control directory")?;
-    wire::encode(&())
+    // A message of no bytes would be the end of the connection.
+    wire::encode(&true)
         .and_then(|bytes| wire::send(&plan.control, &bytes, &[control.as_fd()]))
         .at("hand the control directory over")
 }

@@ -40,6 +40,8 @@ struct Held {
     /// Of a slot.
     holding: Option<Holding>,
     main: Option<Main>,
+    /// Of a jailed process: the first of its namespace, which has no purpose without it.
+    keeper: Option<(Pid, OwnedFd)>,
     /// What the last main process left.
     last: Option<Reaped>,
     /// Requests to answer when the main process is dead.
@@ -56,6 +58,7 @@ impl Held {
         Held {
             holding,
             main: None,
+            keeper: None,
             last: None,
             waiters: Vec::new(),
             ending: None,
@@ -72,8 +75,6 @@ struct Main {
     starting: Option<Starting>,
     /// The request to answer with why it failed before exec, when it is reaped.
     failed: Option<(u64, String)>,
-    /// Of a jailed process: the first of its namespace, which has no purpose without it.
-    keeper: Option<OwnedFd>,
 }
 
 struct Starting {

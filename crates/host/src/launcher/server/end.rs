@@ -32,6 +32,10 @@ impl Server {
             });
             if let Some((unit, main)) = unit {
                 self.main_died(unit, main, status);
+            } else {
+                for held in self.units.values_mut() {
+                    held.keeper.take_if(|(keeper, _)| *keeper == pid);
+                }
             }
         }
     }
@@ -45,8 +49,8 @@ impl Server {
                 Ok((reply, fds)) => self.answer_with(request, Ok(reply), &fds),
             }
         }
-        if let Some(keeper) = main.keeper.take() {
-            let _ = rustix::process::pidfd_send_signal(&keeper, Signal::KILL);
+        if let Some((_, keeper)) = self.units.get(&unit).and_then(|held| held.keeper.as_ref()) {
+            let _ = rustix::process::pidfd_send_signal(keeper, Signal::KILL);
         }
         if let Some((request, message)) = main.failed {
             let step = format!("start a process in {unit}");
@@ -99,7 +103,7 @@ impl Server {
         let Some(held) = self.units.get_mut(&unit) else {
             return;
         };
-        if held.main.is_some() || !kill_rest(&self.cgroups, uid) {
+        if held.main.is_some() || held.keeper.is_some() || !kill_rest(&self.cgroups, uid) {
             return;
         }
         let Some(ending) = held.ending.take() else {
@@ -182,7 +186,7 @@ impl Server {
                 let dead = self
                     .units
                     .get(&unit)
-                    .is_some_and(|held| held.main.is_none());
+                    .is_some_and(|held| held.main.is_none() && held.keeper.is_none());
                 if dead && kill_rest(&self.cgroups, self.uid(unit)) {
                     // What stays behind is found by the next runner's reclaim.
                     let _ = self.give_back(unit);

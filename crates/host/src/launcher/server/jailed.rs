@@ -113,18 +113,19 @@ impl Server {
                 control: Some(control),
             }),
             failed: None,
-            keeper: Some(keeper),
         });
+        // Should that of the last process not be reaped yet, it is without being waited for.
+        held.keeper = Some(keeper);
         Ok(())
     }
 }
 
-/// Starts keeper and jailer; gives the jailer's process, which becomes the program's, and the keeper's pidfd.
+/// Starts keeper and jailer; gives the jailer's process, which becomes the program's, and the keeper.
 fn start(
     plan: &Plan<'_>,
     group: Option<BorrowedFd<'_>>,
     report: &OwnedFd,
-) -> io::Result<(Pid, OwnedFd, OwnedFd)> {
+) -> io::Result<(Pid, OwnedFd, (Pid, OwnedFd))> {
     let ours = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
     // SAFETY: the launcher is single-threaded, so the child may do what any process may; it ends in `_exit`.
     let keeper = match unsafe { fork::fork_first(group) }? {
@@ -146,7 +147,7 @@ fn start(
         }
     });
     match started {
-        Ok((pid, pidfd)) => Ok((pid, pidfd, keeper_fd)),
+        Ok((pid, pidfd)) => Ok((pid, pidfd, (keeper, keeper_fd))),
         Err(e) => {
             // Whatever is in its namespace goes with it, and all are reaped with the others.
             let _ = rustix::process::pidfd_send_signal(&keeper_fd, Signal::KILL);

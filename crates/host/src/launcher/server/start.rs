@@ -145,7 +145,6 @@ impl Server {
                 control: None,
             }),
             failed: None,
-            keeper: None,
         });
         Ok(())
     }
@@ -232,7 +231,11 @@ impl Server {
                 let request = starting.request;
                 match main.outcome(starting) {
                     Ok(reply) => started.push((request, reply)),
-                    Err(message) => main.failed = Some((request, message)),
+                    Err(message) => {
+                        main.failed = Some((request, message));
+                        // Should it run all the same, nobody could do anything with it.
+                        let _ = rustix::process::pidfd_send_signal(&main.pidfd, Signal::KILL);
+                    }
                 }
             }
         }
@@ -252,9 +255,9 @@ impl Main {
         let mut fds = vec![self.pidfd.try_clone().map_err(|e| e.to_string())?];
         if let Some(control) = starting.control {
             let mut buffer = [0; 16];
-            let received = wire::receive::<()>(&control, &mut buffer, RecvFlags::DONTWAIT);
+            let received = wire::receive::<bool>(&control, &mut buffer, RecvFlags::DONTWAIT);
             match received {
-                Ok(Some(((), received))) => fds.extend(received),
+                Ok(Some((_, received))) => fds.extend(received),
                 _ => return Err("its control directory did not arrive".to_owned()),
             }
         }
