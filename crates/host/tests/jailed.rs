@@ -314,6 +314,68 @@ async fn two_started_at_once_know_nothing_of_each_other() {
 }
 
 #[tokio::test]
+async fn a_program_that_is_replaced_under_a_running_daemon_stays_what_it_was() {
+    let Some(host) = TestHost::new() else { return };
+    let Some(mut programs) = programs() else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("firecracker");
+    std::fs::copy(
+        format!("/proc/self/fd/{}", programs.firecracker.as_raw_fd()),
+        &path,
+    )
+    .unwrap();
+    programs.firecracker = File::open(&path).unwrap();
+    let next = file(dir.path(), "next", 0o755);
+    std::fs::rename(dir.path().join("next"), &path).unwrap();
+    drop(next);
+    let (launcher, _) = start(&host);
+    let slot = reserve(&launcher).await;
+    for _ in 0..2 {
+        let (jailed, _console) = launch(&launcher, slot, &programs, Vec::new()).await;
+        ready(&jailed).await;
+        launcher.kill(slot).await.unwrap();
+    }
+    launcher.release(slot).await.unwrap();
+    launcher.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_file_without_a_name_cannot_be_shown_and_the_slot_is_as_before() {
+    let Some(host) = TestHost::new() else { return };
+    let Some(programs) = programs() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (launcher, _) = start(&host);
+    let slot = reserve(&launcher).await;
+    let uid = host.uid_base() + u32::from(slot.0);
+    let kernel = file(dir.path(), "kernel", 0o444);
+    std::fs::remove_file(dir.path().join("kernel")).unwrap();
+    let (_console, theirs) = UnixStream::pair().unwrap();
+    let spec = JailSpec {
+        slot,
+        jailer: programs.jailer.try_clone().unwrap(),
+        program: programs.firecracker.try_clone().unwrap(),
+        args: Vec::new(),
+        files: vec![JailFile {
+            file: kernel,
+            name: JailName::Kernel,
+            writable: false,
+        }],
+        console: theirs.into(),
+        network: None,
+        limits: CgroupLimits::default(),
+    };
+    let error = launcher.launch_jailed(spec).await.unwrap_err().to_string();
+    assert!(error.contains("show a file"), "{error}");
+    eventually("something is left", || of_uid(uid).is_empty()).await;
+    let (jailed, _console) = launch(&launcher, slot, &programs, Vec::new()).await;
+    ready(&jailed).await;
+    launcher.release(slot).await.unwrap();
+    launcher.shutdown().await;
+}
+
+#[tokio::test]
 async fn only_programs_that_root_alone_can_write_are_run_as_root() {
     let Some(host) = TestHost::new() else { return };
     let (launcher, _) = start(&host);

@@ -138,15 +138,9 @@ impl FirecrackerVm {
     }
 
     /// What the guest could give away, MiB.
-    async fn spare(&mut self) -> Result<u64, SandboxError> {
-        let stats: BalloonStats = self
-            .api
-            .get(&Request::GetBalloonStatistics, SHORT)
-            .await
-            .map_err(api_error("balloon"))?;
-        // Not told yet: every few seconds it is.
-        let available = stats.available_memory.unwrap_or(0) / (1024 * 1024);
-        Ok(available.saturating_sub(KEPT_MB))
+    async fn spare(&self) -> Result<u64, SandboxError> {
+        let stats = self.client.stats().await?;
+        Ok((stats.mem_available_kb / 1024).saturating_sub(KEPT_MB))
     }
 
     async fn inflate(&mut self) -> Result<(), SandboxError> {

@@ -21,7 +21,7 @@ use host::slot::SlotId;
 
 use crate::engine::Template;
 use crate::error::SandboxError;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Limits, Sandbox};
 use crate::types::Place;
 
 /// Nothing a case waits for takes longer, on a host under full load; see [`Subject::patience`].
@@ -131,7 +131,11 @@ impl Room {
                 return Err(error);
             }
         };
-        let sandbox = Sandbox::adopt(vm, slot);
+        let mut limits = Limits::default();
+        if self.subject.patience > PATIENCE {
+            limits.pause = self.subject.patience;
+        }
+        let sandbox = Sandbox::adopt_with(vm, slot, limits);
         self.taken.lock().await.push((slot, sandbox.clone()));
         Ok(sandbox)
     }

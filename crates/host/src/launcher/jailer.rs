@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs;
-use std::io;
+use std::io::{self, Seek};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::Path;
@@ -83,7 +83,7 @@ pub(super) fn become_jailer(plan: &Plan<'_>, in_group: bool) -> Step<Infallible>
         .join(plan.uid, in_group)
         .at("join the slot's cgroup")?;
 
-    // What is opened by the host's paths comes before we leave them.
+    // What is mounted or opened where the host's paths are comes before we leave them.
     let copies = copies(plan).at("copy what the jail shows")?;
     enter_network(plan)?;
     let console = [1, 2].map(|number| plan.console.try_clone().map(|fd| (fd, number)));
@@ -160,11 +160,18 @@ fn furnish(plan: &Plan<'_>, copies: &[OwnedFd]) -> Step<()> {
         .at("make the control directory")?;
 
     let mut copies = copies.iter();
-    if let Some(program) = copies.next() {
-        show(program, &site.join(PROGRAM), true, false).at("show the program")?;
+    if let Some(copy) = copies.next() {
+        let place = site.join(PROGRAM);
+        let unlinked = rustix::fs::fstat(&plan.program).is_ok_and(|stat| stat.st_nlink == 0);
+        if unlinked {
+            copy_program(&plan.program, &place).at("copy the program, which was replaced")?;
+        } else {
+            show(copy, &place, true, false).at("show the program")?;
+        }
     }
     for ((_, name, writable), copy) in plan.files.iter().zip(copies) {
-        show(copy, &root.join(name.as_str()), false, *writable).at("show a file")?;
+        show(copy, &root.join(name.as_str()), false, *writable)
+            .at("show a file, which must have its name until then,")?;
     }
 
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -190,6 +197,16 @@ fn show(copy: &OwnedFd, place: &Path, executable: bool, writable: bool) -> io::R
     }
     rustix::mount::mount_remount(place, flags, c"")?;
     Ok(())
+}
+
+/// For a program that was replaced on disk since the daemon opened it: what has no name cannot be shown by one.
+fn copy_program(program: &OwnedFd, place: &Path) -> io::Result<()> {
+    let mut from = fs::File::from(program.try_clone()?);
+    // All starts share the open file and its offset, and the launcher starts one at a time.
+    from.rewind()?;
+    let mut to = fs::File::create(place)?;
+    to.set_permissions(fs::Permissions::from_mode(0o755))?;
+    io::copy(&mut from, &mut to).map(drop)
 }
 
 fn execute(plan: &Plan<'_>) -> Step<Infallible> {

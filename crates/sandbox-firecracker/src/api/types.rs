@@ -72,13 +72,11 @@ pub(crate) struct BalloonUpdate {
     pub(crate) amount_mib: u64,
 }
 
-/// `GET /balloon/statistics`; what the guest has not told yet is missing.
+/// `GET /balloon/statistics`. What the guest tells of its memory arrives late; it is asked itself instead.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub(crate) struct BalloonStats {
     /// MiB the guest has given away.
     pub(crate) actual_mib: u64,
-    /// Bytes that programs could have without swapping.
-    pub(crate) available_memory: Option<u64>,
 }
 
 /// `PUT /entropy`.

@@ -181,17 +181,17 @@ fn digest(path: &Path) -> io::Result<Vec<u8>> {
     Ok(hash.finalize().to_vec())
 }
 
-/// Runs the cases whose names contain `filter`; `skip` gives a reason for those that cannot run here. After each the
+/// Runs the cases whose names contain one of `filters`, or all if there are none; `skip` gives a reason for those that cannot run here. After each the
 /// template must be as it was.
 pub async fn run(
     subject: &Subject,
     template: &Template,
-    filter: &str,
+    filters: &[String],
     skip: impl Fn(&str) -> Option<String>,
     report: &mut Report,
 ) {
     for case in cases(subject) {
-        if !case.name.contains(filter) {
+        if !wanted(case.name, filters) {
             continue;
         }
         if let Some(reason) = skip(case.name) {
@@ -214,12 +214,17 @@ fn skipped(name: &str, reason: &str) {
     println!("SKIP {name}: {reason}");
 }
 
-/// The first argument that is no option: part of the names of the tests to run.
-pub fn filter() -> String {
+/// The arguments that are no options: parts of the names of the tests to run.
+pub fn filters() -> Vec<String> {
     std::env::args()
         .skip(1)
-        .find(|argument| !argument.starts_with('-'))
-        .unwrap_or_default()
+        .filter(|argument| !argument.starts_with('-'))
+        .collect()
+}
+
+/// Whether a test is to run.
+pub fn wanted(name: &str, filters: &[String]) -> bool {
+    filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
 }
 
 /// How many descriptors this process has.
