@@ -47,7 +47,7 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
     harness::run(
         &subject,
         &template,
-        &harness::filter(),
+        &harness::filters(),
         |_| None,
         &mut report,
     )

@@ -318,6 +318,19 @@ async fn a_firecracker_that_dies_is_noticed_at_once() {
 }
 
 #[tokio::test]
+async fn whatever_it_dies_at_is_named() {
+    for request in all_requests() {
+        let (_dir, mut api) = scripted(Script::Die).await;
+        let error = api.send(&request, LIMIT).await.unwrap_err();
+        assert!(matches!(error, ApiError::Broken { .. }), "{error:?}");
+        assert!(
+            error.to_string().starts_with(&request.to_string()),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_truncated_answer_is_an_error() {
     for answer in [
         "HTTP/1.1 200 OK\r\nContent-Len",

@@ -7,6 +7,8 @@
 //! `cargo test -p sandbox-firecracker --test conformance [-- FILTER]`
 #![cfg(test)]
 
+mod faults;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -77,8 +79,8 @@ fn run() -> Result<bool, Failure> {
         .build()?;
     runtime.block_on(async {
         let launcher = forked.attach()?;
-        let engine = FirecrackerEngine::new(launcher.clone(), programs, options);
-        Suite::new(engine, launcher, &image, patience)
+        let engine = FirecrackerEngine::new(launcher.clone(), programs, options.clone());
+        Suite::new(engine, options, launcher, &image, patience)
             .await?
             .run()
             .await
@@ -103,6 +105,7 @@ fn too_much(name: &str, patience: Duration) -> Option<String> {
 /// An engine, a snapshot made with it, and slots.
 struct Suite {
     engine: FirecrackerEngine,
+    options: Options,
     launcher: Launcher,
     slots: Arc<dyn Slots>,
     image: ImageFiles,
@@ -115,6 +118,7 @@ struct Suite {
 impl Suite {
     async fn new(
         engine: FirecrackerEngine,
+        options: Options,
         launcher: Launcher,
         dir: &Path,
         patience: Duration,
@@ -142,6 +146,7 @@ impl Suite {
             .await?;
         Ok(Suite {
             engine,
+            options,
             launcher,
             slots,
             image,
@@ -172,6 +177,13 @@ impl Suite {
             let start = Instant::now();
             let error = self.boots().await.err().map(|error| error.to_string());
             report.note(BOOTS, error, start);
+        }
+        for (name, case) in faults::CASES {
+            if harness::wanted(name, &filters) {
+                let start = Instant::now();
+                let error = case(&self).await.err().map(|error| error.to_string());
+                report.note(name, error.or_else(|| template.change()), start);
+            }
         }
         harness::leftovers(&self.launcher, descriptors, &mut report).await?;
         Ok(report.finish())
