@@ -20,7 +20,7 @@ use crate::process::{Plan, Process, shown};
 use crate::programs::{Programs, Version};
 use crate::snapshot::{FACT_CPU, FACT_VERSION, cpu_model};
 use crate::template::{FirecrackerTemplate, OpenImage, private_disk};
-use crate::vm::{FirecrackerVm, Start};
+use crate::vm::{FirecrackerVm, Limits, Start};
 
 /// What an operator may set.
 #[derive(Clone, Debug)]
@@ -29,6 +29,9 @@ pub struct Options {
     pub kernel_args: String,
     /// How long a restore may take: 50 ms on an idle host, and on one that is far too busy it still gets there.
     pub restore_limit: Duration,
+    /// How long a parked VM may run to fill its balloon, and one that is resumed to empty it; what it does not do by
+    /// then is left. Must be shorter than [`sandbox::Limits::pause`].
+    pub balloon_limit: Duration,
 }
 
 impl Default for Options {
@@ -36,6 +39,7 @@ impl Default for Options {
         Options {
             kernel_args: String::new(),
             restore_limit: Duration::from_secs(60),
+            balloon_limit: Duration::from_secs(4),
         }
     }
 }
@@ -54,6 +58,13 @@ impl FirecrackerEngine {
             launcher,
             programs: Arc::new(programs),
             options,
+        }
+    }
+
+    pub(crate) fn limits(&self, start: Duration) -> Limits {
+        Limits {
+            start,
+            balloon: self.options.balloon_limit,
         }
     }
 
@@ -153,9 +164,9 @@ impl Engine for FirecrackerEngine {
         let launcher = self.launcher.clone();
         let programs = Arc::clone(&self.programs);
         let dir = snapshot_dir.to_owned();
-        let limit = self.options.restore_limit;
+        let limits = self.limits(self.options.restore_limit);
         let template = blocking(move || {
-            FirecrackerTemplate::open(launcher, programs, shape, &image, &dir, limit)
+            FirecrackerTemplate::open(launcher, programs, shape, &image, &dir, limits)
         })
         .await?;
         Ok(Arc::new(template))
@@ -189,7 +200,8 @@ impl Engine for FirecrackerEngine {
         let process = Process::start(plan, since).await?;
         drop(disk);
         let start = Start::Boot(describe(shape, &self.options.kernel_args));
-        let vm = FirecrackerVm::bring_up(process, start, MountSource::Disk, limit).await?;
+        let vm =
+            FirecrackerVm::bring_up(process, start, MountSource::Disk, self.limits(limit)).await?;
         Ok(Box::new(vm))
     }
 }

@@ -62,10 +62,11 @@ impl FirecrackerEngine {
             files,
         };
         let start = Start::Boot(describe(shape, &self.options.kernel_args));
+        let limits = self.limits(inputs.limit);
         let (vm, cold_boot) = timed(async {
             let process = Process::start(plan, since).await?;
             drop(disk);
-            FirecrackerVm::bring_up(process, start, MountSource::Tmpfs, inputs.limit).await
+            FirecrackerVm::bring_up(process, start, MountSource::Tmpfs, limits).await
         })
         .await;
         let vm = vm?;

@@ -16,7 +16,7 @@ use tempfile::NamedTempFile;
 
 use crate::process::{OVERHEAD_MB, Plan, Process, shown};
 use crate::programs::Programs;
-use crate::vm::{FirecrackerVm, Start};
+use crate::vm::{FirecrackerVm, Limits, Start};
 
 /// Names in the snapshot's directory.
 pub(crate) const MEMORY: &str = "memory";
@@ -129,7 +129,7 @@ struct Shared {
     memory: File,
     state: File,
     blank: File,
-    restore_limit: Duration,
+    limits: Limits,
 }
 
 impl FirecrackerTemplate {
@@ -140,7 +140,7 @@ impl FirecrackerTemplate {
         shape: Shape,
         image: &ImageFiles,
         dir: &Path,
-        restore_limit: Duration,
+        limits: Limits,
     ) -> Result<FirecrackerTemplate, SandboxError> {
         let image = OpenImage::open(image)?;
         sweep(&image.disk_dir);
@@ -162,7 +162,7 @@ impl FirecrackerTemplate {
                 memory,
                 state: open(&dir.join(STATE))?,
                 blank: open(&dir.join(BLANK))?,
-                restore_limit,
+                limits,
             }),
         })
     }
@@ -207,8 +207,8 @@ impl Template for FirecrackerTemplate {
         };
         let process = Process::start(plan, since).await?;
         drop(disk);
-        let limit = self.shared.restore_limit;
-        let vm = FirecrackerVm::bring_up(process, Start::Clone, MountSource::Disk, limit).await?;
+        let limits = self.shared.limits;
+        let vm = FirecrackerVm::bring_up(process, Start::Clone, MountSource::Disk, limits).await?;
         Ok(Box::new(vm))
     }
 }

@@ -17,7 +17,7 @@ use crate::vsock;
 /// Memory that a parked guest keeps beside what it uses, MiB.
 const KEPT_MB: u64 = 64;
 /// How often the balloon is looked at while it moves.
-const LOOK: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(50);
 /// How long a balloon that does not move any more is waited for.
 const STILL: Duration = Duration::from_secs(2);
 
@@ -29,6 +29,15 @@ pub(crate) enum Start {
     Clone,
 }
 
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Until the guest's root is mounted.
+    pub(crate) start: Duration,
+    /// Until a balloon holds what it is to hold.
+    pub(crate) balloon: Duration,
+}
+
 /// A running VM.
 pub(crate) struct FirecrackerVm {
     process: Process,
@@ -36,6 +45,8 @@ pub(crate) struct FirecrackerVm {
     client: Client,
     /// What the balloon holds by our will, MiB.
     ballooned: u64,
+    /// How long it may take to follow.
+    balloon_limit: Duration,
     paused: bool,
 }
 
@@ -45,7 +56,7 @@ impl FirecrackerVm {
         mut process: Process,
         start: Start,
         mount: MountSource,
-        limit: Duration,
+        limits: Limits,
     ) -> Result<FirecrackerVm, SandboxError> {
         let mut step = "socket";
         let dead = match process.death_watch() {
@@ -53,6 +64,7 @@ impl FirecrackerVm {
             Err(error) => return Err(process.explain(error).await),
         };
         let climb = climb(&mut process, start, mount, &mut step);
+        let limit = limits.start;
         let result = tokio::time::timeout(limit, Process::unless_dead(&dead, climb)).await;
         match result {
             Ok(Ok((api, client))) => Ok(FirecrackerVm {
@@ -60,6 +72,7 @@ impl FirecrackerVm {
                 api,
                 client,
                 ballooned: 0,
+                balloon_limit: limits.balloon,
                 paused: false,
             }),
             Ok(Err(error)) => Err(process.explain(error).await),
@@ -111,30 +124,43 @@ impl FirecrackerVm {
         self.process.explain(error).await
     }
 
-    /// Sets the balloon and waits until the guest has followed, or does not any more.
-    async fn balloon(&mut self, megabytes: u64) -> Result<(), SandboxError> {
-        let failed = api_error("balloon");
-        let update = Request::PatchBalloon(BalloonUpdate {
-            amount_mib: megabytes,
-        });
-        self.api.send(&update, SHORT).await.map_err(&failed)?;
-        self.ballooned = megabytes;
+    /// Sets the balloon and waits until the guest has followed, or does not any more, or the limit has passed; gives what
+    /// the balloon then holds, MiB.
+    async fn balloon(&mut self, megabytes: u64) -> Result<u64, SandboxError> {
+        self.set_balloon(megabytes).await?;
+        let since = Instant::now();
         let mut before = None;
-        let mut moved = Instant::now();
+        let mut moved = since;
         loop {
             let request = Request::GetBalloonStatistics;
-            let stats: BalloonStats = self.api.get(&request, SHORT).await.map_err(&failed)?;
-            if stats.actual_mib == megabytes {
-                return Ok(());
-            }
-            if before.replace(stats.actual_mib) != Some(stats.actual_mib) {
+            let stats: BalloonStats = self
+                .api
+                .get(&request, SHORT)
+                .await
+                .map_err(api_error("balloon"))?;
+            let now = stats.actual_mib;
+            if before.replace(now) != Some(now) {
                 moved = Instant::now();
-            } else if moved.elapsed() > STILL {
-                // The guest needs what it has not given; or gives back what it took when it needs it.
-                return Ok(());
+            }
+            // One that stands still needs what it has not given, or gives back what it took when it needs it.
+            let over = now == megabytes || moved.elapsed() > STILL;
+            if over || since.elapsed() > self.balloon_limit {
+                return Ok(now);
             }
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    async fn set_balloon(&mut self, megabytes: u64) -> Result<(), SandboxError> {
+        let update = Request::PatchBalloon(BalloonUpdate {
+            amount_mib: megabytes,
+        });
+        self.api
+            .send(&update, SHORT)
+            .await
+            .map_err(api_error("balloon"))?;
+        self.ballooned = megabytes;
+        Ok(())
     }
 
     /// What the guest could give away, MiB.
@@ -145,8 +171,13 @@ impl FirecrackerVm {
 
     async fn inflate(&mut self) -> Result<(), SandboxError> {
         let spare = self.spare().await?;
+        let wanted = self.ballooned.saturating_add(spare);
         if spare > 0 {
-            self.balloon(self.ballooned.saturating_add(spare)).await?;
+            let reached = self.balloon(wanted).await?;
+            if reached < wanted {
+                // Nothing is left for it to do when it runs next.
+                self.set_balloon(reached).await?;
+            }
         }
         Ok(())
     }

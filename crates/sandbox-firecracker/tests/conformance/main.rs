@@ -72,6 +72,8 @@ fn run() -> Result<bool, Failure> {
     let options = Options {
         kernel_args: std::env::var("VM0_TEST_FIRECRACKER_KERNEL_ARGS").unwrap_or_default(),
         restore_limit: patience,
+        // Where guests are slow, long enough to see a part of it.
+        balloon_limit: Options::default().balloon_limit.max(patience / 10),
     };
     let forked = ForkedLauncher::fork(host.config(INSTANCE))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
