@@ -116,7 +116,8 @@ fn sweep(dir: &Path) {
     }
 }
 
-/// One snapshot, open: its files are held by descriptor, so that they may be unlinked meanwhile.
+/// One snapshot, open. Its files and the image's are held by descriptor, and must keep their names as long as clones are
+/// made: a jail shows nothing that has none.
 pub(crate) struct FirecrackerTemplate {
     shared: Arc<Shared>,
 }

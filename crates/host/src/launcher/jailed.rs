@@ -127,4 +127,14 @@ impl Launcher {
             (other, _) => Err(unexpected(&other)),
         }
     }
+
+    /// Stops every thread of the slot's process, whatever it does at the moment.
+    pub async fn freeze(&self, slot: SlotId) -> Result<(), LauncherError> {
+        self.done(Op::Freeze(slot, true)).await
+    }
+
+    /// Lets a frozen process run again.
+    pub async fn thaw(&self, slot: SlotId) -> Result<(), LauncherError> {
+        self.done(Op::Freeze(slot, false)).await
+    }
 }

@@ -424,16 +424,6 @@ impl Launcher {
         }
     }
 
-    /// Stops every thread of the slot's process, whatever it does at the moment.
-    pub async fn freeze(&self, slot: SlotId) -> Result<(), LauncherError> {
-        self.done(Op::Freeze(slot, true)).await
-    }
-
-    /// Lets a frozen process run again.
-    pub async fn thaw(&self, slot: SlotId) -> Result<(), LauncherError> {
-        self.done(Op::Freeze(slot, false)).await
-    }
-
     /// Kills the slot's processes and waits until they are reaped; the slot stays ours. Nothing if none was started
     /// in it; what it left if it had died before.
     pub async fn kill(&self, slot: SlotId) -> Result<Option<Reaped>, LauncherError> {

@@ -8,14 +8,17 @@
 #![cfg(test)]
 
 mod faults;
+mod networks;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use guest_control::ExecSpec;
 use host::launcher::{ForkedLauncher, Launcher};
 use host::test_support::TestHost;
+use host::test_support::net::TestWorld;
 use sandbox::conformance::harness::{self, LauncherSlots, Quiet, Report};
 use sandbox::conformance::{PATIENCE, Slots, Subject};
 use sandbox::{Engine, ImageFiles, Place, Shape, SnapshotOutcome, Template};
@@ -29,6 +32,9 @@ const SHAPE: Shape = Shape {
     memory_mb: 256,
     disk_mb: 256,
 };
+
+/// How many restores are timed.
+const RESTORES: usize = 5;
 
 fn main() -> ExitCode {
     match run() {
@@ -75,18 +81,25 @@ fn run() -> Result<bool, Failure> {
         // Where guests are slow, long enough to see a part of it.
         balloon_limit: Options::default().balloon_limit.max(patience / 10),
     };
+    // The launcher is forked in it, so a hub is there.
+    let world = match networks::missing() {
+        None => Some(TestWorld::enter()?),
+        Some(_) => None,
+    };
     let forked = ForkedLauncher::fork(host.config(INSTANCE))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let launcher = forked.attach()?;
         let engine = FirecrackerEngine::new(launcher.clone(), programs, options.clone());
         Suite::new(engine, options, launcher, &image, patience)
             .await?
             .run()
             .await
-    })
+    });
+    drop(world);
+    result
 }
 
 /// Why a case is not run where guests are so slow that patience had to be asked for: it needs millions of system calls, or
@@ -180,6 +193,17 @@ impl Suite {
             let error = self.boots().await.err().map(|error| error.to_string());
             report.note(BOOTS, error, start);
         }
+        const NETWORKS: &str = "two clones in networks of their own are told apart";
+        if harness::wanted(NETWORKS, &filters) {
+            let start = Instant::now();
+            match networks::missing() {
+                Some(reason) => harness::skipped(NETWORKS, reason, &mut report),
+                None => {
+                    let error = networks::apart(&self).await.err();
+                    report.note(NETWORKS, error.map(|error| error.to_string()), start);
+                }
+            }
+        }
         for (name, case) in faults::CASES {
             if harness::wanted(name, &filters) {
                 let start = Instant::now();
@@ -191,15 +215,26 @@ impl Suite {
         Ok(report.finish())
     }
 
-    /// Prints where the time of a restore goes.
+    /// Prints where the time of restores goes, in milliseconds, and how long a clone takes to its first process's end.
     async fn times(&self) -> Result<(), Failure> {
-        let slot = self.slots.take().await?;
-        let vm = self.template.restore(Place::unplugged(slot)).await?;
-        for (step, took) in vm.steps().0 {
-            println!("     {step}: {took:.1?}");
+        for _ in 0..RESTORES {
+            let slot = self.slots.take().await?;
+            let start = Instant::now();
+            let vm = self.template.restore(Place::unplugged(slot)).await?;
+            let mut line = String::new();
+            for (step, took) in vm.steps().0 {
+                line.push_str(&format!("{step} {:.1}, ", took.as_secs_f64() * 1e3));
+            }
+            let first = ExecSpec {
+                argv: vec![b"true".to_vec()],
+                ..ExecSpec::default()
+            };
+            vm.control().exec(first).await?.wait().await?;
+            let all = start.elapsed().as_secs_f64() * 1e3;
+            println!("     {line}first exec ended after {all:.0}");
+            vm.destroy().await?;
+            self.slots.give_back(slot).await?;
         }
-        vm.destroy().await?;
-        self.slots.give_back(slot).await?;
         Ok(())
     }
 
