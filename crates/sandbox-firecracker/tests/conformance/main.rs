@@ -79,7 +79,7 @@ fn run() -> Result<bool, Failure> {
         kernel_args: std::env::var("VM0_TEST_FIRECRACKER_KERNEL_ARGS").unwrap_or_default(),
         restore_limit: patience,
         // Where guests are slow, long enough to see a part of it.
-        balloon_limit: Options::default().balloon_limit.max(patience / 10),
+        balloon_limit: Options::default().balloon_limit.max(patience / 4),
     };
     // The launcher is forked in it, so a hub is there.
     let world = match networks::missing() {
