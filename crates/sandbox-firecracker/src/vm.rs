@@ -18,8 +18,6 @@ use crate::vsock;
 const KEPT_MB: u64 = 64;
 /// How often the balloon is looked at while it moves.
 const LOOK: Duration = Duration::from_millis(50);
-/// How long a balloon that does not move any more is waited for.
-const STILL: Duration = Duration::from_secs(2);
 
 /// How a VM comes up.
 pub(crate) enum Start {
@@ -143,7 +141,8 @@ impl FirecrackerVm {
                 moved = Instant::now();
             }
             // One that stands still needs what it has not given, or gives back what it took when it needs it.
-            let over = now == megabytes || moved.elapsed() > STILL;
+            // Guests fill and empty it by the MiB, so how long is a standstill depends on how slow they may be.
+            let over = now == megabytes || moved.elapsed() > self.balloon_limit / 2;
             if over || since.elapsed() > self.balloon_limit {
                 return Ok(now);
             }
