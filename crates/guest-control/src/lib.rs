@@ -18,3 +18,9 @@ pub use types::{
     PtySize, Stream, UserSpec, Wake,
 };
 pub use wire::VERSION as PROTOCOL_VERSION;
+
+/// Port on which the guest's end listens where the machine has a vsock device instead of a virtio-serial port.
+pub const VSOCK_PORT: u32 = 1024;
+
+/// Word of the kernel's command line that tells the guest's end to listen there.
+pub const VSOCK_WORD: &str = "vm0.control=vsock";

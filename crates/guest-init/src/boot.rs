@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -128,14 +128,38 @@ fn own_root() -> Result<(), OsError> {
 }
 
 fn mount_image() -> Result<(), OsError> {
-    mount(
-        "/dev/vda",
-        IMAGE,
-        "erofs",
-        MountFlags::RDONLY | MountFlags::NOATIME,
-        c"",
-    )
-    .map_err(|error| OsError::new("mounting the image /dev/vda", error))
+    let kind = image_kind()?;
+    let flags = MountFlags::RDONLY | MountFlags::NOATIME;
+    mount("/dev/vda", IMAGE, kind, flags, c"").map_err(|error| {
+        OsError::new(
+            format_args!("mounting the image /dev/vda, which is {kind},"),
+            error,
+        )
+    })
+}
+
+/// Which file system the image is: each kernel mounts one of two (erofs, squashfs), and the build writes the right one.
+fn image_kind() -> Result<&'static str, OsError> {
+    let mut start = [0; 1028];
+    let read = fs::File::open("/dev/vda").and_then(|mut disk| disk.read_exact(&mut start));
+    read.map_err(|error| OsError::new("reading the image /dev/vda", error))?;
+    kind_of(&start).ok_or_else(|| {
+        OsError::new(
+            "recognising the image /dev/vda (neither erofs nor squashfs)",
+            Errno::INVAL,
+        )
+    })
+}
+
+/// By the magic numbers of linux/magic.h, little-endian: squashfs has its own at 0, erofs behind 1024 bytes of nothing.
+fn kind_of(start: &[u8]) -> Option<&'static str> {
+    if start.get(1024..1028) == Some(&0xe0f5_e1e2_u32.to_le_bytes()) {
+        Some("erofs")
+    } else if start.get(..4) == Some(b"hsqs") {
+        Some("squashfs")
+    } else {
+        None
+    }
 }
 
 /// Kernel settings. None is worth a guest: failures are said and passed over.
@@ -201,4 +225,21 @@ pub(crate) fn open_dir(path: &str) -> Result<std::os::fd::OwnedFd, OsError> {
         Mode::empty(),
     )
     .map_err(|error| OsError::new(format_args!("opening {path}"), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_recognised_by_its_magic_number() {
+        let mut start = [0; 1028];
+        assert_eq!(kind_of(&start), None);
+        start[..4].copy_from_slice(b"hsqs");
+        assert_eq!(kind_of(&start), Some("squashfs"));
+        start[..4].fill(0);
+        start[1024..].copy_from_slice(&[0xe2, 0xe1, 0xf5, 0xe0]);
+        assert_eq!(kind_of(&start), Some("erofs"));
+        assert_eq!(kind_of(&start[..1027]), None);
+    }
 }

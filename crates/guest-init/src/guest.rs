@@ -116,8 +116,14 @@ impl Os for Guest {
 
     fn shutdown(&self) {
         rustix::fs::sync();
-        // Not every machine has a power switch; a reset ends the VM as well (QEMU runs with -no-reboot).
-        for command in [RebootCommand::PowerOff, RebootCommand::Restart] {
+        // Not every machine has a power switch; a reset ends the VM as well (QEMU runs with -no-reboot). Firecracker's has
+        // none, and the kernel would halt for good where it finds none.
+        let commands: &[RebootCommand] = if crate::has_vsock() {
+            &[RebootCommand::Restart]
+        } else {
+            &[RebootCommand::PowerOff, RebootCommand::Restart]
+        };
+        for &command in commands {
             if let Err(error) = rustix::system::reboot(command) {
                 kmsg::log(&format!("powering off: {error}"));
             }

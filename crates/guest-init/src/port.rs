@@ -2,7 +2,7 @@
 //!
 //! While no host is connected, reads return 0 and polls say "hung up"; a change raises one edge-triggered event. The
 //! event loop remembers a hang-up for as long as a descriptor is registered, so it is registered anew whenever the host
-//! has come back. Another transport (vsock under Firecracker) would be another type with the same three methods.
+//! has come back.
 
 use std::fs;
 use std::io;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use host::launcher::Launcher;
 use host::slot::{HostLimits, LeaseKind, Resources, SlotRecord};
 use sandbox::{Engine, EngineKind, ImageFiles, PROOF_SHAPE, Proof, SandboxError};
+use sandbox_firecracker::{FirecrackerEngine, Options, Programs};
 use sandbox_qemu::{Accel, Findings, Kvm, QemuEngine};
 
 use crate::config::EngineChoice;
@@ -103,7 +104,7 @@ impl Candidates {
     ) -> Result<Vec<(String, String)>, SandboxError> {
         match accel(kind) {
             Some(accel) => Ok(sandbox_qemu::snapshot_key(self.found_qemu()?, accel)),
-            None => Ok(firecracker_key(self.firecracker()?)),
+            None => firecracker_key(self.firecracker()?),
         }
     }
 
@@ -204,32 +205,34 @@ fn unavailable(engine: &'static str, reason: String) -> SandboxError {
 }
 
 /// What a snapshot made by Firecracker depends on.
-fn firecracker_key(installed: &Installed) -> Vec<(String, String)> {
-    let pins = installed.pins();
-    [
-        ("engine", format!("{:?}", EngineKind::Firecracker)),
-        ("firecracker", pins.firecracker_sha256.to_string()),
-        ("kernel_args", pins.kernel_args.clone()),
-        ("protocol", guest_control::PROTOCOL_VERSION.to_string()),
-    ]
-    .map(|(name, value)| (name.to_owned(), value))
-    .to_vec()
+fn firecracker_key(installed: &Installed) -> Result<Vec<(String, String)>, SandboxError> {
+    let version = installed
+        .version()
+        .parse()
+        .map_err(|reason| unavailable(FIRECRACKER, reason))?;
+    let mut key = sandbox_firecracker::snapshot_key(version, &options(installed));
+    // Builds of one version can differ.
+    let hash = installed.pins().firecracker_sha256.to_string();
+    key.push(("firecracker".to_owned(), hash));
+    Ok(key)
 }
 
 /// Firecracker under its jailer.
 fn open_firecracker(
     installed: &Installed,
-    _launcher: Launcher,
+    launcher: Launcher,
 ) -> Result<Arc<dyn Engine>, SandboxError> {
-    let (program, jailer) = (installed.firecracker(), installed.jailer());
-    Err(unavailable(
-        FIRECRACKER,
-        format!(
-            "{} and {} are installed, but this build of the runner cannot drive them yet",
-            program.display(),
-            jailer.display()
-        ),
-    ))
+    let programs = Programs::open(&installed.firecracker(), &installed.jailer())?;
+    let engine = FirecrackerEngine::new(launcher, programs, options(installed));
+    Ok(Arc::new(engine))
+}
+
+/// What belongs to the guest kernel that was pinned.
+fn options(installed: &Installed) -> Options {
+    Options {
+        kernel_args: installed.pins().kernel_args.clone(),
+        ..Options::default()
+    }
 }
 
 /// The engine that made a snapshot, for restoring it.

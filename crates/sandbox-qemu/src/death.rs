@@ -2,6 +2,7 @@
 
 use host::launcher::Reaped;
 use sandbox::Death;
+use sandbox::parts::{last_line, panic_line, signal_name};
 
 use crate::qmp::Shutdown;
 
@@ -32,7 +33,7 @@ impl Evidence<'_> {
                 "the VM's process was killed by signal {signal}{}",
                 signal_name(signal)
             )
-        } else if let Some(panic) = self.panic() {
+        } else if let Some(panic) = panic_line(self.console) {
             format!("the guest's kernel panicked: {panic}")
         } else {
             match (self.shutdown, self.reaped.code) {
@@ -44,39 +45,13 @@ impl Evidence<'_> {
                 (Some(Shutdown::Other) | None, Some(code)) => {
                     format!(
                         "the VM's process ended with exit code {code}{}",
-                        self.last_line()
+                        last_line(self.console)
                     )
                 }
                 (Some(Shutdown::Other) | None, None) => "the VM's process ended".to_owned(),
             }
         };
         Death { reason, oom: false }
-    }
-
-    fn panic(&self) -> Option<&str> {
-        let at = self.console.rfind("Kernel panic")?;
-        self.console.get(at..)?.lines().next()
-    }
-
-    fn last_line(&self) -> String {
-        self.console
-            .lines()
-            .rev()
-            .find(|line| !line.trim().is_empty())
-            .map(|line| format!("; the last line of its console was: {line}"))
-            .unwrap_or_default()
-    }
-}
-
-fn signal_name(signal: i32) -> &'static str {
-    match signal {
-        libc::SIGKILL => " (SIGKILL)",
-        libc::SIGSEGV => " (SIGSEGV)",
-        libc::SIGABRT => " (SIGABRT)",
-        libc::SIGBUS => " (SIGBUS: the host could not back its memory)",
-        libc::SIGSYS => " (SIGSYS: it made a system call its seccomp filter forbids)",
-        libc::SIGTERM => " (SIGTERM)",
-        _ => "",
     }
 }
 

@@ -3,12 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
-use rustix::fs::SeekFrom;
 use sandbox::SandboxError;
+use sandbox::parts::disk::copy_sparse;
 
 /// The two descriptors QEMU wants of a disk.
 #[derive(Debug)]
@@ -37,132 +35,6 @@ impl Disk {
     }
 }
 
-/// Makes an unnamed, sparse file in `dir` with an empty ext4 of `megabytes`. Blocks for some milliseconds.
-///
-/// No journal: the disk dies with its VM, so nothing is ever recovered. The inode tables are written here (and are
-/// holes in a copy), so the guest's kernel need not zero them in the background.
-pub(crate) fn make_blank(dir: &Path, megabytes: u64) -> Result<File, SandboxError> {
-    let io_error = |source| SandboxError::Io {
-        action: format!("make a blank disk in {}", dir.display()),
-        source,
-    };
-    let file = tempfile::tempfile_in(dir).map_err(io_error)?;
-    file.set_len(megabytes.saturating_mul(1024 * 1024))
-        .map_err(io_error)?;
-    let output = Command::new("mkfs.ext4")
-        .args(["-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode"])
-        .args(["-E", "lazy_itable_init=0,nodiscard,root_owner=0:0"])
-        .arg(format!(
-            "/proc/{}/fd/{}",
-            std::process::id(),
-            file.as_raw_fd()
-        ))
-        // Not in everybody's PATH, but in one of these on every distribution.
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| SandboxError::Io {
-            action: "run mkfs.ext4 (package e2fsprogs)".to_owned(),
-            source,
-        })?;
-    if !output.status.success() {
-        return Err(SandboxError::Engine {
-            step: "mkfs.ext4",
-            message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-        });
-    }
-    Ok(file)
-}
-
-/// Copies the data of `from` to the empty file `to`, keeping its holes. Offsets of both are left anywhere.
-pub(crate) fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
-    let length = from.metadata()?.len();
-    to.set_len(length)?;
-    for_each_extent(from, length, |start, end| {
-        let mut source = start;
-        let mut target = start;
-        while source < end {
-            let wanted = usize::try_from(end - source).unwrap_or(usize::MAX);
-            let copied = match rustix::fs::copy_file_range(
-                from,
-                Some(&mut source),
-                to,
-                Some(&mut target),
-                wanted,
-            ) {
-                Ok(copied) => copied,
-                // Two file systems, or one that cannot: plain reads and writes.
-                Err(
-                    rustix::io::Errno::XDEV
-                    | rustix::io::Errno::INVAL
-                    | rustix::io::Errno::OPNOTSUPP,
-                ) => {
-                    return copy_range(from, to, source, end);
-                }
-                Err(error) => return Err(error.into()),
-            };
-            if copied == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-        }
-        Ok(())
-    })
-}
-
-/// Copies `from` to the empty file `to`, turning blocks of zeros into holes.
-pub(crate) fn copy_without_zeros(from: &File, to: &File) -> io::Result<()> {
-    let length = from.metadata()?.len();
-    to.set_len(length)?;
-    for_each_extent(from, length, |start, end| copy_range(from, to, start, end))
-}
-
-/// Calls `each` for every extent of `file` that holds data.
-fn for_each_extent(
-    file: &File,
-    length: u64,
-    mut each: impl FnMut(u64, u64) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut offset = 0;
-    while offset < length {
-        let start = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
-            Ok(start) => start,
-            // No data after this offset.
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(file, SeekFrom::Hole(start))?.min(length);
-        each(start, end)?;
-        offset = end;
-    }
-    Ok(())
-}
-
-/// Bytes that are zero together or copied together: the page size of every supported guest.
-const BLOCK: usize = 4096;
-
-fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
-    let mut buffer = vec![0; 256 * BLOCK];
-    let mut offset = start;
-    while offset < end {
-        let wanted = usize::try_from(end - offset)
-            .unwrap_or(usize::MAX)
-            .min(buffer.len());
-        let Some(chunk) = buffer.get_mut(..wanted) else {
-            break;
-        };
-        from.read_exact_at(chunk, offset)?;
-        let mut at = offset;
-        for block in chunk.chunks(BLOCK) {
-            if block.iter().any(|byte| *byte != 0) {
-                to.write_all_at(block, at)?;
-            }
-            at += u64::try_from(block.len()).unwrap_or(0);
-        }
-        offset = at;
-    }
-    Ok(())
-}
-
 /// Another, read-only, open file description of the same file.
 pub(crate) fn reopen_read_only(file: &File) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
@@ -171,16 +43,14 @@ pub(crate) fn reopen_read_only(file: &File) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use sandbox::parts::disk::save_blank;
 
     #[test]
     fn a_blank_disk_is_a_small_ext4_and_so_is_its_copy() {
         let dir = tempfile::tempdir().unwrap();
-        let made = make_blank(dir.path(), 1024).unwrap();
-        let path = dir.path().join("blank.ext4");
-        let blank = File::create_new(&path).unwrap();
-        copy_without_zeros(&made, &blank).unwrap();
-        let blank = File::open(&path).unwrap();
+        let blank = save_blank(&dir.path().join("blank.ext4"), 1024).unwrap();
         let disk = Disk::copy_of(&blank, dir.path()).unwrap();
         let copy = disk.read_only.metadata().unwrap();
         assert_eq!(copy.len(), 1024 * 1024 * 1024);
@@ -201,23 +71,5 @@ mod tests {
         blank.read_exact_at(&mut byte, 5000).unwrap();
         assert_ne!(&byte, b"x");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn zeros_become_holes_and_data_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let from = tempfile::tempfile_in(dir.path()).unwrap();
-        let mut data = vec![0; 3 * BLOCK + 7];
-        data[BLOCK + 1] = 1;
-        data[3 * BLOCK + 6] = 2;
-        from.write_all_at(&data, 0).unwrap();
-        for copy in [copy_sparse, copy_without_zeros] {
-            let to = tempfile::tempfile_in(dir.path()).unwrap();
-            copy(&from, &to).unwrap();
-            let mut read = vec![9; data.len()];
-            to.read_exact_at(&mut read, 0).unwrap();
-            assert_eq!(read, data);
-            assert_eq!(to.metadata().unwrap().len(), data.len() as u64);
-        }
     }
 }

@@ -8,16 +8,17 @@ use async_trait::async_trait;
 use guest_control::MountSource;
 use host::launcher::Launcher;
 use host::slot::SlotId;
+use sandbox::parts::{blocking, disk::make_blank};
 use sandbox::{
     Capabilities, Engine, EngineKind, ImageFiles, Place, Progress, SandboxError, Shape,
     SnapshotInputs, SnapshotOutcome, Template, Vm,
 };
 
-use crate::disk::{Disk, make_blank, reopen_read_only};
+use crate::disk::{Disk, reopen_read_only};
 use crate::machine::{Accel, Arch, Machine, Start};
 use crate::probe::{Findings, Qemu, find_qemu};
 use crate::snapshot::{FACT_QEMU, FACT_TSC};
-use crate::template::{QemuTemplate, blocking};
+use crate::template::QemuTemplate;
 use crate::vm::{OpenImage, Plan, Starting};
 use crate::{ram, tsc};
 

@@ -4,7 +4,7 @@
 //! - [`probe`](Findings::probe): what of QEMU and KVM this host has, and whether KVM is worth the name;
 //! - `machine`: the command line, a pure function of the machine and of which descriptors it gets;
 //! - `vm`: one process, started by the launcher with descriptors only, spoken to over QMP (`qmp`), its console's
-//!   tail kept (`console`), its death put into a sentence (`death`);
+//!   tail kept, its death put into a sentence (`death`);
 //! - `snapshot`: cold boot, warm-up, save; `template`: the saved RAM in a sealed memfd, cloned privately.
 //!
 //! The template is safe from its clones by two independent means: the memfd is sealed against writes, and clones map
@@ -13,7 +13,6 @@
 //!
 //! aarch64 guests were run emulated (`tests/aarch64.rs`), on x86_64; nothing has been run on aarch64 hardware.
 
-mod console;
 mod death;
 mod disk;
 mod engine;

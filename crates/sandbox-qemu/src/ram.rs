@@ -6,8 +6,7 @@ use std::path::Path;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use sandbox::SandboxError;
-
-use crate::disk::{copy_sparse, copy_without_zeros};
+use sandbox::parts::disk::{copy_sparse, copy_without_zeros};
 
 /// New guest memory of `megabytes`, all holes.
 pub(crate) fn fresh(megabytes: u64) -> Result<File, SandboxError> {

@@ -12,11 +12,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use guest_control::Client;
+use sandbox::parts::blocking;
 use sandbox::{ImageFiles, SandboxError, Shape, SnapshotOutcome};
 
 use crate::engine::QemuEngine;
 use crate::machine::{Start, fd};
-use crate::template::{QemuTemplate, blocking};
+use crate::template::QemuTemplate;
 
 /// How long a hand-driven process took, in the order of things.
 #[derive(Clone, Copy, Debug)]

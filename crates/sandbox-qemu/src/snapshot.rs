@@ -1,20 +1,20 @@
 //! Making a snapshot: boot, warm up, save.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use guest_control::{Client, ExecSpec, ExitStatus, MountSource};
+use guest_control::MountSource;
 use host::slot::SlotId;
+use sandbox::parts::disk::{create, save_blank, sync};
+use sandbox::parts::{blocking, timed, warm_up};
 use sandbox::{Place, Progress, SandboxError, SnapshotInputs, SnapshotOutcome};
 
-use crate::disk::{Disk, copy_without_zeros, make_blank};
+use crate::disk::Disk;
 use crate::engine::QemuEngine;
 use crate::machine::Start;
 use crate::ram;
-use crate::template::{BLANK, RAM, STATE, blocking};
-use crate::vm::{OpenImage, Plan, Starting, timed};
+use crate::template::{BLANK, RAM, STATE};
+use crate::vm::{OpenImage, Plan, Starting};
 
 /// Facts in a snapshot's manifest.
 pub(crate) const FACT_TSC: &str = "tsc_khz";
@@ -33,7 +33,7 @@ impl QemuEngine {
         let dir = inputs.dir.clone();
         let shape = inputs.shape;
         let (memory, state, disk) = blocking(move || {
-            let blank = save_blank(&dir, shape.disk_mb)?;
+            let blank = save_blank(&dir.join(BLANK), shape.disk_mb)?;
             let disk = Disk::copy_of(&blank, &dir)?;
             Ok((
                 ram::fresh(shape.memory_mb)?,
@@ -90,80 +90,4 @@ impl QemuEngine {
             cold_boot,
         })
     }
-}
-
-/// Runs the warm-up processes one after another and drops the root they ran on.
-async fn warm_up(
-    client: &Client,
-    specs: Vec<ExecSpec>,
-    limit: Duration,
-) -> Result<(), SandboxError> {
-    for spec in specs {
-        let program = spec
-            .argv
-            .first()
-            .map(|program| String::from_utf8_lossy(program).into_owned())
-            .unwrap_or_default();
-        let session = client
-            .exec(ExecSpec {
-                timeout: Some(limit),
-                kill_group_on_exit: true,
-                ..spec
-            })
-            .await?;
-        let report = session.wait().await?;
-        if report.status != ExitStatus::Exited(0) {
-            let mut output = session.attach(0, false);
-            let mut said = Vec::new();
-            while let Some(chunk) = output.next().await {
-                said.extend_from_slice(&chunk.data);
-            }
-            return Err(SandboxError::Engine {
-                step: "warm up",
-                message: format!(
-                    "{program} ended with {:?}: {}",
-                    report.status,
-                    String::from_utf8_lossy(&said).escape_debug()
-                ),
-            });
-        }
-    }
-    client.unmount().await?;
-    Ok(())
-}
-
-fn save_blank(dir: &Path, megabytes: u64) -> Result<File, SandboxError> {
-    let made = make_blank(dir, megabytes)?;
-    let path = dir.join(BLANK);
-    let blank = create(&path)?;
-    let write = || {
-        copy_without_zeros(&made, &blank)?;
-        blank.sync_all()
-    };
-    write().map_err(|source| SandboxError::Io {
-        action: format!("write {}", path.display()),
-        source,
-    })?;
-    Ok(blank)
-}
-
-fn create(path: &Path) -> Result<File, SandboxError> {
-    File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .map_err(|source| SandboxError::Io {
-            action: format!("create {}", path.display()),
-            source,
-        })
-}
-
-fn sync(path: &Path) -> Result<(), SandboxError> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(|source| SandboxError::Io {
-            action: format!("write {} to disk", path.display()),
-            source,
-        })
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use guest_control::MountSource;
 use host::launcher::Launcher;
+use sandbox::parts::blocking;
 use sandbox::{ImageFiles, Place, SandboxError, Shape, Template, Vm};
 
 use crate::disk::Disk;
@@ -131,18 +132,5 @@ impl Template for QemuTemplate {
             .bring_up(Start::Clone, MountSource::Disk, RESTORE_LIMIT)
             .await?;
         Ok(Box::new(vm))
-    }
-}
-
-/// Runs file work off the runtime's threads.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, SandboxError> + Send + 'static,
-) -> Result<T, SandboxError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(SandboxError::Io {
-            action: "do file work in the background".to_owned(),
-            source: std::io::Error::other(error),
-        }),
     }
 }

@@ -1,7 +1,6 @@
 //! One QEMU process.
 
 use std::fs::File;
-use std::future::Future;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -10,12 +9,12 @@ use async_trait::async_trait;
 use guest_control::{Client, MountSource};
 use host::launcher::{CgroupLimits, LaunchSpec, Launcher, NetworkUse};
 use host::slot::SlotId;
+use sandbox::parts::console::Console;
+use sandbox::parts::{memory_of, watch};
 use sandbox::{Death, ImageFiles, MemoryStats, Place, SandboxError, StepTimes, Vm};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
-use crate::console::Console;
 use crate::death::Evidence;
 use crate::disk::Disk;
 use crate::machine::{Accel, Machine, Start, TB_SIZE_MB, fd};
@@ -450,12 +449,8 @@ impl Vm for QemuVm {
         self.parts.died().await
     }
 
-    /// From `/proc/<pid>/status`, which anybody may read, as the process belongs to another user than the runner:
-    /// pages that a clone copied for itself count as anonymous, untouched ones as the template's shared memory.
     fn memory(&self) -> Result<MemoryStats, SandboxError> {
-        let path = format!("/proc/{}/status", self.parts.pid);
-        let status = std::fs::read_to_string(&path).map_err(io_error(&format!("read {path}")))?;
-        Ok(memory_of(&status))
+        memory_of(self.parts.pid)
     }
 
     async fn reclaim_memory(&mut self) -> Result<(), SandboxError> {
@@ -468,43 +463,5 @@ impl Vm for QemuVm {
 
     fn steps(&self) -> StepTimes {
         self.parts.steps.clone()
-    }
-}
-
-fn memory_of(status: &str) -> MemoryStats {
-    let kilobytes = |name: &str| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-            .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
-            .unwrap_or(0)
-    };
-    MemoryStats {
-        private_dirty: kilobytes("RssAnon") * 1024,
-        resident: kilobytes("VmRSS") * 1024,
-    }
-}
-
-fn watch(pidfd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` names the same open file until it is dropped, and the `AsyncFd` owns it until then.
-    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
-}
-
-/// A future's result, and how long it took.
-pub(crate) async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {
-    let start = Instant::now();
-    let result = future.await;
-    (result, start.elapsed())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn memory_comes_from_the_status_file() {
-        let stats = memory_of("Name:\tqemu\nVmRSS:\t   60000 kB\nRssAnon:\t   20000 kB\n");
-        assert_eq!(stats.private_dirty, 20000 * 1024);
-        assert_eq!(stats.resident, 60000 * 1024);
     }
 }

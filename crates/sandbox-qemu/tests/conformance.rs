@@ -6,12 +6,12 @@
 
 mod common;
 
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use common::{Fixture, with_engine};
-use sandbox::conformance::{Subject, cases};
+use sandbox::conformance::harness::{self, Report};
+use sandbox::conformance::{PATIENCE, Subject};
 use sandbox::{Engine, Proof, Shape, prove};
 use sandbox_qemu::{Accel, Kvm, QemuEngine};
 
@@ -33,42 +33,25 @@ fn main() -> ExitCode {
 }
 
 async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
-    let dir = fixture.snapshot.path();
     let image = fixture.image;
-    let before = fingerprint(dir, &fixture.outcome.files)?;
+    let template = harness::Template::new(fixture.snapshot.path(), &fixture.outcome.files)?;
     let subject = Subject {
         template: fixture.template,
         slots: fixture.slots,
         real_guest: true,
+        patience: PATIENCE,
+        balloon: false,
     };
-    let filter = std::env::args()
-        .skip(1)
-        .find(|argument| !argument.starts_with('-'))
-        .unwrap_or_default();
-    let (mut passed, mut failed) = (0, 0);
-    let mut report = |name: &str, error: Option<String>, start: Instant| {
-        let took = start.elapsed();
-        match error {
-            None => {
-                passed += 1;
-                println!("test {name} ... ok ({took:.1?})");
-            }
-            Some(error) => {
-                failed += 1;
-                println!("{name}: after {took:.1?}: {error}\ntest {name} ... FAILED");
-            }
-        }
-    };
-    let descriptors = open_descriptors()?;
-    let chosen: Vec<_> = cases(&subject)
-        .into_iter()
-        .filter(|case| case.name.contains(&filter))
-        .collect();
-    for case in &chosen {
-        let start = Instant::now();
-        let outcome = case.run(&subject).await;
-        report(case.name, outcome.err().map(|e| e.to_string()), start);
-    }
+    let mut report = Report::default();
+    let descriptors = harness::open_descriptors()?;
+    harness::run(
+        &subject,
+        &template,
+        &harness::filters(),
+        |_| None,
+        &mut report,
+    )
+    .await;
 
     let start = Instant::now();
     let slot = subject.slots.take().await?;
@@ -86,7 +69,7 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
         Err(error) => Some(error.to_string()),
     };
     subject.slots.give_back(slot).await?;
-    report("an image boots without a snapshot", error, start);
+    report.note("an image boots without a snapshot", error, start);
 
     let findings = QemuEngine::probe();
     if findings.kvm == Kvm::Missing {
@@ -108,33 +91,15 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
             Proof::Fails(why) if *kvm == Kvm::Hardware || !explained => Some(why),
             Proof::Fails(_) => None,
         };
-        report("a boot proves KVM or says why not", error, start);
+        report.note("a boot proves KVM or says why not", error, start);
     }
 
     let start = Instant::now();
-    let same = before == fingerprint(dir, &fixture.outcome.files)?;
-    let changed = (!same).then(|| "they changed".to_owned());
-    report("the snapshot's files are as they were", changed, start);
-    let usage = fixture.launcher.usage().await?;
-    let slots = usage.firm_count + usage.revocable_count;
-    let left = (slots > 0).then(|| format!("{slots} slots"));
-    report("no slot is left", left, start);
-    let now = open_descriptors()?;
-    let left = (now > descriptors).then(|| format!("{descriptors} before, {now} after"));
-    report("no descriptor is left", left, start);
-    let word = if failed == 0 { "ok" } else { "FAILED" };
-    println!("test result: {word}. {passed} passed; {failed} failed");
-    Ok(failed == 0)
-}
-
-fn open_descriptors() -> std::io::Result<usize> {
-    Ok(std::fs::read_dir("/proc/self/fd")?.count())
-}
-
-fn fingerprint(dir: &Path, files: &[String]) -> std::io::Result<Vec<Vec<u8>>> {
-    use sha2::Digest;
-    files
-        .iter()
-        .map(|name| Ok(sha2::Sha256::digest(std::fs::read(dir.join(name))?).to_vec()))
-        .collect()
+    report.note(
+        "the snapshot's files are as they were",
+        template.change(),
+        start,
+    );
+    harness::leftovers(&fixture.launcher, descriptors, &mut report).await?;
+    Ok(report.finish())
 }

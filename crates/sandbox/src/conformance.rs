@@ -5,6 +5,7 @@
 
 mod agent_root;
 mod guest;
+pub mod harness;
 mod isolation;
 mod life;
 
@@ -20,11 +21,11 @@ use host::slot::SlotId;
 
 use crate::engine::Template;
 use crate::error::SandboxError;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Limits, Sandbox};
 use crate::types::Place;
 
-/// Nothing a case waits for takes longer, on a host under full load.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Nothing a case waits for takes longer, on a host under full load; see [`Subject::patience`].
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Gives cases slots to put VMs in.
 #[async_trait]
@@ -44,6 +45,10 @@ pub struct Subject {
     pub slots: Arc<dyn Slots>,
     /// Whether there is a Linux guest in them, with bash and coreutils.
     pub real_guest: bool,
+    /// How long one case may take: [`PATIENCE`], unless guests are slower here than any user would bear.
+    pub patience: Duration,
+    /// Whether parked VMs give memory back.
+    pub balloon: bool,
 }
 
 /// How a case ended.
@@ -66,9 +71,10 @@ impl Case {
             subject: subject.clone(),
             taken: Arc::default(),
         };
-        let outcome = tokio::time::timeout(PATIENCE, (self.body)(room.clone()))
+        let patience = subject.patience;
+        let outcome = tokio::time::timeout(patience, (self.body)(room.clone()))
             .await
-            .unwrap_or_else(|_| Err(format!("not done within {PATIENCE:?}").into()));
+            .unwrap_or_else(|_| Err(format!("not done within {patience:?}").into()));
         let slots = std::mem::take(&mut *room.taken.lock().await);
         let mut deaths = String::new();
         for (slot, sandbox) in slots {
@@ -125,7 +131,11 @@ impl Room {
                 return Err(error);
             }
         };
-        let sandbox = Sandbox::adopt(vm, slot);
+        let mut limits = Limits::default();
+        if self.subject.patience > PATIENCE {
+            limits.pause = self.subject.patience;
+        }
+        let sandbox = Sandbox::adopt_with(vm, slot, limits);
         self.taken.lock().await.push((slot, sandbox.clone()));
         Ok(sandbox)
     }

@@ -8,6 +8,7 @@ mod error;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod owner;
+pub mod parts;
 mod proof;
 mod sandbox;
 mod types;

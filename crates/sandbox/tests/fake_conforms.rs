@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use async_trait::async_trait;
 use host::slot::SlotId;
-use sandbox::conformance::{Slots, Subject, cases};
+use sandbox::conformance::{PATIENCE, Slots, Subject, cases};
 use sandbox::fake::FakeEngine;
 use sandbox::{SandboxError, Shape};
 
@@ -36,6 +36,8 @@ async fn the_fake_engine_conforms() {
         template: engine.template(shape),
         slots: Arc::new(Numbers::default()),
         real_guest: false,
+        patience: PATIENCE,
+        balloon: false,
     };
     let cases = cases(&subject);
     assert!(cases.len() >= 4);

@@ -35,9 +35,9 @@ pub(super) struct Plan<'a> {
     pub(super) parent: Option<Pid>,
 }
 
-type Step<T> = Result<T, (&'static str, io::Error)>;
+pub(super) type Step<T> = Result<T, (&'static str, io::Error)>;
 
-trait At<T> {
+pub(super) trait At<T> {
     fn at(self, step: &'static str) -> Step<T>;
 }
 
@@ -48,7 +48,7 @@ impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
 }
 
 /// What the C library answers for -1.
-fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
+pub(super) fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -111,7 +111,7 @@ pub(super) fn become_program(plan: &Plan<'_>, in_group: bool) -> Step<Infallible
 }
 
 /// Raises it to this. Lowering it, should the launcher's be higher, takes a privilege that not every root has.
-fn raise_oom_score(to: i32) -> io::Result<()> {
+pub(super) fn raise_oom_score(to: i32) -> io::Result<()> {
     const FILE: &str = "/proc/self/oom_score_adj";
     let current = fs::read_to_string(FILE)?;
     match current.trim().parse::<i32>() {
@@ -121,14 +121,14 @@ fn raise_oom_score(to: i32) -> io::Result<()> {
 }
 
 /// The array that `execve` wants.
-fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+pub(super) fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     let pointers = strings.iter().map(|string| string.as_ptr());
     pointers.chain(std::iter::once(std::ptr::null())).collect()
 }
 
 /// Gives every descriptor its number, /dev/null to those of 0 to 2 that are not given, and marks all others to be
 /// closed by exec.
-fn arrange_descriptors(fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
+pub(super) fn arrange_descriptors(fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
     // Sources may stand where targets must go: move them above all targets first.
     let above = fds
         .iter()
@@ -167,7 +167,7 @@ fn arrange_descriptors(fds: &[(OwnedFd, RawFd)]) -> io::Result<()> {
     Ok(())
 }
 
-fn limit(resource: Resource, value: u64) -> rustix::io::Result<()> {
+pub(super) fn limit(resource: Resource, value: u64) -> rustix::io::Result<()> {
     let limit = Rlimit {
         current: Some(value),
         maximum: Some(value),
@@ -176,24 +176,8 @@ fn limit(resource: Resource, value: u64) -> rustix::io::Result<()> {
 }
 
 /// Leaves the process with one uid and gid, no group, no capability in any set, and no way to gain one.
-fn drop_privileges(uid: u32) -> Step<()> {
-    for capability in 0..64_u32 {
-        // SAFETY: PR_CAPBSET_DROP takes one number and no pointers.
-        let dropped = checked(unsafe {
-            libc::prctl(
-                libc::PR_CAPBSET_DROP,
-                libc::c_ulong::from(capability),
-                0,
-                0,
-                0,
-            )
-        });
-        match dropped {
-            // The kernel knows no capability of this number, nor any above it.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => break,
-            other => other.map(drop).at("drop capabilities")?,
-        }
-    }
+pub(super) fn drop_privileges(uid: u32) -> Step<()> {
+    drop_bounding(&[]).at("drop capabilities")?;
     rustix::thread::clear_ambient_capability_set().at("drop ambient capabilities")?;
     rustix::thread::set_thread_groups(&[]).at("leave groups")?;
     let gid = Gid::from_raw(uid);
@@ -209,8 +193,30 @@ fn drop_privileges(uid: u32) -> Step<()> {
     rustix::thread::set_no_new_privs(true).at("forbid new privileges")
 }
 
+/// Makes sure that the process and its children never have capabilities but these.
+pub(super) fn drop_bounding(but: &[u32]) -> io::Result<()> {
+    for capability in (0..64_u32).filter(|capability| !but.contains(capability)) {
+        // SAFETY: PR_CAPBSET_DROP takes one number and no pointers.
+        let dropped = checked(unsafe {
+            libc::prctl(
+                libc::PR_CAPBSET_DROP,
+                libc::c_ulong::from(capability),
+                0,
+                0,
+                0,
+            )
+        });
+        match dropped {
+            // The kernel knows no capability of this number, nor any above it.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => break,
+            other => other.map(drop)?,
+        }
+    }
+    Ok(())
+}
+
 /// The launcher ignores some signals and blocks another; both would survive exec.
-fn reset_signals() -> io::Result<()> {
+pub(super) fn reset_signals() -> io::Result<()> {
     for signal in super::signals::IGNORED_SIGNALS {
         // SAFETY: SIG_DFL is a valid disposition for these signals.
         if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {

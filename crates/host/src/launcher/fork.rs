@@ -28,7 +28,7 @@ pub(super) enum Forked {
 pub(super) unsafe fn fork(group: Option<BorrowedFd<'_>>) -> io::Result<Forked> {
     if let Some(group) = group
         // SAFETY: passed on to the caller.
-        && let Ok(forked) = unsafe { fork_into(group) }
+        && let Ok(forked) = unsafe { clone(Some(group), 0) }
     {
         return Ok(forked);
     }
@@ -36,15 +36,35 @@ pub(super) unsafe fn fork(group: Option<BorrowedFd<'_>>) -> io::Result<Forked> {
     forked(unsafe { libc::fork() }.into(), false)
 }
 
+/// As [`fork`], and the child is the first process of a process namespace, which ends with it.
+///
 /// # Safety
 ///
 /// As [`fork`].
-unsafe fn fork_into(group: BorrowedFd<'_>) -> io::Result<Forked> {
+pub(super) unsafe fn fork_first(group: Option<BorrowedFd<'_>>) -> io::Result<Forked> {
+    let namespace = u64::from(libc::CLONE_NEWPID.unsigned_abs());
+    if let Some(group) = group
+        // SAFETY: passed on to the caller.
+        && let Ok(forked) = unsafe { clone(Some(group), namespace) }
+    {
+        return Ok(forked);
+    }
+    // SAFETY: passed on to the caller.
+    unsafe { clone(None, namespace) }
+}
+
+/// # Safety
+///
+/// As [`fork`].
+unsafe fn clone(group: Option<BorrowedFd<'_>>, flags: u64) -> io::Result<Forked> {
     // SAFETY: plain integers, for which zero means "not asked for".
     let mut args = unsafe { std::mem::zeroed::<libc::clone_args>() };
-    args.flags = CLONE_INTO_CGROUP;
+    args.flags = flags;
     args.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
-    args.cgroup = u64::from(group.as_raw_fd().unsigned_abs());
+    if let Some(group) = group {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(group.as_raw_fd().unsigned_abs());
+    }
     // SAFETY: `args` is a valid clone_args of the size given, asking for a copy of the process without shared memory
     // and on the same stack, which is what fork is.
     let result = unsafe {
@@ -54,7 +74,7 @@ unsafe fn fork_into(group: BorrowedFd<'_>) -> io::Result<Forked> {
             size_of::<libc::clone_args>(),
         )
     };
-    forked(result, true)
+    forked(result, group.is_some())
 }
 
 fn forked(result: libc::c_long, in_group: bool) -> io::Result<Forked> {

@@ -58,6 +58,7 @@ pub(super) struct Jails {
     /// An empty directory on which the helper, in its own namespace, builds the new root.
     site: PathBuf,
     made: HashMap<Vec<PathBuf>, OwnedFd>,
+    for_jailers: Option<OwnedFd>,
 }
 
 /// What a service sees beside what every process does: the system's certificates, a place for temporary files, and this.
@@ -74,6 +75,7 @@ impl Jails {
         Jails {
             site,
             made: HashMap::new(),
+            for_jailers: None,
         }
     }
 
@@ -94,6 +96,19 @@ impl Jails {
             std::collections::hash_map::Entry::Vacant(vacant) => {
                 let namespace = make(site, vacant.key(), None)?;
                 Ok(vacant.insert(namespace))
+            }
+        }
+    }
+
+    /// A namespace with nothing but an empty directory for the jail that a jailer's process makes in a copy of it. There
+    /// is little to copy, which is what makes starts beside one another fast.
+    pub(super) fn for_jailer(&mut self) -> Result<&OwnedFd, String> {
+        match &mut self.for_jailers {
+            Some(made) => Ok(made),
+            none => {
+                let site = self.site.clone();
+                let namespace = make_by(|| build_empty(&site))?;
+                Ok(none.insert(namespace))
             }
         }
     }
@@ -121,12 +136,16 @@ fn make(
     devices: &[PathBuf],
     service: Option<&ServiceRoot>,
 ) -> Result<OwnedFd, String> {
+    make_by(|| build(site, devices, service))
+}
+
+fn make_by(build: impl FnOnce() -> Step<OwnedFd>) -> Result<OwnedFd, String> {
     let (ours, theirs) = super::socket_pair().map_err(|e| e.to_string())?;
     // SAFETY: the launcher is single-threaded, so the child may do what any process may; it ends in `_exit` below.
     match unsafe { fork::fork(None) } {
         Err(e) => Err(e.to_string()),
         Ok(Forked::Child { .. }) => {
-            let result = build(site, devices, service).map_err(|(step, e)| format!("{step}: {e}"));
+            let result = build().map_err(|(step, e)| format!("{step}: {e}"));
             let (answer, namespace) = match result {
                 Ok(namespace) => (Ok(()), Some(namespace)),
                 Err(message) => (Err(message), None),
@@ -175,18 +194,8 @@ fn build(site: &Path, devices: &[PathBuf], service: Option<&ServiceRoot>) -> Ste
     let shown = service
         .map_or_else(|| Ok(Vec::new()), copies)
         .at("copy what a service is shown")?;
-    // SAFETY: takes no pointers; the process is single-threaded.
-    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
-        return Err(("unshare", io::Error::last_os_error()));
-    }
-    let namespace = fs::File::open("/proc/self/ns/mnt").at("open the namespace")?;
-    // SAFETY: umask has no preconditions.
-    unsafe { libc::umask(0) };
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change("/", private).at("make mounts private")?;
-
+    let namespace = begin(site)?;
     let quiet = MountFlags::NOSUID | MountFlags::NODEV;
-    mount_tmpfs(site, quiet, c"mode=0755,size=1m").at("mount the new root")?;
     let place = |path: &str| site.join(path.trim_start_matches('/'));
 
     bind_dir("/usr", &place("/usr")).at("show /usr")?;
@@ -233,10 +242,40 @@ fn build(site: &Path, devices: &[PathBuf], service: Option<&ServiceRoot>) -> Ste
         let flags = if mount == "/" { quiet } else { dev } | MountFlags::BIND | MountFlags::RDONLY;
         rustix::mount::mount_remount(place(mount), flags, c"").at("close the new root")?;
     }
+    finish(site)?;
+    Ok(namespace)
+}
+
+/// As [`build`], with nothing in it but where jails go.
+fn build_empty(site: &Path) -> Step<OwnedFd> {
+    let namespace = begin(site)?;
+    let jails = site.join(super::jailer::SITE.trim_start_matches('/'));
+    fs::create_dir(jails).at("make the jails' place")?;
+    finish(site)?;
+    Ok(namespace)
+}
+
+/// Moves into a new mount namespace, which is returned, and mounts what becomes its root.
+fn begin(site: &Path) -> Step<OwnedFd> {
+    // SAFETY: takes no pointers; the process is single-threaded.
+    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+        return Err(("unshare", io::Error::last_os_error()));
+    }
+    let namespace = fs::File::open("/proc/self/ns/mnt").at("open the namespace")?;
+    // SAFETY: umask has no preconditions.
+    unsafe { libc::umask(0) };
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).at("make mounts private")?;
+    let quiet = MountFlags::NOSUID | MountFlags::NODEV;
+    mount_tmpfs(site, quiet, c"mode=0755,size=1m").at("mount the new root")?;
+    Ok(namespace.into())
+}
+
+/// Leaves the old root for the new one.
+fn finish(site: &Path) -> Step<()> {
     std::env::set_current_dir(site).at("enter the new root")?;
     rustix::process::pivot_root(".", ".").at("turn to the new root")?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH).at("leave the old root")?;
-    Ok(namespace.into())
+    rustix::mount::unmount(".", UnmountFlags::DETACH).at("leave the old root")
 }
 
 /// What only services have.

@@ -3,12 +3,16 @@
 //!
 //! The daemon holds a [`Launcher`] and speaks to it over a packet socket (`wire`, `client`); the launcher's own loop
 //! is `server`, what happens between fork and exec is `child`, what a process sees of the file system is `jail`. The
-//! handle's methods for networks are in `network`, for services in `service`.
+//! handle's methods for networks are in `network`, for services in `service`. Processes that a jailer puts away are
+//! `jailed` for the daemon, `jailer` between fork and exec, and `keeper` for as long as they live.
 
 mod child;
 mod client;
 mod fork;
 mod jail;
+mod jailed;
+mod jailer;
+mod keeper;
 mod network;
 mod server;
 mod service;
@@ -29,6 +33,7 @@ use crate::net::NetworkId;
 use crate::process::{ProcessMemory, come_before_vms};
 use crate::slot::{DEFAULT_UID_BASE, HostLimits, HostUsage, SlotId, SlotRecord};
 use fork::Forked;
+pub use jailed::{CONTROL_DIR, JailFile, JailName, JailSpec, Jailed};
 pub use network::Hub;
 pub use service::{SERVICES, ServiceId, ServiceSpec};
 use wire::{LaunchKind, LaunchOrder, Op, Refusal, Reply, Unit};

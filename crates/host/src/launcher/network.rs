@@ -98,7 +98,7 @@ impl Launcher {
         self.done(Op::AllowInternal(addresses, seconds)).await
     }
 
-    async fn done(&self, op: Op) -> Result<(), LauncherError> {
+    pub(super) async fn done(&self, op: Op) -> Result<(), LauncherError> {
         match self.ask(op).await?.0 {
             Reply::Done => Ok(()),
             other => Err(unexpected(&other)),

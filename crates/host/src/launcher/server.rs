@@ -12,6 +12,7 @@
 
 mod end;
 mod errand;
+mod jailed;
 mod networks;
 mod services;
 mod start;
@@ -22,7 +23,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal};
 
 use super::jail::Jails;
 use super::signals::take_signals;
@@ -39,6 +40,8 @@ struct Held {
     /// Of a slot.
     holding: Option<Holding>,
     main: Option<Main>,
+    /// Of a jailed process: the first of its namespace, which has no purpose without it.
+    keeper: Option<(Pid, OwnedFd)>,
     /// What the last main process left.
     last: Option<Reaped>,
     /// Requests to answer when the main process is dead.
@@ -55,6 +58,7 @@ impl Held {
         Held {
             holding,
             main: None,
+            keeper: None,
             last: None,
             waiters: Vec::new(),
             ending: None,
@@ -77,6 +81,8 @@ struct Starting {
     request: u64,
     /// Ends without a byte when exec closes it; otherwise says what failed.
     report: OwnedFd,
+    /// Where a jailed process's control directory arrives before that.
+    control: Option<OwnedFd>,
 }
 
 /// Requests to answer when nothing of the slot runs any more.
@@ -234,6 +240,15 @@ impl Server {
                     self.answer(id, Err(refusal));
                 }
             }
+            Op::LaunchJailed(order) => {
+                if let Err(refusal) = self.launch_jailed(id, order, fds) {
+                    self.answer(id, Err(refusal));
+                }
+            }
+            Op::Freeze(slot, still) => {
+                let result = self.freeze(slot, still);
+                self.answer(id, result);
+            }
             Op::Kill(unit) => self.end(unit, id, |ending| &mut ending.kills),
             Op::Release(slot) => self.end(Unit::Slot(slot), id, |ending| &mut ending.releases),
             Op::Wait(unit) => match self.units.get_mut(&unit) {
@@ -323,6 +338,20 @@ impl Server {
             .insert(Unit::Slot(slot), Held::new(Some(holding)));
         self.unpublished = true;
         Ok(Reply::Slot(slot))
+    }
+
+    fn freeze(&self, slot: SlotId, still: bool) -> Result<Reply, Refusal> {
+        let unit = Unit::Slot(slot);
+        let cannot = |message: &dyn ToString| {
+            let what = if still { "stop" } else { "continue" };
+            Refusal::step(format!("{what} the process of {unit}"), message.to_string())
+        };
+        let held = self.units.get(&unit).ok_or_else(|| not_ours(unit))?;
+        let main = held.main.as_ref();
+        let main = main.ok_or_else(|| cannot(&"nothing runs in it"))?;
+        let signal = if still { Signal::STOP } else { Signal::CONT };
+        rustix::process::pidfd_send_signal(&main.pidfd, signal).map_err(|e| cannot(&e))?;
+        Ok(Reply::Done)
     }
 
     fn memory_file(&self, slot: SlotId) -> Result<OwnedFd, Refusal> {

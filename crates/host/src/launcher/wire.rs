@@ -14,6 +14,7 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use super::jailed::JailName;
 use super::{CgroupLimits, LauncherError, Reaped, ServiceId};
 use crate::net::{HubConfig, HubNumber, NetworkId};
 use crate::slot::{HostLimits, HostUsage, SlotId, SlotRecord};
@@ -35,6 +36,9 @@ pub(super) enum Op {
     Update(SlotId, SlotRecord, HostLimits),
     Release(SlotId),
     Launch(LaunchOrder),
+    LaunchJailed(JailOrder),
+    /// Stops every thread of a slot's process, or lets them run again.
+    Freeze(SlotId, bool),
     Kill(Unit),
     Wait(Unit),
     Usage,
@@ -80,6 +84,17 @@ pub(super) struct LaunchOrder {
     pub(super) limits: CgroupLimits,
 }
 
+/// A `JailSpec` without its descriptors, which travel beside it: jailer, program, console, then the files in their order.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct JailOrder {
+    pub(super) slot: SlotId,
+    pub(super) network: Option<NetworkId>,
+    pub(super) args: Vec<Vec<u8>>,
+    /// And whether it may be written.
+    pub(super) files: Vec<(JailName, bool)>,
+    pub(super) limits: CgroupLimits,
+}
+
 /// What is particular to a VM's process and to a service.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum LaunchKind {
@@ -118,7 +133,7 @@ pub(super) struct Response {
 pub(super) enum Reply {
     Done,
     Slot(SlotId),
-    /// With the pidfd beside it.
+    /// With the pidfd beside it, and behind it a jailed process's control directory.
     Started {
         pid: u32,
     },

@@ -35,6 +35,29 @@ pub(crate) fn open() -> io::Result<OwnedFd> {
     Ok(tap)
 }
 
+/// Leaves the device without a descriptor, to be opened by name by processes of `uid`, which may have no privilege. It is
+/// still gone with its namespace.
+pub(crate) fn leave_to(tap: OwnedFd, uid: u32) -> io::Result<()> {
+    set(&tap, libc::TUNSETOWNER as _, uid.into())?;
+    set(&tap, libc::TUNSETPERSIST as _, 1)
+}
+
+/// Takes back the device that was left to somebody who has closed it: it lives as long as the descriptor again.
+pub(crate) fn take_back() -> io::Result<OwnedFd> {
+    let tap = open()?;
+    set(&tap, libc::TUNSETPERSIST as _, 0)?;
+    Ok(tap)
+}
+
+fn set(tap: &OwnedFd, what: libc::c_ulong, value: libc::c_ulong) -> io::Result<()> {
+    // SAFETY: the descriptor is an open tap, and these requests take their argument by value.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), what as _, value) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Throws away what is queued for a VM that is gone.
 pub(crate) fn drain(tap: impl AsFd) -> io::Result<()> {
     // The flag belongs to the open file, which the last VM's process may have changed.

@@ -69,15 +69,26 @@ pub(crate) fn unplugged() -> Result<OwnedFd, String> {
     tap::open().map_err(cannot("make the device"))
 }
 
+/// What becomes of the device when its network is flushed.
+#[derive(Debug)]
+pub(crate) enum Device<'a> {
+    /// A VM still uses it.
+    InUse,
+    /// It is ours: what is on its way is thrown away.
+    Ours(&'a OwnedFd),
+    /// It was left to a VM's process, which is dead: it becomes ours again.
+    LeftTo,
+}
+
 /// Makes it as if no VM had ever used it: no destination opened, no connection known and, unless a VM still uses the
-/// device, no packet on its way.
+/// device, no packet on its way. Returns the device if it was taken back.
 pub(crate) fn flush(
     network: NetworkId,
     hub: &OwnedFd,
     namespace: &OwnedFd,
-    tap: Option<&OwnedFd>,
+    device: Device<'_>,
     opened: &[SocketAddrV4],
-) -> Result<(), String> {
+) -> Result<Option<OwnedFd>, String> {
     namespace::enter(hub).map_err(cannot("enter the hub"))?;
     // First, so that no connection is made anew after it was forgotten.
     if !opened.is_empty() {
@@ -86,9 +97,15 @@ pub(crate) fn flush(
     conntrack::forget(network).map_err(cannot("forget its connections in the hub"))?;
     namespace::enter(namespace).map_err(cannot("enter its namespace"))?;
     conntrack::forget_all().map_err(cannot("forget its connections"))?;
-    match tap {
-        Some(tap) => tap::drain(tap).map_err(cannot("empty the VM's device")),
-        None => Ok(()),
+    match device {
+        Device::InUse => Ok(None),
+        Device::Ours(tap) => tap::drain(tap)
+            .map(|()| None)
+            .map_err(cannot("empty the VM's device")),
+        // With its last descriptor went what was on its way.
+        Device::LeftTo => tap::take_back()
+            .map(Some)
+            .map_err(cannot("take the VM's device back")),
     }
 }
 

@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod common;
+mod jailed;
 mod life;
 mod rules;
 mod services;

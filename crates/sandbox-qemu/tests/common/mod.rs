@@ -4,15 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use guest_control::{ExecSpec, UserSpec};
 use host::launcher::{ForkedLauncher, Launcher};
-use host::slot::{HostLimits, LeaseKind, Resources, SlotId, SlotRecord};
 use host::test_support::TestHost;
 use sandbox::conformance::Slots;
-use sandbox::{
-    Engine, ImageFiles, Progress, SandboxError, Shape, SnapshotInputs, SnapshotOutcome, Template,
-};
+use sandbox::conformance::harness::{LauncherSlots, Quiet, snapshot_inputs};
+use sandbox::{Engine, ImageFiles, SandboxError, Shape, SnapshotOutcome, Template};
 use sandbox_qemu::{Accel, QemuEngine};
 
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -95,22 +91,11 @@ impl Fixture {
         let slots = Arc::new(LauncherSlots {
             launcher: launcher.clone(),
             shape,
+            instance: INSTANCE.to_owned(),
         });
         let snapshot = tempfile::tempdir_in(dir)?;
-        let inputs = SnapshotInputs {
-            image: image.clone(),
-            shape,
-            dir: snapshot.path().to_owned(),
-            warm_up: vec![ExecSpec {
-                argv: ["bash", "-c", "ls / | wc -l"]
-                    .map(|word| word.as_bytes().to_vec())
-                    .to_vec(),
-                user: UserSpec::User,
-                kill_group_on_exit: true,
-                ..ExecSpec::default()
-            }],
-            limit: Duration::from_secs(120),
-        };
+        let limit = Duration::from_secs(120);
+        let inputs = snapshot_inputs(image.clone(), shape, snapshot.path(), limit);
         let slot = slots.take().await?;
         let outcome = engine.create_snapshot(slot, inputs, &Quiet).await?;
         slots.give_back(slot).await?;
@@ -127,44 +112,5 @@ impl Fixture {
             outcome,
             template,
         })
-    }
-}
-
-struct Quiet;
-
-impl Progress for Quiet {
-    fn step(&self, _: &str) {}
-}
-
-struct LauncherSlots {
-    launcher: Launcher,
-    shape: Shape,
-}
-
-#[async_trait]
-impl Slots for LauncherSlots {
-    async fn take(&self) -> Result<SlotId, SandboxError> {
-        let record = SlotRecord {
-            instance: INSTANCE.to_owned(),
-            kind: LeaseKind::Firm,
-            resources: Resources {
-                vcpu: self.shape.vcpu,
-                memory_mb: self.shape.memory_mb,
-                disk_mb: self.shape.disk_mb,
-            },
-            run_id: None,
-        };
-        let plenty = HostLimits {
-            total: Resources {
-                vcpu: 1000,
-                memory_mb: 1 << 20,
-                disk_mb: 1 << 20,
-            },
-        };
-        Ok(self.launcher.reserve(record, plenty).await?)
-    }
-
-    async fn give_back(&self, slot: SlotId) -> Result<(), SandboxError> {
-        Ok(self.launcher.release(slot).await?)
     }
 }

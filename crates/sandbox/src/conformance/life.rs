@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{Entry, Outcome, Room, ensure, script};
+use crate::error::SandboxError;
 use crate::sandbox::{PausedAs, State};
 
 pub(super) const CASES: &[Entry] = &[
@@ -30,6 +31,11 @@ pub(super) const CASES: &[Entry] = &[
     ("a paused VM that is killed is reported", true, |room| {
         Box::pin(killed_while_paused(room))
     }),
+    (
+        "a parked VM gives memory back, or its engine says that it cannot",
+        true,
+        |room| Box::pin(gives_memory_back(room)),
+    ),
     ("a guest that powers off is reported so", true, |room| {
         Box::pin(powers_off(room))
     }),
@@ -121,6 +127,33 @@ async fn killed_while_paused(room: Room) -> Outcome {
     let death = sandbox.died().await;
     ensure!(death.reason.contains("signal 9"), "{death:?}");
     ensure!(sandbox.resume().await.is_err(), "a dead VM was resumed");
+    Ok(())
+}
+
+async fn gives_memory_back(room: Room) -> Outcome {
+    let sandbox = room.restore().await?;
+    // Touched and free again: the guest's kernel keeps it, and so does the host.
+    let touch = "head -c 20000000 /dev/zero > /dev/shm/much; rm /dev/shm/much";
+    super::stdout_of(&sandbox, touch).await?;
+    sandbox.pause(PausedAs::Parked).await?;
+    let before = sandbox.memory().await?.private_dirty;
+    let reclaimed = sandbox.reclaim_memory().await;
+    let after = sandbox.memory().await?.private_dirty;
+    if room.subject.balloon {
+        reclaimed?;
+        let less = before.saturating_sub(after) >> 20;
+        ensure!(less >= 30, "only {less} of {} MiB came back", before >> 20);
+    } else {
+        ensure!(
+            matches!(reclaimed, Err(SandboxError::Unavailable { .. })),
+            "{reclaimed:?}"
+        );
+    }
+    let state = sandbox.state().borrow().clone();
+    ensure!(state == State::Paused(PausedAs::Parked), "{state:?}");
+    // The next job finds all of it.
+    sandbox.resume().await?;
+    super::stdout_of(&sandbox, touch).await?;
     Ok(())
 }
 

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Signal, WaitOptions, WaitStatus};
 
-use super::start::read_report;
 use super::{Ending, Main, Server, not_ours};
 use crate::cgroup::Cgroups;
 use crate::launcher::Reaped;
@@ -33,6 +32,10 @@ impl Server {
             });
             if let Some((unit, main)) = unit {
                 self.main_died(unit, main, status);
+            } else {
+                for held in self.units.values_mut() {
+                    held.keeper.take_if(|(keeper, _)| *keeper == pid);
+                }
             }
         }
     }
@@ -40,13 +43,14 @@ impl Server {
     fn main_died(&mut self, unit: Unit, mut main: Main, status: WaitStatus) {
         if let Some(starting) = main.starting.take() {
             // It died since we last looked: before exec, or after it.
-            match read_report(starting.report) {
-                Some(message) => main.failed = Some((starting.request, message)),
-                None => {
-                    let (reply, pidfd) = main.reply();
-                    self.answer_with(starting.request, Ok(reply), pidfd.as_ref());
-                }
+            let request = starting.request;
+            match main.outcome(starting) {
+                Err(message) => main.failed = Some((request, message)),
+                Ok((reply, fds)) => self.answer_with(request, Ok(reply), &fds),
             }
+        }
+        if let Some((_, keeper)) = self.units.get(&unit).and_then(|held| held.keeper.as_ref()) {
+            let _ = rustix::process::pidfd_send_signal(keeper, Signal::KILL);
         }
         if let Some((request, message)) = main.failed {
             let step = format!("start a process in {unit}");
@@ -99,7 +103,7 @@ impl Server {
         let Some(held) = self.units.get_mut(&unit) else {
             return;
         };
-        if held.main.is_some() || !kill_rest(&self.cgroups, uid) {
+        if held.main.is_some() || held.keeper.is_some() || !kill_rest(&self.cgroups, uid) {
             return;
         }
         let Some(ending) = held.ending.take() else {
@@ -182,7 +186,7 @@ impl Server {
                 let dead = self
                     .units
                     .get(&unit)
-                    .is_some_and(|held| held.main.is_none());
+                    .is_some_and(|held| held.main.is_none() && held.keeper.is_none());
                 if dead && kill_rest(&self.cgroups, self.uid(unit)) {
                     // What stays behind is found by the next runner's reclaim.
                     let _ = self.give_back(unit);

@@ -14,7 +14,8 @@ use std::os::fd::OwnedFd;
 use super::Server;
 use super::errand::{Brought, Errand};
 use crate::launcher::wire::{Refusal, Reply};
-use crate::net::{HubConfig, HubNumber, NetworkId, hub, vm};
+use crate::net::vm::Device;
+use crate::net::{HubConfig, HubNumber, NetworkId, hub, tap, vm};
 
 /// Errands at once: the kernel makes one link at a time anyway, and each is a process.
 const AT_ONCE: usize = 4;
@@ -43,11 +44,18 @@ struct Hub {
 #[derive(Debug)]
 struct Network {
     /// Namespace and device; nothing while it is made.
-    made: Option<(OwnedFd, OwnedFd)>,
+    made: Option<Made>,
     /// What was opened for its VM, until it is flushed.
     opened: BTreeSet<SocketAddrV4>,
     /// Something is being done to it that a VM must not see.
     busy: bool,
+}
+
+#[derive(Debug)]
+struct Made {
+    namespace: OwnedFd,
+    /// Nothing while it is left to a process that opens it by name.
+    tap: Option<OwnedFd>,
 }
 
 /// What an errand is about.
@@ -107,8 +115,24 @@ impl Networks {
     /// Namespace and device of a network that a process may be put into.
     pub(super) fn for_launch(&self, id: NetworkId) -> Option<(&OwnedFd, &OwnedFd)> {
         let network = self.made.get(&id).filter(|network| !network.busy)?;
-        let (namespace, tap) = network.made.as_ref()?;
-        Some((namespace, tap))
+        let made = network.made.as_ref()?;
+        Some((&made.namespace, made.tap.as_ref()?))
+    }
+
+    /// The namespace of a network.
+    pub(super) fn namespace(&self, id: NetworkId) -> Option<&OwnedFd> {
+        Some(&self.made.get(&id)?.made.as_ref()?.namespace)
+    }
+
+    /// Leaves the device of a network to a process of `uid` that opens it by name, until the network is flushed.
+    pub(super) fn leave_device(&mut self, id: NetworkId, uid: u32) -> Result<(), String> {
+        let not_free = || format!("network {id} is not free for it");
+        let network = self.made.get_mut(&id).filter(|network| !network.busy);
+        let made = network
+            .and_then(|network| network.made.as_mut())
+            .ok_or_else(not_free)?;
+        let tap = made.tap.take().ok_or_else(not_free)?;
+        tap::leave_to(tap, uid).map_err(|e| format!("leave it the device of network {id}: {e}"))
     }
 
     /// The next work to begin with: what is about one network is done in the order it came.
@@ -158,14 +182,19 @@ impl Networks {
             }
             Work::Flush(id) | Work::Cut(id) => {
                 let network = self.made.get(id);
-                let Some((network, (own, tap))) =
+                let Some((network, made)) =
                     network.and_then(|network| Some((network, network.made.as_ref()?)))
                 else {
                     return Err("it is not made yet".to_owned());
                 };
                 let opened: Vec<_> = network.opened.iter().copied().collect();
-                let tap = matches!(work, Work::Flush(_)).then_some(tap);
-                vm::flush(*id, namespace, own, tap, &opened).map(none)
+                let device = match (work, &made.tap) {
+                    (Work::Flush(_), Some(tap)) => Device::Ours(tap),
+                    (Work::Flush(_), None) => Device::LeftTo,
+                    _ => Device::InUse,
+                };
+                let tap = vm::flush(*id, namespace, &made.namespace, device, &opened)?;
+                Ok((0, tap.into_iter().collect()))
             }
             Work::End(id) => vm::end(*id, namespace).map(none),
             Work::Open(id, to, seconds, anew) => {
@@ -352,11 +381,15 @@ impl Server {
             }
             Work::Make(id) => {
                 let made = fds.next().zip(fds.next());
-                let (Some(made), Some(network)) = (made, networks.made.get_mut(id)) else {
+                let (Some((namespace, tap)), Some(network)) = (made, networks.made.get_mut(id))
+                else {
                     networks.made.remove(id);
                     return Err("no namespace came back".to_owned());
                 };
-                network.made = Some(made);
+                network.made = Some(Made {
+                    namespace,
+                    tap: Some(tap),
+                });
                 network.busy = false;
                 return Ok((Reply::Network(*id), Vec::new()));
             }
@@ -365,6 +398,9 @@ impl Server {
                 if let Some(network) = networks.made.get_mut(id) {
                     network.opened.clear();
                     network.busy = false;
+                    if let (Some(tap), Some(made)) = (fds.next(), network.made.as_mut()) {
+                        made.tap = Some(tap);
+                    }
                 }
             }
             Work::End(id) => {

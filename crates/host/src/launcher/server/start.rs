@@ -7,18 +7,19 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::RecvFlags;
 use rustix::process::{PidfdFlags, Signal, WaitOptions};
 
 use super::{Held, Main, Server, Starting, not_ours};
 use crate::launcher::child::{self, Plan};
 use crate::launcher::fork::{self, Forked};
 use crate::launcher::jail::ServiceRoot;
-use crate::launcher::wire::{LaunchKind, LaunchOrder, Refusal, Reply, Unit};
+use crate::launcher::wire::{self, LaunchKind, LaunchOrder, Refusal, Reply, Unit};
 use crate::launcher::{SERVICES, ServiceId};
 use crate::slot::SLOTS;
 
 /// VM processes are the first to go when the host runs out of memory; the kernel's scale ends at 1000.
-const VM_OOM_SCORE: i32 = 500;
+pub(super) const VM_OOM_SCORE: i32 = 500;
 /// A service goes after them, as every VM depends on it, and before the runner itself.
 const SERVICE_OOM_SCORE: i32 = 0;
 
@@ -141,6 +142,7 @@ impl Server {
             starting: Some(Starting {
                 request: id,
                 report,
+                control: None,
             }),
             failed: None,
         });
@@ -226,32 +228,49 @@ impl Server {
             if let Some(main) = held.main.as_mut()
                 && let Some(starting) = main.starting.take_if(|s| is_readable(&s.report))
             {
-                match read_report(starting.report) {
-                    None => started.push((starting.request, main.reply())),
-                    Some(message) => main.failed = Some((starting.request, message)),
+                let request = starting.request;
+                match main.outcome(starting) {
+                    Ok(reply) => started.push((request, reply)),
+                    Err(message) => {
+                        main.failed = Some((request, message));
+                        // Should it run all the same, nobody could do anything with it.
+                        let _ = rustix::process::pidfd_send_signal(&main.pidfd, Signal::KILL);
+                    }
                 }
             }
         }
-        for (request, (reply, pidfd)) in started {
-            self.answer_with(request, Ok(reply), pidfd.as_ref());
+        for (request, (reply, fds)) in started {
+            self.answer_with(request, Ok(reply), &fds);
         }
     }
 }
 
 impl Main {
-    /// What a launch is answered with.
-    pub(super) fn reply(&self) -> (Reply, Option<OwnedFd>) {
+    /// What a launch is answered with, once its report has ended; or why it failed.
+    pub(super) fn outcome(&self, starting: Starting) -> Result<(Reply, Vec<OwnedFd>), String> {
+        if let Some(message) = read_report(starting.report) {
+            return Err(message);
+        }
         let pid = u32::try_from(self.pid.as_raw_pid()).unwrap_or(0);
-        (Reply::Started { pid }, self.pidfd.try_clone().ok())
+        let mut fds = vec![self.pidfd.try_clone().map_err(|e| e.to_string())?];
+        if let Some(control) = starting.control {
+            let mut buffer = [0; 16];
+            let received = wire::receive::<bool>(&control, &mut buffer, RecvFlags::DONTWAIT);
+            match received {
+                Ok(Some((_, received))) => fds.extend(received),
+                _ => return Err("its control directory did not arrive".to_owned()),
+            }
+        }
+        Ok((Reply::Started { pid }, fds))
     }
 }
 
-fn c_string(bytes: Vec<u8>) -> Result<CString, String> {
+pub(super) fn c_string(bytes: Vec<u8>) -> Result<CString, String> {
     CString::new(bytes).map_err(|_| "an argument or variable holds a NUL byte".to_owned())
 }
 
 /// Why a child did not reach exec; nothing if it did.
-pub(super) fn read_report(report: OwnedFd) -> Option<String> {
+fn read_report(report: OwnedFd) -> Option<String> {
     let mut message = String::new();
     if let Err(e) = std::fs::File::from(report).read_to_string(&mut message) {
         message = e.to_string();

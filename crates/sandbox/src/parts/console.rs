@@ -12,14 +12,14 @@ const KEPT: usize = 8 * 1024;
 
 /// Reads a console for as long as it exists.
 #[derive(Debug)]
-pub(crate) struct Console {
+pub struct Console {
     tail: Arc<Mutex<VecDeque<u8>>>,
     reader: JoinHandle<()>,
 }
 
 impl Console {
     /// Starts reading.
-    pub(crate) fn start(mut stream: UnixStream) -> Console {
+    pub fn start(mut stream: UnixStream) -> Console {
         let tail = Arc::new(Mutex::new(VecDeque::new()));
         let kept = Arc::clone(&tail);
         let reader = tokio::spawn(async move {
@@ -38,14 +38,14 @@ impl Console {
     }
 
     /// Reads on until the process's end is closed: what it printed last is then in the tail.
-    pub(crate) async fn finish(&mut self) {
+    pub async fn finish(&mut self) {
         if !self.reader.is_finished() {
             let _ = (&mut self.reader).await;
         }
     }
 
     /// What was printed last, control characters made harmless.
-    pub(crate) fn tail(&self) -> String {
+    pub fn tail(&self) -> String {
         let kept = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes: Vec<u8> = kept.iter().copied().collect();
         printable(&bytes)

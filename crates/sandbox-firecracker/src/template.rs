@@ -1,0 +1,215 @@
+//! An opened snapshot and its clones.
+
+use std::fs::{File, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use guest_control::MountSource;
+use host::launcher::{JailFile, JailName, Launcher};
+use sandbox::parts::blocking;
+use sandbox::parts::disk::copy_sparse;
+use sandbox::{ImageFiles, Place, SandboxError, Shape, Template, Vm};
+use tempfile::NamedTempFile;
+
+use crate::process::{OVERHEAD_MB, Plan, Process, shown};
+use crate::programs::Programs;
+use crate::vm::{FirecrackerVm, Limits, Start};
+
+/// Names in the snapshot's directory.
+pub(crate) const MEMORY: &str = "memory";
+pub(crate) const STATE: &str = "state";
+pub(crate) const BLANK: &str = "blank.ext4";
+
+/// What private disks are called for the moment between their making and their VM's start.
+const DISK_PREFIX: &str = ".disk-";
+/// A disk that is older than this has lost its maker.
+const ABANDONED: Duration = Duration::from_secs(3600);
+
+/// The files of an image, opened once and shown to every process.
+#[derive(Debug)]
+pub(crate) struct OpenImage {
+    kernel: File,
+    initrd: File,
+    rootfs: File,
+    /// Where private disks go: the file system that holds the image has the room the budget counted.
+    pub(crate) disk_dir: PathBuf,
+}
+
+impl OpenImage {
+    pub(crate) fn open(image: &ImageFiles) -> Result<OpenImage, SandboxError> {
+        Ok(OpenImage {
+            kernel: open(&image.kernel)?,
+            initrd: open(&image.initrd)?,
+            rootfs: open(&image.rootfs)?,
+            disk_dir: image
+                .rootfs
+                .parent()
+                .map_or_else(|| PathBuf::from("."), PathBuf::from),
+        })
+    }
+
+    /// What a machine that boots is shown.
+    pub(crate) fn for_boot(&self) -> Result<Vec<JailFile>, SandboxError> {
+        Ok(vec![
+            shown(&self.kernel, JailName::Kernel, false)?,
+            shown(&self.initrd, JailName::Initrd, false)?,
+            shown(&self.rootfs, JailName::Rootfs, false)?,
+        ])
+    }
+}
+
+/// Opens a file that VM processes must be able to read, each as a user of its own.
+pub(crate) fn open(path: &Path) -> Result<File, SandboxError> {
+    let io_error = |source| SandboxError::Io {
+        action: format!("open {}", path.display()),
+        source,
+    };
+    let file = File::open(path).map_err(io_error)?;
+    let mode = file.metadata().map_err(io_error)?.permissions().mode();
+    if mode & 0o004 == 0 {
+        return Err(SandboxError::BadImage {
+            path: path.to_owned(),
+            reason: "VM processes may not read it (mode without o+r)".to_owned(),
+        });
+    }
+    Ok(file)
+}
+
+/// A private disk. It needs a name until its VM's process is started, because only what has one can be shown in a jail.
+/// Whoever is killed in between leaves it to [`sweep`].
+pub(crate) fn private_disk(blank: &File, dir: &Path) -> Result<NamedTempFile, SandboxError> {
+    let make = || {
+        let disk = tempfile::Builder::new()
+            .prefix(DISK_PREFIX)
+            .tempfile_in(dir)?;
+        copy_sparse(blank, disk.as_file())?;
+        // Nobody else can come by it: its directory is its owner's, and soon it has no name.
+        disk.as_file()
+            .set_permissions(Permissions::from_mode(0o666))?;
+        Ok(disk)
+    };
+    make().map_err(|source| SandboxError::Io {
+        action: format!("make the VM's disk in {}", dir.display()),
+        source,
+    })
+}
+
+/// Removes private disks whose makers were killed before they could take the name away.
+fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let ours = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.starts_with(DISK_PREFIX));
+        let made = entry.metadata().and_then(|meta| meta.modified());
+        let old = made.is_ok_and(|made| {
+            SystemTime::now()
+                .duration_since(made)
+                .is_ok_and(|age| age > ABANDONED)
+        });
+        if ours && old {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// One snapshot, open. Its files and the image's are held by descriptor, and must keep their names as long as clones are
+/// made: a jail shows nothing that has none.
+pub(crate) struct FirecrackerTemplate {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    launcher: Launcher,
+    programs: Arc<Programs>,
+    shape: Shape,
+    image: OpenImage,
+    memory: File,
+    state: File,
+    blank: File,
+    limits: Limits,
+}
+
+impl FirecrackerTemplate {
+    /// Opens the files.
+    pub(crate) fn open(
+        launcher: Launcher,
+        programs: Arc<Programs>,
+        shape: Shape,
+        image: &ImageFiles,
+        dir: &Path,
+        limits: Limits,
+    ) -> Result<FirecrackerTemplate, SandboxError> {
+        let image = OpenImage::open(image)?;
+        sweep(&image.disk_dir);
+        let memory = open(&dir.join(MEMORY))?;
+        let length = memory.metadata().map_or(0, |meta| meta.len());
+        let expected = shape.memory_mb.saturating_mul(1024 * 1024);
+        if length != expected {
+            return Err(SandboxError::BadImage {
+                path: dir.join(MEMORY),
+                reason: format!("it holds {length} bytes of memory, the VM has {expected}"),
+            });
+        }
+        Ok(FirecrackerTemplate {
+            shared: Arc::new(Shared {
+                launcher,
+                programs,
+                shape,
+                image,
+                memory,
+                state: open(&dir.join(STATE))?,
+                blank: open(&dir.join(BLANK))?,
+                limits,
+            }),
+        })
+    }
+}
+
+impl Shared {
+    fn files(&self, disk: &NamedTempFile) -> Result<Vec<JailFile>, SandboxError> {
+        Ok(vec![
+            shown(&self.image.rootfs, JailName::Rootfs, false)?,
+            shown(disk.as_file(), JailName::Disk, true)?,
+            shown(&self.memory, JailName::Memory, false)?,
+            shown(&self.state, JailName::State, false)?,
+        ])
+    }
+}
+
+#[async_trait]
+impl Template for FirecrackerTemplate {
+    fn shape(&self) -> Shape {
+        self.shared.shape
+    }
+
+    fn overhead_mb(&self) -> u64 {
+        OVERHEAD_MB
+    }
+
+    /// The memory file's pages stay in the host's cache as long as there is room, and can be dropped: they count once.
+    fn resident_mb(&self) -> u64 {
+        self.shared.shape.memory_mb
+    }
+
+    async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError> {
+        let since = Instant::now();
+        let shared = Arc::clone(&self.shared);
+        let disk = blocking(move || private_disk(&shared.blank, &shared.image.disk_dir)).await?;
+        let plan = Plan {
+            launcher: &self.shared.launcher,
+            programs: &self.shared.programs,
+            place,
+            shape: self.shared.shape,
+            files: self.shared.files(&disk)?,
+        };
+        let process = Process::start(plan, since).await?;
+        drop(disk);
+        let limits = self.shared.limits;
+        let vm = FirecrackerVm::bring_up(process, Start::Clone, MountSource::Disk, limits).await?;
+        Ok(Box::new(vm))
+    }
+}
