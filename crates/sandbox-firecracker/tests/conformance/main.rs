@@ -34,7 +34,7 @@ const SHAPE: Shape = Shape {
 };
 
 /// How many restores are timed.
-const RESTORES: usize = 3;
+const RESTORES: usize = 5;
 
 fn main() -> ExitCode {
     match run() {
