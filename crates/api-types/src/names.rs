@@ -14,15 +14,18 @@ pub struct NameError {
     rule: &'static str,
 }
 
-fn refuse(kind: &'static str, text: &str, rule: &'static str) -> NameError {
-    let mut shown: String = text.chars().take(60).flat_map(char::escape_debug).collect();
-    if text.chars().count() > 60 {
-        shown.push('…');
-    }
-    NameError {
-        kind,
-        shown: format!("\"{shown}\""),
-        rule,
+impl NameError {
+    /// `text` is no `kind`, because of what the rule says; of a long text only the beginning is shown, escaped.
+    pub fn new(kind: &'static str, text: &str, rule: &'static str) -> Self {
+        let mut shown: String = text.chars().take(60).flat_map(char::escape_debug).collect();
+        if text.chars().count() > 60 {
+            shown.push('…');
+        }
+        Self {
+            kind,
+            shown: format!("\"{shown}\""),
+            rule,
+        }
     }
 }
 
@@ -63,7 +66,7 @@ macro_rules! name_type {
             type Err = NameError;
             fn from_str(text: &str) -> Result<Self, NameError> {
                 let check: fn(&str) -> bool = $check;
-                if check(text) { Ok(Self(text.to_owned())) } else { Err(refuse($kind, text, $rule)) }
+                if check(text) { Ok(Self(text.to_owned())) } else { Err(NameError::new($kind, text, $rule)) }
             }
         }
 
@@ -100,7 +103,7 @@ name_type!(
     is_two_labels
 );
 name_type!(
-    /// A runner's own name, as people know it.
+    /// A runner's own name, as people know it: its directory, its service unit.
     RunnerName,
     "runner name",
     "it is 1 to 64 lowercase letters, digits and inner hyphens",
@@ -170,8 +173,8 @@ macro_rules! id_type {
             type Err = NameError;
             fn from_str(text: &str) -> Result<Self, NameError> {
                 let rule = "it is a lowercase UUID such as 6f1c2f0e-3a7b-4c1d-9e55-0a1b2c3d4e5f";
-                let id = uuid::Uuid::try_parse(text).map_err(|_| refuse($kind, text, rule))?;
-                if id.hyphenated().to_string() == text { Ok(Self(id)) } else { Err(refuse($kind, text, rule)) }
+                let id = uuid::Uuid::try_parse(text).map_err(|_| NameError::new($kind, text, rule))?;
+                if id.hyphenated().to_string() == text { Ok(Self(id)) } else { Err(NameError::new($kind, text, rule)) }
             }
         }
 
@@ -243,7 +246,13 @@ mod tests {
     }
 
     #[test]
-    fn errors_show_the_text_escaped() {
+    fn good_names_pass_and_errors_show_the_text_escaped() {
+        assert_eq!(
+            "vm0/default".parse::<ProfileName>().unwrap().as_str(),
+            "vm0/default"
+        );
+        let id = RunId::random();
+        assert_eq!(id.to_string().parse::<RunId>().unwrap(), id);
         let error = "x\u{1b}[31m"
             .parse::<ProfileName>()
             .unwrap_err()
