@@ -2,6 +2,7 @@
 
 pub mod net;
 
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,16 @@ pub fn skip(reason: &str) {
     let name = thread.name().unwrap_or("unnamed");
     // Nobody reads a closed stdout.
     let _ = writeln!(std::io::stdout(), "SKIP {name}: {reason}");
+}
+
+/// A program from `PATH`, opened; says what the running test is skipped for where there is none.
+pub fn program(name: &str) -> Option<File> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).find_map(|dir| File::open(dir.join(name)).ok());
+    if found.is_none() {
+        skip(&format!("needs {name} in PATH"));
+    }
+    found
 }
 
 /// A run directory and a range of uids that are this value's alone until it is dropped.

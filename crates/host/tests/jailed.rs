@@ -13,7 +13,7 @@ use host::launcher::{
     CgroupLimits, ForkedLauncher, JailFile, JailName, JailSpec, Jailed, Launcher,
 };
 use host::slot::{HostLimits, LeaseKind, Resources, SlotId, SlotRecord};
-use host::test_support::{TestHost, skip};
+use host::test_support::{TestHost, program};
 use rustix::process::{Pid, Signal};
 
 /// Longer than anything here takes on a busy machine; what is waited for comes sooner.
@@ -25,19 +25,9 @@ struct Programs {
 }
 
 fn programs() -> Option<Programs> {
-    let find = |name: &str| {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let found = std::env::split_paths(&path)
-            .map(|dir| dir.join(name))
-            .find(|path| path.is_file());
-        if found.is_none() {
-            skip(&format!("needs {name} in PATH"));
-        }
-        found.map(|path| File::open(path).unwrap())
-    };
     Some(Programs {
-        jailer: find("jailer")?,
-        firecracker: find("firecracker")?,
+        jailer: program("jailer")?,
+        firecracker: program("firecracker")?,
     })
 }
 

@@ -66,6 +66,17 @@ impl Held {
             network: None,
         }
     }
+
+    /// Its process is there, and about to execute its program.
+    fn began(&mut self, (pid, pidfd): (Pid, OwnedFd), starting: Starting) {
+        self.last = None;
+        self.main = Some(Main {
+            pid,
+            pidfd,
+            starting: Some(starting),
+            failed: None,
+        });
+    }
 }
 
 struct Main {

@@ -1,6 +1,5 @@
 //! A jailed process opens the device of its network by name, as the unprivileged user it is.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -9,20 +8,9 @@ use std::time::Instant;
 use host::launcher::{CgroupLimits, JailSpec, Jailed};
 use host::net::NetworkId;
 use host::slot::SlotId;
-use host::test_support::skip;
+use host::test_support::program;
 
 use crate::common::{PATIENCE, Site, sleeper, slot};
-
-fn program(name: &str) -> Option<File> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path)
-        .map(|dir| dir.join(name))
-        .find(|path| path.is_file());
-    if found.is_none() {
-        skip(&format!("needs {name} in PATH"));
-    }
-    found.map(|path| File::open(path).unwrap())
-}
 
 async fn launch(site: &Site, slot: SlotId, network: NetworkId) -> Option<(Jailed, UnixStream)> {
     let (console, theirs) = UnixStream::pair().unwrap();

@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 use rustix::thread::LinkNameSpaceType;
 
 use super::start::{VM_OOM_SCORE, c_string};
-use super::{Main, Server, Starting, not_ours};
+use super::{Server, Starting, not_ours};
 use crate::launcher::fork::{self, Forked};
 use crate::launcher::jailer::{self, Plan, check_program};
 use crate::launcher::wire::{JailOrder, Refusal, Unit};
@@ -102,18 +102,13 @@ impl Server {
         let (pid, pidfd, keeper) = started.map_err(|e| cannot(&e))?;
         let held = self.units.get_mut(&unit).ok_or_else(|| not_ours(unit))?;
         held.oom_before = oom_before;
-        held.last = None;
         held.network = order.network;
-        held.main = Some(Main {
-            pid,
-            pidfd,
-            starting: Some(Starting {
-                request: id,
-                report,
-                control: Some(control),
-            }),
-            failed: None,
-        });
+        let starting = Starting {
+            request: id,
+            report,
+            control: Some(control),
+        };
+        held.began((pid, pidfd), starting);
         // Should that of the last process not be reaped yet, it is without being waited for.
         held.keeper = Some(keeper);
         Ok(())

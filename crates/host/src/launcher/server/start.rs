@@ -134,18 +134,13 @@ impl Server {
         };
         let held = self.units.get_mut(&unit).ok_or_else(|| not_ours(unit))?;
         held.oom_before = oom_before;
-        held.last = None;
         held.network = network;
-        held.main = Some(Main {
-            pid,
-            pidfd,
-            starting: Some(Starting {
-                request: id,
-                report,
-                control: None,
-            }),
-            failed: None,
-        });
+        let starting = Starting {
+            request: id,
+            report,
+            control: None,
+        };
+        held.began((pid, pidfd), starting);
         Ok(())
     }
 
