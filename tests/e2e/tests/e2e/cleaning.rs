@@ -46,6 +46,23 @@ fn image(host: &Host) -> PathBuf {
     images.next().expect("an image").path()
 }
 
+/// Makes the host's image and snapshot as old as can be. Their files are links of what all tests share, so each manifest
+/// becomes a file of its own first.
+fn old_image(host: &Host) {
+    let image = image(host);
+    let snapshots = fs::read_dir(image.join("snapshots")).unwrap().flatten();
+    let snapshots = snapshots.map(|entry| entry.path());
+    for directory in snapshots.chain([image.clone()]) {
+        let (manifest, copy) = (directory.join("manifest.json"), directory.join("copy"));
+        fs::copy(&manifest, &copy).unwrap();
+        aged(&copy, 30 * DAY);
+        fs::rename(&copy, &manifest).unwrap();
+    }
+    for entry in fs::read_dir(host.home().join("locks")).unwrap().flatten() {
+        aged(&entry.path(), 30 * DAY);
+    }
+}
+
 #[test]
 fn gc_takes_nothing_from_a_running_runner_and_everything_after_it() {
     let Some(host) = Host::new().start() else {
@@ -54,10 +71,7 @@ fn gc_takes_nothing_from_a_running_runner_and_everything_after_it() {
     // Its configuration is gone, and its image old: the lock of the running daemon is all that keeps it.
     let yaml = fs::read(host.config()).unwrap();
     fs::remove_file(host.config()).unwrap();
-    let locks = host.home().join("locks");
-    for entry in fs::read_dir(&locks).unwrap().flatten() {
-        aged(&entry.path(), 30 * DAY);
-    }
+    old_image(&host);
     let old = old_log(&host);
     let report = gc(&host, &["--dry-run"]);
     assert_eq!((removed(&report, "log"), old.exists()), (1, true));
@@ -73,9 +87,7 @@ fn gc_takes_nothing_from_a_running_runner_and_everything_after_it() {
 
     // A configuration that names it keeps it when nobody runs.
     host.stop();
-    for entry in fs::read_dir(&locks).unwrap().flatten() {
-        aged(&entry.path(), 30 * DAY);
-    }
+    old_image(&host);
     let report = gc(&host, &[]);
     assert!(
         report["kept"].to_string().contains("runner.yaml"),
