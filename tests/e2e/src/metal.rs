@@ -449,14 +449,12 @@ impl Metal {
         );
         // A directory may vanish while we look.
         let output = self.ssh(&script);
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        text.lines()
-            .filter_map(|line| {
-                line.trim()
-                    .strip_prefix("\"run_id\": \"")?
-                    .strip_suffix("\",")
-            })
-            .map(str::to_owned)
+        serde_json::Deserializer::from_slice(&output.stdout)
+            .into_iter::<serde_json::Value>()
+            .map_while(Result::ok)
+            .filter_map(|status| status["active_runs"].as_array().cloned())
+            .flatten()
+            .filter_map(|run| run["run_id"].as_str().map(str::to_owned))
             .collect()
     }
 

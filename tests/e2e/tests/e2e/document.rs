@@ -158,10 +158,10 @@ fn follow(metal: &Metal, profile: &str, slow: bool) {
     assert!(done >= 10, "{done} blocks");
 }
 
-/// Nothing of the runner is on the host, and what others need is.
+/// Nothing of the runner is on the host, and what others need is; who did what to its jobs is still to be known.
 fn removed(metal: &Metal) {
     let left = metal.on_host(&format!(
-        "cd ~/.vm0-runner && find . -name '*{METAL_NAME}*' -o -path './logs/*' -o -path './groups/*/*' -o -name '*.service' | sort; \
+        "cd ~/.vm0-runner && find . -name '*{METAL_NAME}*' -o -path './logs/*' ! -name audit.jsonl -o -path './groups/*/*' -o -name '*.service' | sort; \
          ls /run/systemd/system /etc/systemd/system | grep {METAL_NAME}; sudo -n ls /run/vm0/slots | wc -l >/dev/null; \
          pgrep -u root,dev -a runner || true"
     ));
