@@ -145,6 +145,7 @@ impl Tree<'_> {
             .arg(apt.sources())
             .env("IMAGE_ARCH", self.arch)
             .env("IMAGE_SUITE", self.suite)
+            .needs_room(self.work)
             .caged()
             .run("installing packages", steps)
             .await?;

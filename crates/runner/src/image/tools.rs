@@ -33,6 +33,7 @@ pub(crate) struct Tool {
     directory: Option<PathBuf>,
     input: Option<PathBuf>,
     output: Option<PathBuf>,
+    room: Option<PathBuf>,
 }
 
 impl Tool {
@@ -46,6 +47,7 @@ impl Tool {
             directory: None,
             input: None,
             output: None,
+            room: None,
         }
     }
 
@@ -89,6 +91,12 @@ impl Tool {
     /// Standard output into a new file.
     pub(crate) fn output(mut self, file: &Path) -> Self {
         self.output = Some(file.to_owned());
+        self
+    }
+
+    /// It needs room on the file system of `path`, and may wait for ever when there is none: it is ended then.
+    pub(crate) fn needs_room(mut self, path: &Path) -> Self {
+        self.room = Some(path.to_owned());
         self
     }
 
@@ -180,17 +188,47 @@ impl Tool {
                 }
                 Ok((status, stdout, last))
             }
-            () = steps.interrupted() => {
+            why = self.in_vain(steps) => {
                 // Killing the namespace's first process kills all of it; the pipes end when the last one is gone.
                 let _ = child.start_kill();
                 let _ = work.await;
                 let _ = child.wait().await;
-                Err(ImageError::Interrupted)
+                Err(why)
             }
+        }
+    }
+
+    /// Resolves when there is no point in going on.
+    async fn in_vain(&self, steps: &Steps) -> ImageError {
+        let full = async {
+            let Some(path) = &self.room else {
+                return std::future::pending().await;
+            };
+            let mut looks = 0;
+            while looks < FULL_LOOKS {
+                tokio::time::sleep(LOOK).await;
+                let free = rustix::fs::statvfs(path)
+                    .map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+                looks = if free < NO_ROOM { looks + 1 } else { 0 };
+            }
+        };
+        tokio::select! {
+            () = steps.interrupted() => ImageError::Interrupted,
+            () = full => ImageError::Io {
+                action: "run",
+                path: self.program.into(),
+                source: std::io::ErrorKind::StorageFull.into(),
+            },
         }
     }
 }
 
+/// How often the room of a program that needs some is looked at.
+const LOOK: std::time::Duration = std::time::Duration::from_secs(1);
+/// So many looks in a row at a full file system are enough: most programs end by themselves at once.
+const FULL_LOOKS: u32 = 20;
+/// What counts as none, bytes.
+const NO_ROOM: u64 = 1 << 20;
 /// Lines of a failed program's output that are shown.
 const KEPT_LINES: usize = 15;
 /// Most bytes of standard output that are kept; no program here prints as much.
@@ -250,6 +288,19 @@ fn escape(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_program_that_waits_on_a_full_disk_is_ended() {
+        // A file system that never has any room.
+        let tool = Tool::new("sleep")
+            .arg("1000")
+            .needs_room(Path::new("/proc"));
+        let error = tool.run("the step", &Steps::new()).await.unwrap_err();
+        let ImageError::Io { source, .. } = error else {
+            panic!("{error:?}");
+        };
+        assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+    }
 
     #[tokio::test]
     async fn a_failing_program_tells_its_last_lines_escaped() {
