@@ -130,8 +130,7 @@ deploy() {
     say "preparing the host"
     remote "root $staged setup$options >&2" </dev/null || die "\`runner setup\` failed on the host"
     say "removing what is not needed any more"
-    remote "if $staged gc --help >/dev/null 2>&1; then root $staged gc --keep-latest 3 >&2
-        else echo 'this runner cannot: it has no gc command' >&2; fi" </dev/null || die "\`runner gc\` failed on the host"
+    remote "root $staged gc --keep-latest 3 >&2" </dev/null || die "\`runner gc\` failed on the host"
     # shellcheck disable=SC2086 # words
     for profile in $profiles; do
         say "building $profile"
