@@ -7,6 +7,7 @@ mod extract;
 mod follow;
 mod guest;
 pub mod limits;
+mod linger;
 mod policies;
 mod push;
 mod runners;
@@ -195,6 +196,7 @@ pub fn router(service: Arc<Service>) -> Router {
             problem(ProblemKind::MethodNotAllowed, "the path has no such method")
         })
         .layer(middleware::map_response(harden))
+        .layer(middleware::from_fn(linger::linger))
         .with_state(service)
 }
 

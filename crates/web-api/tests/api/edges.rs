@@ -1,5 +1,7 @@
 //! What is sent may be anything.
 
+use std::io::{Read as _, Write as _};
+
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use web_api::http::limits::Ceilings;
@@ -62,6 +64,33 @@ async fn bodies_that_are_none_are_refused_with_a_problem() {
         runner.try_send(request).await.unwrap().problem(),
         ProblemKind::TooLarge
     );
+}
+
+/// More than all buffers between the two hold: who writes it is done only when the server has read it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_reaches_a_sender_that_is_still_sending() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let replica = world.replica(Config::default()).await;
+    let address = replica.url.strip_prefix("http://").unwrap().to_owned();
+    let answer = tokio::task::spawn_blocking(move || {
+        let body = vec![b' '; 40 << 20];
+        let head = format!(
+            "POST /api/webhooks/agent/checkpoints HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let mut stream = std::net::TcpStream::connect(&address).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(&body).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    })
+    .await
+    .unwrap();
+    assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
