@@ -21,7 +21,7 @@ pub mod wire;
 pub use decide::{Action, By, Decision, HttpRequest, Tls};
 pub use draft::{Draft, DraftError, MAX_FILE_BYTES, RuleArgument};
 pub use host::{Host, HostError, HostPattern};
-pub use merge::{MergeError, merge};
+pub use merge::{MergeError, merge, merge_under};
 pub use path::{PathError, PathPattern, RequestPath, RulePath};
 pub use policy::{
     Effect, MAX_BYTES, MAX_REQUESTS, MAX_RULES, Method, Mode, Policy, PolicyError, Request, Rule,

@@ -24,9 +24,21 @@ pub enum MergeError {
 /// default: the job's rules come before it, and the job's `default` and `mode` count if it states them. An operator
 /// who wants to bound jobs therefore writes denials.
 pub fn merge(operator: &Draft, job: &Draft) -> Result<Policy, MergeError> {
-    let (binding, defaults) = split(&operator.rules);
+    merge_under(&[operator], job)
+}
+
+/// Merges a job's policy with those of several operators, the one who comes first above the others: what each denies
+/// holds, whatever those after it and the job say; of their defaults the last one's come first.
+pub fn merge_under(operators: &[&Draft], job: &Draft) -> Result<Policy, MergeError> {
+    let (mut binding, mut defaults) = (Vec::new(), Vec::new());
+    for operator in operators {
+        let (binds, default) = split(&operator.rules);
+        binding.extend(binds);
+        defaults.splice(0..0, default);
+    }
     let denies = !binding.is_empty();
-    let operator_mode = operator.mode.unwrap_or_default();
+    let stated = |of: fn(&Draft) -> Option<Mode>| operators.iter().rev().find_map(|one| of(one));
+    let operator_mode = stated(|one| one.mode).unwrap_or_default();
     if denies && job.mode == Some(Mode::Audit) && operator_mode == Mode::Enforce {
         return Err(MergeError::Audit);
     }
@@ -37,7 +49,7 @@ pub fn merge(operator: &Draft, job: &Draft) -> Result<Policy, MergeError> {
         .collect();
     let default = job
         .default
-        .or(operator.default)
+        .or_else(|| operators.iter().rev().find_map(|one| one.default))
         .unwrap_or_else(|| implied_default(&rules));
     Ok(Policy::new(
         default,

@@ -26,7 +26,7 @@ use crate::daemon::CancelReason;
 use crate::names::RunId;
 use crate::network::{Admission, JobNetworks, NetworkError};
 use crate::provider::Provider;
-use crate::queue::{Job, JobResult, MAX_STRING_BYTES, is_reserved};
+use crate::queue::{ApiSide, Job, JobResult, MAX_STRING_BYTES, is_reserved};
 use crate::run_log::RunLog;
 use crate::status::Phase;
 
@@ -100,6 +100,8 @@ pub(crate) struct Work<'a> {
     pub(crate) job: &'a Job,
     /// Who submitted it.
     pub(crate) submitter: u32,
+    /// What the Web API adds.
+    pub(crate) api: Option<&'a ApiSide>,
     /// Where its VM comes from.
     pub(crate) source: VmSource,
     /// The VM's network, where this runner has networks.
@@ -159,10 +161,12 @@ async fn attempt(
     log: &mut RunLog,
     progress: &dyn Progress,
 ) -> Ended {
-    let Work { job, source, .. } = work;
+    let Work {
+        job, source, api, ..
+    } = work;
     let run = job.run_id;
     // Both at once: neither needs the other, and the agent needs both.
-    let network = admit(setting, job, work.submitter, work.network);
+    let network = admit(setting, job, work.submitter, api, work.network);
     let (sandbox, admitted) = tokio::join!(vm_up(setting, source), network);
     let sandbox = match sandbox {
         Ok(sandbox) => sandbox,
@@ -179,7 +183,8 @@ async fn attempt(
         }
     }
     progress.vm(&sandbox);
-    let mut ended = match agent(setting, job, admission.as_ref(), &sandbox, log, progress).await {
+    let env = environment(job, api, admission.as_ref(), setting.mock.as_deref());
+    let mut ended = match agent(setting, job, env, &sandbox, log, progress).await {
         Ok(ended) => ended,
         Err(error) => {
             let why = explain(&sandbox, error).await;
@@ -214,10 +219,14 @@ async fn admit(
     setting: &Setting,
     job: &Job,
     submitter: u32,
+    api: Option<&ApiSide>,
     network: Option<NetworkId>,
 ) -> Result<Option<Admission>, NetworkError> {
     match (&setting.networks, network) {
-        (Some(networks), Some(network)) => Ok(Some(networks.admit(job, submitter, network).await?)),
+        (Some(networks), Some(network)) => {
+            let group = api.map(|api| &api.group_policy);
+            Ok(Some(networks.admit(job, submitter, group, network).await?))
+        }
         _ => Ok(None),
     }
 }
@@ -259,6 +268,7 @@ pub(crate) fn wake_now() -> Result<Wake, SandboxError> {
 /// The agent's environment: the job's own, and over it what only the runner may say.
 fn environment(
     job: &Job,
+    api: Option<&ApiSide>,
     admission: Option<&Admission>,
     mock: Option<&str>,
 ) -> Vec<(String, String)> {
@@ -271,9 +281,9 @@ fn environment(
     env.extend(admission.into_iter().flat_map(Admission::environment));
     let mut set = |name: &str, value: &str| env.push((name.to_owned(), value.to_owned()));
     set("VM0_RUN_ID", &job.run_id.to_string());
-    set("VM0_API_URL", "");
     // The local queue has no sandbox token: the agent's webhooks are off.
-    set("VM0_API_TOKEN", "");
+    set("VM0_API_URL", api.map_or("", |api| &api.url));
+    set("VM0_API_TOKEN", api.map_or("", |api| &api.token));
     set("VM0_WORKING_DIR", &job.working_dir);
     set("CLI_AGENT_TYPE", &job.cli_agent_type);
     if is_long(&job.prompt) {
@@ -296,7 +306,7 @@ fn is_long(prompt: &str) -> bool {
 async fn agent(
     setting: &Setting,
     job: &Job,
-    admission: Option<&Admission>,
+    env: Vec<(String, String)>,
     sandbox: &Sandbox,
     log: &mut RunLog,
     progress: &dyn Progress,
@@ -305,7 +315,7 @@ async fn agent(
     let limit = asked.map_or(setting.job_timeout, |asked| asked.min(setting.job_timeout));
     let spec = ExecSpec {
         argv: vec![AGENT.to_vec()],
-        env: environment(job, admission, setting.mock.as_deref()),
+        env,
         cwd: None,
         user: UserSpec::User,
         stdin: is_long(&job.prompt),

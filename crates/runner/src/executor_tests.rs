@@ -83,6 +83,7 @@ impl Bench {
         let work = Work {
             job,
             submitter: 0,
+            api: None,
             source: self.source(),
             network: None,
         };

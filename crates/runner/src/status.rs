@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
 use crate::names::{GroupName, ProfileName, RunId, RunnerName, SessionId};
+use crate::provider::api::ApiStatus;
 
 /// Shortest time between two writes.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -260,6 +261,9 @@ pub(crate) struct Status {
     /// Runs that ended last, the newest first.
     #[serde(default)]
     pub(crate) recent: Vec<RecentRun>,
+    /// How it stands with the Web API, where runs come from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) api: Option<ApiStatus>,
     /// When this process started.
     pub(crate) started_at: Time,
     /// When this was true.
@@ -382,6 +386,7 @@ mod tests {
             },
             proxy: Vec::new(),
             recent: Vec::new(),
+            api: None,
             started_at: Time(Timestamp::UNIX_EPOCH),
             updated_at: Time(Timestamp::UNIX_EPOCH),
         }

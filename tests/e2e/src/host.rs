@@ -50,6 +50,8 @@ pub struct Host {
     config: PathBuf,
     binary: PathBuf,
     environment: Vec<(String, String)>,
+    /// Arguments of `runner start` that say where jobs come from.
+    source: Vec<String>,
     own_file_system: bool,
     wiring: Option<Wiring>,
     daemon: Mutex<Option<Daemon>>,
@@ -161,7 +163,8 @@ impl Host {
         }
         command.arg(&self.binary);
         let config = self.config.to_str().expect("test paths are text");
-        let mut command = self.in_environment(command, &["start", "--config", config, "--local"]);
+        let mut command = self.in_environment(command, &["start", "--config", config]);
+        command.args(&self.source);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }

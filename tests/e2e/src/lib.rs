@@ -14,6 +14,7 @@
 //!
 //! Nothing here sleeps for a fixed time: waits end with the event, and deadlines are for hangs only.
 
+mod api;
 mod audit;
 mod clock;
 mod host;
@@ -30,6 +31,7 @@ mod text;
 mod wait;
 mod world;
 
+pub use api::Api;
 pub use clock::{DaemonClock, seconds_now};
 pub use host::{Host, HostBuilder, has_wheels, kept};
 pub use metal::{Metal, NAME as METAL_NAME, Submission};

@@ -1,6 +1,7 @@
 //! Runs the daemon.
 
 mod handover;
+mod source;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,6 +20,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::MakeWriterExt;
 
 use self::handover::{Readiness, Side};
+use self::source::Source;
 use crate::audit::{Action, Audit, Outcome, Who};
 use crate::config::{self, Config, EngineChoice};
 use crate::context::{CliError, Context};
@@ -32,8 +34,9 @@ use crate::image::{InUse, Store};
 use crate::metrics::{self, Metrics};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
-use crate::provider::ProviderEvent;
+use crate::provider::api::{ApiProvider, ApiRunner};
 use crate::provider::local::LocalProvider;
+use crate::provider::{Provider, ProviderEvent};
 use crate::proxy::{Authority, ProxyConfig, install};
 use crate::queue::LiveRunner;
 use crate::resource_budget::{self, Budget, HostSize};
@@ -54,8 +57,15 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     config: PathBuf,
     /// Take jobs from the local file queue
-    #[arg(long)]
+    #[arg(long, conflicts_with = "api_token_file")]
     local: bool,
+    /// Take runs from the Web API at this address
+    #[arg(long, value_name = "URL", env = "VM0_API_URL")]
+    api_url: Option<String>,
+    /// File with the runner token for the Web API, readable for its owner only; without it the token is taken from
+    /// the variable VM0_API_TOKEN
+    #[arg(long, value_name = "FILE")]
+    api_token_file: Option<PathBuf>,
     /// Refuse profiles that were built for another engine, whatever the configuration says
     #[arg(long, value_enum)]
     engine: Option<EngineChoice>,
@@ -89,16 +99,13 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             CliError::failed("`runner start` needs root, to make slots for VMs").with_hint(hint),
         );
     }
-    if !args.local {
-        return Err(
-            CliError::usage("this runner takes jobs from the local file queue only")
-                .with_hint("add --local"),
-        );
-    }
     for (name, value) in &args.env {
         // SAFETY: the process has one thread, so nobody reads the environment meanwhile.
         unsafe { std::env::set_var(name, value) };
     }
+    let source = source::of(args.local, args.api_url, args.api_token_file.as_deref())?;
+    // SAFETY: as above. What we start has no business with the runner's token.
+    unsafe { std::env::remove_var(source::TOKEN) };
     let mut config = config::load(&args.config)?;
     if let Some(engine) = args.engine {
         config.engine = engine;
@@ -135,6 +142,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let code = runtime.block_on(async {
         let launcher = forked.attach()?;
         let starting = Starting {
+            source,
             config,
             home,
             instance,
@@ -236,6 +244,7 @@ fn proxy_parts(home: &Home, config: &Config) -> Result<ProxyConfig, CliError> {
 
 /// What is there when the daemon starts.
 struct Starting {
+    source: Source,
     config: Config,
     home: Arc<Home>,
     instance: String,
@@ -251,6 +260,7 @@ struct Starting {
 impl Starting {
     async fn run(self) -> Result<u8, CliError> {
         let Self {
+            source,
             config,
             home,
             instance,
@@ -354,18 +364,46 @@ impl Starting {
             instance.clone(),
         );
         let (told, noted) = (mailbox.clone(), audit.clone());
-        let provider = LocalProvider::start(home.group(&config.group)?, &runner, move |event| {
+        let tell = move |event| {
             if let ProviderEvent::Marked { run, by } = event {
                 noted.done(Who::of_uid(by), run, Action::Cancel, Outcome::ok());
             }
             daemon::forward(&told, event);
-        })?;
-        let provider = Arc::new(provider);
+        };
+        let (provider, api): (Arc<dyn Provider>, _) = match source {
+            Source::Local => {
+                let group = home.group(&config.group)?;
+                (Arc::new(LocalProvider::start(group, &runner, tell)?), None)
+            }
+            Source::Api(settings) => {
+                let runner = ApiRunner {
+                    name: config.name.clone(),
+                    instance: instance.clone(),
+                    group: config.group.clone(),
+                    profiles: templates
+                        .iter()
+                        .map(|(name, template)| {
+                            let shape = template.shape();
+                            let takes = resource_budget::of_vm(shape, template.overhead_mb());
+                            (name.clone(), takes)
+                        })
+                        .collect(),
+                    max_concurrent: sandbox.max_concurrent,
+                    submitter: home.owner().uid,
+                    networks: Some(Arc::clone(&networks)),
+                };
+                tracing::info!(?settings, "runs come from the Web API");
+                let api = ApiProvider::start(settings, &home, runner, tell)
+                    .map_err(|error| CliError::failed(error.to_string()))?;
+                let api = Arc::new(api);
+                (Arc::clone(&api) as Arc<_>, Some(api))
+            }
+        };
         // Restores are bound by the CPU: more at once only makes all of them late.
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let setting = Setting {
             home: home_dir,
-            provider: Arc::clone(&provider) as Arc<_>,
+            provider: Arc::clone(&provider),
             job_timeout: config.job_timeout(),
             log_max,
             mock: std::env::var("USE_MOCK_CLAUDE").ok(),
@@ -396,7 +434,7 @@ impl Starting {
             config,
             templates,
             budget,
-            provider: provider.clone(),
+            provider,
             metrics: Arc::clone(&metrics),
             setting,
             name: Some(name),
@@ -436,6 +474,9 @@ impl Starting {
         )
         .await;
         cleaning.abort();
+        if let Some(api) = api {
+            api.finish().await;
+        }
         tracing::info!(code, "stopped");
         let _ = instance_dir.remove_file("control.sock");
         Ok(code)

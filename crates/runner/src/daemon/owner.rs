@@ -141,7 +141,9 @@ pub(crate) async fn run(
         metrics: parts.metrics,
     };
     let writer = status(owner.status());
-    directory.update(owner.status());
+    let first = owner.status();
+    owner.provider.observe(&first);
+    directory.update(first);
     serve(directory);
     owner.digest(Event::Time);
     let mut manager = Manager::new();
@@ -161,6 +163,7 @@ pub(crate) async fn run(
         owner.hear(message);
         let status = owner.status();
         owner.directory.update(status.clone());
+        owner.provider.observe(&status);
         manager.tell(&status);
         writer.publish(status);
         if owner.plan.exit().is_some() {
@@ -381,6 +384,7 @@ impl Owner {
             let work = Work {
                 job: &job.job,
                 submitter: job.submitter,
+                api: job.api.as_deref(),
                 source,
                 network,
             };
@@ -469,6 +473,7 @@ impl Owner {
                 .map(|networks| networks.proxy().states())
                 .unwrap_or_default(),
             recent: self.meter.recent(&self.clock),
+            api: self.provider.api(),
             started_at: self.clock.time(self.started),
             updated_at: self.clock.time(now),
         }

@@ -47,6 +47,7 @@ impl TestQueue {
             job: Job::new(fields).unwrap(),
             submitter: 1000,
             submitted: std::time::SystemTime::now(),
+            api: None,
         };
         let head = JobHead::of(&job.job, job.submitter, job.submitted);
         let run = head.run_id;

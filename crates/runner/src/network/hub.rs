@@ -8,15 +8,15 @@
 //! An address that is not registered reaches nothing: the proxy closes its connections, the resolver refuses its queries,
 //! the kernel refuses the rest. So a VM that waits, or whose job is over, has no network.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use host::fs::{Dir, FsError};
 use host::launcher::{Launcher, LauncherError};
 use host::net::{Cidr, HubConfig, NetworkId, NetworkLimits, NetworkPool};
-use policy::{Draft, InternalAllow, MergeError, Policy, Secret, merge, ranges};
+use policy::{Draft, InternalAllow, MergeError, Policy, Secret, merge_under, ranges};
 use resolver::{HostFiles, Limits, Resolver};
 use tokio::net::{TcpListener, UdpSocket};
 
@@ -86,6 +86,29 @@ pub(crate) struct JobNetworks {
     registrations: Arc<Registrations>,
     proxy: Proxy,
     kernel: KernelEvents,
+    operators: Mutex<HashMap<RunId, Operators>>,
+}
+
+/// Whose policies stand above a job's.
+#[derive(Clone, Debug)]
+struct Operators {
+    /// This runner's, for the profile.
+    profile: Option<Draft>,
+    /// The Web API's, for the group.
+    group: Option<Draft>,
+}
+
+impl Operators {
+    /// What holds for a job that wants this.
+    fn over(&self, wanted: &Draft) -> Result<Policy, MergeError> {
+        let operators: Vec<&Draft> = self.profile.iter().chain(&self.group).collect();
+        merge_under(&operators, wanted)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Whole between any two operations.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl JobNetworks {
@@ -142,6 +165,7 @@ impl JobNetworks {
             registrations,
             proxy,
             kernel,
+            operators: Mutex::default(),
         };
         Ok((Arc::new(networks), pool))
     }
@@ -151,21 +175,25 @@ impl JobNetworks {
         &self.proxy
     }
 
-    /// Lets a job use its VM's network from now on.
+    /// Lets a job use its VM's network from now on. `group`: what its group's policy says, under the profile's.
     pub(crate) async fn admit(
         self: &Arc<Self>,
         job: &Job,
         submitter: u32,
+        group: Option<&Draft>,
         network: NetworkId,
     ) -> Result<Admission, NetworkError> {
         let secrets = self.secrets(job, submitter).await?;
         let none = Draft::default();
-        let operator = self.settings.profiles.get(&job.profile).unwrap_or(&none);
+        let operators = Operators {
+            profile: self.settings.profiles.get(&job.profile).cloned(),
+            group: group.cloned(),
+        };
         let wanted = job
             .network
             .as_ref()
             .map_or(&none, |network| &network.policy);
-        let policy = merge(operator, wanted)?;
+        let policy = operators.over(wanted)?;
         check_secrets(&policy, &secrets)?;
         let log = NetworkLog::create(&self.home, job.run_id, self.settings.log_max)?;
         let registration = self.registrations.add(
@@ -181,6 +209,7 @@ impl JobNetworks {
             registration,
             ended: false,
         };
+        lock(&self.operators).insert(job.run_id, operators);
         // From here on a failure, or a caller that is cancelled, ends the registration again.
         self.open_addresses(&admission.registration, network)
             .await?;
@@ -264,10 +293,31 @@ impl JobNetworks {
             .policy
             .with_rules_first(first)
             .map_err(MergeError::from)?;
+        self.set(&before, changed).await
+    }
+
+    /// Gives a running job another policy of its own, under those of its operators; gives the policy that holds from
+    /// now on.
+    pub(crate) async fn replace(
+        &self,
+        run: RunId,
+        wanted: &Draft,
+    ) -> Result<Arc<Policy>, NetworkError> {
+        let before = self.registrations.of_run(run).ok_or(NetworkError::NoRun)?;
+        let operators = lock(&self.operators).get(&run).cloned();
+        let changed = operators.ok_or(NetworkError::NoRun)?.over(wanted)?;
+        self.set(&before, changed).await
+    }
+
+    async fn set(
+        &self,
+        before: &Registration,
+        changed: Policy,
+    ) -> Result<Arc<Policy>, NetworkError> {
         check_secrets(&changed, &before.secrets)?;
         let registration = self
             .registrations
-            .set_policy(run, Arc::new(changed))
+            .set_policy(before.run, Arc::new(changed))
             .ok_or(NetworkError::NoRun)?;
         self.proxy.update(&registration).await?;
         if let Some(network) = NetworkId::of_slot_address(registration.address) {
@@ -291,6 +341,7 @@ impl JobNetworks {
             generation,
             ..
         } = *registration;
+        lock(&self.operators).remove(&registration.run);
         self.proxy.unregister(address, generation).await;
         if self.registrations.take_opened(address, generation)
             && let Err(error) = self.launcher.cut_network(network).await

@@ -12,12 +12,14 @@
 //! Every `Claimed` is followed by exactly one `complete()`, or by the end of the process: then the next runner
 //! answers in its place.
 
+pub(crate) mod api;
 pub(crate) mod local;
 
 use host::fs::Dir;
 
 use crate::names::RunId;
 use crate::queue::{ClaimedJob, JobHead, JobResult, QueueError};
+use crate::status::Status;
 
 /// What a provider tells the daemon.
 #[derive(Debug)]
@@ -53,4 +55,10 @@ pub(crate) trait Provider: Send + Sync {
     fn complete(&self, result: JobResult);
     /// Makes the directory in which the submitter finds the files copied out of the guest. Call before `complete`.
     fn collect_dir(&self, id: RunId) -> Result<Dir, QueueError>;
+    /// What the daemon is up to has changed.
+    fn observe(&self, _: &Status) {}
+    /// How it stands with the Web API, where jobs come from there.
+    fn api(&self) -> Option<api::ApiStatus> {
+        None
+    }
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant, SystemTime};
 
 use host::fs::{Access, Dir, FsError, LockKind};
+use policy::Draft;
 use serde::{Deserialize, Serialize};
 
 use super::first_seen::FirstSeen;
@@ -18,6 +19,8 @@ use super::job::{Job, JobError, MAX_JOB_BYTES};
 use super::registry::{self, LiveRunner, Registration};
 use super::result::JobResult;
 use super::watch::Watch;
+use zeroize::Zeroizing;
+
 use crate::names::{ProfileName, RunId, SessionId};
 
 /// Results that nobody fetched are removed after this long, by the host's clock: they outlive runners.
@@ -68,6 +71,16 @@ impl JobHead {
             submitted,
         }
     }
+
+    /// Whether everything that is decided by a head is decided the same for the other. The variables decide which of a
+    /// session's VMs a job may meet, and nothing else.
+    pub(crate) fn decides_like(&self, other: &Self) -> bool {
+        self.run_id == other.run_id
+            && self.profile == other.profile
+            && self.session_id == other.session_id
+            && self.submitter == other.submitter
+            && (self.session_id.is_none() || self.variables == other.variables)
+    }
 }
 
 /// What stands under a job's name.
@@ -97,6 +110,24 @@ pub(crate) struct ClaimedJob {
     pub(crate) submitter: u32,
     /// When (modification time of the file).
     pub(crate) submitted: SystemTime,
+    /// What the Web API adds, where the job comes from there.
+    pub(crate) api: Option<Box<ApiSide>>,
+}
+
+/// What only a job of the Web API has.
+pub(crate) struct ApiSide {
+    /// The API's address, for the guest.
+    pub(crate) url: String,
+    /// The guest's token: opens the webhooks of this run and claim.
+    pub(crate) token: Zeroizing<String>,
+    /// What the group's runs may not lift.
+    pub(crate) group_policy: Draft,
+}
+
+impl std::fmt::Debug for ApiSide {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ApiSide({})", self.url)
+    }
 }
 
 /// What came of an attempt to claim.
@@ -226,6 +257,7 @@ impl RunnerQueue {
                 job: read.job,
                 submitter: read.submitter,
                 submitted: read.submitted,
+                api: None,
             })),
             ReadJob::Bad { reason, .. } => Claim::Bad(reason),
         };

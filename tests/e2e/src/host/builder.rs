@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use super::Host;
 use super::places::{binary, hashes, images, target};
 use super::trees::{copy_tree, give, link_tree, mount_ext4, size_of};
+use crate::api::Api;
 use crate::range::RunRange;
 use crate::skip::skip;
 use crate::world::{Wiring, World};
@@ -37,6 +38,7 @@ pub struct HostBuilder {
     sandbox: Vec<(&'static str, String)>,
     options: Vec<(&'static str, String)>,
     environment: Vec<(String, String)>,
+    source: Vec<String>,
     owner: Option<u32>,
     own_file_system: Option<u64>,
     range: Option<Arc<RunRange>>,
@@ -53,6 +55,7 @@ impl Default for HostBuilder {
             sandbox: Vec::new(),
             options: Vec::new(),
             environment: vec![("USE_MOCK_CLAUDE".to_owned(), "true".to_owned())],
+            source: vec!["--local".to_owned()],
             owner: None,
             own_file_system: None,
             range: None,
@@ -102,6 +105,12 @@ impl HostBuilder {
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// Runs of this Web API instead of jobs of the local queue.
+    pub fn api(mut self, api: &Api) -> Self {
+        self.source = api.runner_arguments();
+        self.group(Api::GROUP)
     }
 
     /// The real agent CLI instead of the mock.
@@ -245,6 +254,7 @@ impl HostBuilder {
             config,
             binary: runs,
             environment: self.environment,
+            source: self.source,
             own_file_system: self.own_file_system.is_some(),
             wiring: self.wiring,
             daemon: Mutex::new(None),

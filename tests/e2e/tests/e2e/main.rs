@@ -1,6 +1,7 @@
 //! The promises of the runner, kept by real microVMs. One binary: it links once.
 
 mod anomalies;
+mod api_mode;
 mod audit;
 mod bad_jobs;
 mod budget;

@@ -178,7 +178,8 @@ impl Plan {
             return;
         };
         let head = JobHead::of(&job.job, job.submitter, job.submitted);
-        let same = head == run.head;
+        let same = run.head.decides_like(&head);
+        run.head = head;
         run.started = now;
         run.enter(Phase::Preparing, now);
         run.stage = Stage::MakingRoom(job);

@@ -132,6 +132,7 @@ impl Bench {
             job: Job::new(fields).unwrap(),
             submitter: 1000,
             submitted: SystemTime::UNIX_EPOCH + Duration::from_secs(self.submitted),
+            api: None,
         };
         let head = JobHead::of(&job.job, job.submitter, job.submitted);
         self.tell(Event::Found(head));
@@ -379,10 +380,11 @@ fn a_lost_claim_returns_a_warm_vm_to_the_pool_and_destroys_a_new_slot() {
 #[test]
 fn a_job_that_was_rewritten_between_its_discovery_and_its_claim_is_refused() {
     let mut bench = Bench::new();
-    let mut job = bench.submit("vm0/small");
+    let mut job = bench.submit_with("vm0/small", Some("s"));
     let run = job.job.run_id;
     bench.admit();
     let mut changed = fields(run);
+    changed.session_id = Some("s".parse().unwrap());
     changed.environment.insert("NEW".to_owned(), String::new());
     job.job = Job::new(changed).unwrap();
     bench.claim(job);

@@ -1,0 +1,160 @@
+//! Heartbeats: what we are up to, which leases we hold, and what the API wants of them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api_types::runner::{Heartbeat, LeaseAnswer, LeaseRef, LeaseVerdict, RunnerMode};
+use policy::Draft;
+
+use super::Inner;
+use crate::names::RunId;
+use crate::provider::ProviderEvent;
+use crate::status::Mode;
+
+/// Between two heartbeats.
+const PERIOD: Duration = Duration::from_secs(10);
+/// Most leases and sessions that one heartbeat names.
+const MAX_LIST: usize = 1024;
+
+/// Beats for ever.
+pub(super) async fn run(inner: Arc<Inner>) {
+    let mut period = PERIOD;
+    loop {
+        let next = tokio::time::sleep(period);
+        match inner.api.heartbeat(&heartbeat(&inner, None)).await {
+            Ok(answer) => {
+                inner.lock().error = None;
+                // Two may get lost.
+                period = Duration::from_secs((answer.lease_secs / 3).max(1)).min(PERIOD);
+                for lease in &answer.leases {
+                    heed(&inner, lease);
+                }
+            }
+            Err(error) => {
+                let text = error.to_string();
+                let before = inner.lock().error.replace(text.clone());
+                if before.as_ref() != Some(&text) {
+                    tracing::warn!(%error, "the heartbeat was not taken; runs go on, and their answers are kept");
+                }
+            }
+        }
+        tokio::select! {
+            () = next => {}
+            () = inner.beat.notified() => {}
+        }
+    }
+}
+
+/// The last one.
+pub(super) async fn goodbye(inner: &Inner) {
+    let last = heartbeat(inner, Some(RunnerMode::Stopped));
+    if let Err(error) = inner.api.heartbeat(&last).await {
+        tracing::debug!(%error, "nobody heard that we leave");
+    }
+}
+
+fn heartbeat(inner: &Inner, mode: Option<RunnerMode>) -> Heartbeat {
+    let view = inner.view.borrow().clone();
+    let state = inner.lock();
+    // Answers of a process before us are not ours to renew; they are on their way.
+    let ours = state.held.iter();
+    let ours = ours.filter(|(_, held)| held.runner == inner.id && !held.lost);
+    let leases = ours.map(|(run, held)| LeaseRef {
+        run_id: *run,
+        epoch: held.epoch,
+    });
+    Heartbeat {
+        runner_id: inner.id,
+        runner_name: inner.runner.name.clone(),
+        group: inner.runner.group.clone(),
+        profiles: inner
+            .runner
+            .profiles
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect(),
+        total_vcpu: view.total.vcpu,
+        total_memory_mb: view.total.memory_mb,
+        max_concurrent: inner.runner.max_concurrent,
+        allocated_vcpu: view.allocated.vcpu,
+        allocated_memory_mb: view.allocated.memory_mb,
+        running_count: view.active,
+        held_sessions: view.held.into_iter().take(MAX_LIST).collect(),
+        mode: mode.unwrap_or(match view.mode {
+            None | Some(Mode::Starting | Mode::Running) => RunnerMode::Running,
+            Some(Mode::Draining | Mode::Stopping) => RunnerMode::Draining,
+            Some(Mode::Stopped) => RunnerMode::Stopped,
+        }),
+        version: Some(crate::cli::VERSION.to_owned()),
+        leases: leases.take(MAX_LIST).collect(),
+    }
+}
+
+/// Does what the API says about a lease.
+fn heed(inner: &Arc<Inner>, answer: &LeaseAnswer) {
+    let run = answer.run_id;
+    let mut state = inner.lock();
+    let Some(held) = state
+        .held
+        .get_mut(&run)
+        .filter(|held| held.epoch == answer.epoch)
+    else {
+        return;
+    };
+    if held.answer.borrow().is_some() {
+        // It is over; whether its answer is taken is found out by bringing it.
+        return;
+    }
+    let lost = answer.verdict == LeaseVerdict::Lost;
+    let renewed = answer.verdict == LeaseVerdict::Renewed;
+    if lost {
+        held.lost = true;
+        tracing::warn!(%run, "its lease is lost: it is ended, and its result dropped");
+    }
+    let cancel = (lost || (renewed && answer.cancel_requested)) && !held.cancelled;
+    held.cancelled |= cancel;
+    let newer = renewed && answer.policy_revision > held.policy_revision;
+    if newer {
+        held.policy_revision = answer.policy_revision;
+    }
+    let lease = LeaseRef {
+        run_id: run,
+        epoch: held.epoch,
+    };
+    drop(state);
+    if cancel {
+        (inner.tell)(ProviderEvent::Cancelled(run));
+    }
+    if newer {
+        inner.spawn(new_policy(Arc::clone(inner), lease));
+    }
+}
+
+/// Fetches a run's new policy and sets it.
+async fn new_policy(inner: Arc<Inner>, lease: LeaseRef) {
+    let run = lease.run_id;
+    if let Err(error) = try_new_policy(&inner, lease).await {
+        tracing::warn!(%run, error, "the run's new policy cannot be set; trying again at the next heartbeat");
+        forget_revision(&inner, run);
+    }
+}
+
+fn forget_revision(inner: &Inner, run: RunId) {
+    if let Some(held) = inner.lock().held.get_mut(&run) {
+        held.policy_revision = held.policy_revision.saturating_sub(1);
+    }
+}
+
+async fn try_new_policy(inner: &Inner, lease: LeaseRef) -> Result<(), String> {
+    let found = inner.api.policy(inner.id, lease).await;
+    let found = found.map_err(|error| error.to_string())?;
+    let draft = match found.policy {
+        Some(value) => Draft::from_json(&value.to_string()).map_err(|error| error.to_string())?,
+        None => Draft::default(),
+    };
+    let Some(networks) = &inner.runner.networks else {
+        return Ok(());
+    };
+    let set = networks.replace(lease.run_id, &draft).await;
+    set.map(drop).map_err(|error| error.to_string())
+}

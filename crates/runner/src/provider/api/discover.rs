@@ -1,0 +1,126 @@
+//! Finding runs: one offer at a time, and only while there is room for one.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use api_types::runner::{Offer, Poll};
+use host::slot::Resources;
+
+use super::{Inner, Pause, View};
+use crate::names::ProfileName;
+use crate::provider::ProviderEvent;
+use crate::queue::JobHead;
+use crate::status::Mode;
+
+/// How long the API waits for a run, seconds.
+const WAIT_SECS: u64 = 30;
+/// An offer that the daemon has no room for after all is given up after this: another runner may have room.
+const OFFER_LIFE: Duration = Duration::from_secs(5);
+
+/// Polls for ever.
+pub(super) async fn run(inner: Arc<Inner>) {
+    let mut view = inner.view.subscribe();
+    let mut pause = Pause::default();
+    loop {
+        let profiles = startable(&inner, &view.borrow_and_update());
+        if profiles.is_empty() {
+            if view.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        let poll = Poll {
+            runner_id: inner.id,
+            group: inner.runner.group.clone(),
+            held_sessions: view.borrow().held.clone(),
+            profiles: profiles.clone(),
+            wait_secs: WAIT_SECS,
+        };
+        // A poll may be dropped at any time, and is when it would ask for what there is no room for any more.
+        let answer = tokio::select! {
+            answer = inner.api.poll(&poll) => answer,
+            () = differs(&inner, &mut view, &profiles) => continue,
+        };
+        match answer {
+            Ok(polled) => {
+                pause = Pause::default();
+                if let Some(offer) = polled.job {
+                    offered(&inner, offer).await;
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no offer");
+                pause.wait(Some(&error)).await;
+            }
+        }
+    }
+}
+
+async fn differs(
+    inner: &Inner,
+    view: &mut tokio::sync::watch::Receiver<View>,
+    profiles: &[ProfileName],
+) {
+    while view.changed().await.is_ok() {
+        if startable(inner, &view.borrow_and_update()) != profiles {
+            return;
+        }
+    }
+}
+
+/// What could be started now, as far as can be told from outside: the daemon decides.
+fn startable(inner: &Inner, view: &View) -> Vec<ProfileName> {
+    let max = inner.runner.max_concurrent;
+    if view.mode != Some(Mode::Running) || (max != 0 && view.active >= max) {
+        return Vec::new();
+    }
+    let fits = |shape: &Resources| {
+        let sum = view.allocated + *shape;
+        view.active == 0
+            || (sum.vcpu <= view.total.vcpu
+                && sum.memory_mb <= view.total.memory_mb
+                && sum.disk_mb <= view.total.disk_mb)
+    };
+    let profiles = inner.runner.profiles.iter();
+    profiles
+        .filter(|(_, shape)| fits(shape))
+        .map(|(name, _)| name.clone())
+        .collect()
+}
+
+/// Shows the daemon an offer, and waits until it claims it or there is no point in waiting.
+async fn offered(inner: &Arc<Inner>, offer: Offer) {
+    let run = offer.run_id;
+    let head = {
+        let mut state = inner.lock();
+        if state.held.contains_key(&run) {
+            return;
+        }
+        let head = state.known.remove(&run).unwrap_or_else(|| JobHead {
+            run_id: run,
+            profile: offer.profile,
+            session_id: offer.session_id,
+            variables: Vec::new(),
+            submitter: inner.runner.submitter,
+            submitted: now(),
+        });
+        state.offered.insert(run, head.clone());
+        head
+    };
+    (inner.tell)(ProviderEvent::Found(head));
+    let claimed = async {
+        while inner.lock().offered.contains_key(&run) {
+            inner.settled.notified().await;
+        }
+    };
+    if tokio::time::timeout(OFFER_LIFE, claimed).await.is_err()
+        && inner.lock().offered.remove(&run).is_some()
+    {
+        (inner.tell)(ProviderEvent::Gone(run));
+    }
+}
+
+/// When an offer came: what orders runs that wait here.
+pub(super) fn now() -> SystemTime {
+    SystemTime::now().max(UNIX_EPOCH)
+}

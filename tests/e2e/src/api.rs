@@ -1,0 +1,282 @@
+//! A Web API of a test's own: a NATS server and replicas of `vm0-api`, on a loopback address that is the test's alone.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::host::target;
+use crate::skip::skip;
+use crate::wait::{LONG, eventually, eventually_some};
+
+/// It ends when it is dropped, and with the thread of the test when that is killed.
+pub struct Api {
+    directory: TempDir,
+    address: String,
+    program: PathBuf,
+    nats: Child,
+    replicas: Vec<Option<Child>>,
+    first_port: u16,
+    /// An API key of the group.
+    pub client: String,
+    /// A runner token of the group.
+    pub runner: String,
+}
+
+/// A program that ends with the thread that started it.
+fn bound(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--pdeathsig", "KILL", "--"])
+        .arg(program)
+        .stdin(Stdio::null());
+    command
+}
+
+fn end(child: &mut Child) {
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+impl Api {
+    /// The group of all its runs and tokens.
+    pub const GROUP: &'static str = "vm0/e2e";
+
+    /// NATS and one replica. `None`, with the reason reported, where that is impossible.
+    pub fn start() -> Option<Self> {
+        let nats = std::env::var_os("VM0_TEST_NATS")
+            .map_or_else(|| target().join("nats/nats-server"), PathBuf::from);
+        let program = std::env::var_os("VM0_TEST_API")
+            .map_or_else(|| target().join("debug/vm0-api"), PathBuf::from);
+        for (what, path) in [("NATS server", &nats), ("vm0-api", &program)] {
+            if !path.exists() {
+                skip(&format!(
+                    "there is no {what} at {} (scripts/test.sh brings it)",
+                    path.display()
+                ));
+                return None;
+            }
+        }
+        let [_, a, b, c] = (std::process::id() << 1).to_be_bytes();
+        let address = format!("127.{}.{b}.{c}", a | 0x40);
+        static PORT: AtomicU16 = AtomicU16::new(21_000);
+        let first_port = PORT.fetch_add(10, Ordering::Relaxed);
+        let directory = tempfile::tempdir().expect("a directory can be made");
+        let config = format!(
+            "listen: \"{address}:{first_port}\"\njetstream {{ store_dir: {:?}, sync_interval: always }}\n\
+             accounts {{\n SYS {{ users: [{{user: sys, password: sys}}] }}\n \
+             APP {{ jetstream: enabled, users: [{{user: app, password: app}}] }}\n}}\nsystem_account: SYS\n",
+            directory.path().join("store")
+        );
+        let file = directory.path().join("nats.conf");
+        fs::write(&file, config).expect("our directory");
+        let nats = bound(&nats)
+            .arg("-c")
+            .arg(&file)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("setpriv is installed");
+        let mut api = Self {
+            directory,
+            address,
+            program,
+            nats,
+            replicas: Vec::new(),
+            first_port,
+            client: String::new(),
+            runner: String::new(),
+        };
+        let to = format!("{}:{first_port}", api.address);
+        eventually("NATS listens", LONG, || {
+            std::net::TcpStream::connect(&to).is_ok()
+        });
+        let made = api
+            .command(&["master-key", "--out"])
+            .arg(api.key_file())
+            .status();
+        assert!(made.expect("vm0-api runs").success());
+        api.client = api.token("client");
+        api.runner = api.token("runner");
+        fs::write(api.token_file(), &api.runner).expect("our directory");
+        fs::set_permissions(api.token_file(), fs::Permissions::from_mode(0o600)).expect("our file");
+        api.start_replica(0);
+        Some(api)
+    }
+
+    fn key_file(&self) -> PathBuf {
+        self.directory.path().join("master.key")
+    }
+
+    fn token_file(&self) -> PathBuf {
+        self.directory.path().join("runner.token")
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = bound(&self.program);
+        let nats = format!("@{}:{}", self.address, self.first_port);
+        command
+            .args(args)
+            .env("VM0_NATS_URL", format!("nats://app:app{nats}"))
+            .env("VM0_NATS_SYSTEM_URL", format!("nats://sys:sys{nats}"));
+        command
+    }
+
+    fn token(&self, kind: &str) -> String {
+        let args = ["token", "create", "--kind", kind, "--group", Self::GROUP];
+        let output = self.command(&args).args(["--name", "e2e"]).output();
+        let output = output.expect("vm0-api runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let token = text
+            .split_whitespace()
+            .find(|word| word.starts_with("vm0_"));
+        token
+            .unwrap_or_else(|| {
+                panic!(
+                    "no token: {text} {}",
+                    String::from_utf8_lossy(&output.stderr)
+                )
+            })
+            .to_owned()
+    }
+
+    /// The address of a replica.
+    pub fn url(&self, replica: u16) -> String {
+        format!("http://{}:{}", self.address, self.first_port + 1 + replica)
+    }
+
+    /// Starts a replica that does not run, and waits until it is ready.
+    pub fn start_replica(&mut self, replica: u16) {
+        let listen = format!("{}:{}", self.address, self.first_port + 1 + replica);
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.directory.path().join(format!("api-{replica}.log")))
+            .expect("our directory");
+        let child = self
+            .command(&[
+                "serve",
+                "--lease-secs",
+                "6",
+                "--listen",
+                &listen,
+                "--master-key",
+            ])
+            .arg(self.key_file())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("vm0-api starts");
+        let index = usize::from(replica);
+        if self.replicas.len() <= index {
+            self.replicas.resize_with(index + 1, || None);
+        }
+        assert!(self.replicas[index].is_none(), "the replica runs already");
+        self.replicas[index] = Some(child);
+        let ready = format!("{}/readyz", self.url(replica));
+        eventually("the replica is ready", LONG, || {
+            let mut curl = Command::new("curl");
+            curl.args(["-fsS", "-o", "/dev/null", &ready])
+                .stderr(Stdio::null());
+            curl.status().is_ok_and(|status| status.success())
+        });
+    }
+
+    /// kill -9.
+    pub fn kill_replica(&mut self, replica: u16) {
+        let child = self.replicas[usize::from(replica)].take();
+        end(&mut child.expect("the replica runs"));
+    }
+
+    /// The arguments of `runner start` that make it take this API's runs.
+    pub fn runner_arguments(&self) -> Vec<String> {
+        let token = self.token_file().display().to_string();
+        ["--api-url", &self.url(0), "--api-token-file", &token]
+            .map(str::to_owned)
+            .into()
+    }
+
+    /// What `path` answers to this token: the status and the body.
+    pub fn ask(&self, token: &str, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+        let mut curl = Command::new("curl");
+        curl.args([
+            "-sS",
+            "--max-time",
+            "120",
+            "-X",
+            method,
+            "-w",
+            "\n%{http_code}",
+        ])
+        .args(["-H", &format!("Authorization: Bearer {token}")])
+        .arg(format!("{}{path}", self.url(0)));
+        if let Some(body) = body {
+            curl.args([
+                "-H",
+                "Content-Type: application/json",
+                "-d",
+                &body.to_string(),
+            ]);
+        }
+        let output = curl.output().expect("curl is installed");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (body, status) = text.rsplit_once('\n').expect("curl writes the status");
+        let status = status.parse().expect("a status");
+        (
+            status,
+            serde_json::from_str(body).unwrap_or(Value::String(body.to_owned())),
+        )
+    }
+
+    /// Makes a run of `vm0/small`; `more` is put over its fields. Gives its id.
+    pub fn create(&self, prompt: &str, more: Value) -> String {
+        let mut body = json!({"group": Self::GROUP, "profile": "vm0/small", "prompt": prompt});
+        for (key, value) in more.as_object().cloned().unwrap_or_default() {
+            body[key] = value;
+        }
+        let (status, run) = self.ask(&self.client, "POST", "/api/runs", Some(&body));
+        assert_eq!(status, 201, "{run}");
+        run["runId"].as_str().expect("an id").to_owned()
+    }
+
+    /// A run, as clients see it.
+    pub fn run(&self, run: &str) -> Value {
+        self.ask(&self.client, "GET", &format!("/api/runs/{run}"), None)
+            .1
+    }
+
+    /// Waits until a run is so.
+    pub fn until(&self, run: &str, what: &str, mut so: impl FnMut(&Value) -> bool) -> Value {
+        eventually_some(what, LONG, || Some(self.run(run)).filter(|run| so(run)))
+    }
+
+    /// Waits until a run is answered; gives its result.
+    pub fn result(&self, run: &str) -> Value {
+        self.until(run, "the run is answered", |run| run["state"] == "done")["result"].clone()
+    }
+
+    /// All of a feed of a run that has ended, as its server-sent events say it.
+    pub fn feed(&self, run: &str, feed: &str) -> String {
+        let (status, text) = self.ask(
+            &self.client,
+            "GET",
+            &format!("/api/runs/{run}/{feed}"),
+            None,
+        );
+        assert_eq!(status, 200, "{text}");
+        text.as_str().unwrap_or_default().to_owned()
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        for replica in self.replicas.iter_mut().flatten() {
+            end(replica);
+        }
+        end(&mut self.nats);
+    }
+}

@@ -1,0 +1,132 @@
+//! Runs of the Web API in real microVMs: a real `vm0-api` over a real NATS.
+
+use e2e::{Api, Host, LONG, eventually};
+use serde_json::{Value, json};
+
+/// Number of runs that the runner has.
+fn active(status: &Value) -> usize {
+    status["active_runs"].as_array().map_or(0, Vec::len)
+}
+
+#[test]
+fn a_run_of_the_api_runs_in_a_vm_and_is_answered_there() {
+    let Some(api) = Api::start() else { return };
+    let Some(host) = Host::new().api(&api).start() else {
+        return;
+    };
+    let prompt = "echo \"hello $WHO from $(uname -n)\"; test -n \"$VM0_API_TOKEN\" && echo with-token; exit 3";
+    let run = api.create(prompt, json!({"environment": {"WHO": "you"}}));
+    let result = api.result(&run);
+    assert_eq!(result["exitCode"], 3, "{result}");
+    assert_eq!(result["reason"], "completed");
+    // All of the log is there before the answer.
+    let output = api.feed(&run, "output");
+    assert!(output.contains("hello you from "), "{output}");
+    assert!(output.contains("with-token"), "{output}");
+    assert!(host.log(&run).contains("hello you from "));
+
+    let (_, fleet) = api.ask(&api.client, "GET", "/api/runners", None);
+    let heartbeat = &fleet["runners"][0]["heartbeat"];
+    assert_eq!(heartbeat["runnerName"], "e2e", "{fleet}");
+    assert_eq!(heartbeat["profiles"], json!(["vm0/small"]));
+    let status = host.status().unwrap();
+    assert_eq!(status["api"]["url"], api.url(0), "{status}");
+    assert_eq!(status["api"]["undelivered"], 0);
+    // The token is nowhere in what the runner shows or writes.
+    assert!(!host.daemon_log_text().contains(&api.runner));
+    host.stop();
+    let (_, fleet) = api.ask(&api.client, "GET", "/api/runners", None);
+    assert_eq!(
+        fleet["runners"][0]["heartbeat"]["mode"], "stopped",
+        "{fleet}"
+    );
+    host.finish();
+}
+
+#[test]
+fn a_run_is_cancelled_through_the_api_and_one_that_makes_no_sense_is_answered() {
+    let Some(api) = Api::start() else { return };
+    let Some(host) = Host::new().api(&api).start() else {
+        return;
+    };
+    let run = api.create("sleep 1000", json!({}));
+    host.until_status("the run runs", |status| {
+        status["active_runs"][0]["phase"] == "running"
+    });
+    let (status, _) = api.ask(
+        &api.client,
+        "POST",
+        &format!("/api/runs/{run}/cancel"),
+        None,
+    );
+    assert!(status < 300, "{status}");
+    assert_eq!(api.result(&run)["exitCode"], 137);
+
+    // The API takes it, the runner does not.
+    let run = api.create("true", json!({"environment": {"CLI_AGENT_TYPE": "x"}}));
+    let result = api.result(&run);
+    assert_eq!(result["exitCode"], 1);
+    let error = result["error"].as_str().unwrap();
+    assert!(error.contains("CLI_AGENT_TYPE"), "{error}");
+    host.finish();
+}
+
+#[test]
+fn an_outage_of_the_api_loses_neither_a_run_nor_its_output() {
+    let Some(mut api) = Api::start() else { return };
+    let Some(host) = Host::new().api(&api).start() else {
+        return;
+    };
+    let first = api.create("sleep 2; echo said-in-the-dark", json!({}));
+    host.until_status("the run runs", |status| {
+        status["active_runs"][0]["phase"] == "running"
+    });
+    api.kill_replica(0);
+    host.until_status("the run has ended here", |status| active(status) == 0);
+    host.until_status("its answer is kept", |status| {
+        status["api"]["undelivered"] == 1
+    });
+    // The runner dies before it could say anything; the next one brings it.
+    host.kill_daemon();
+    api.start_replica(0);
+    host.start_runner();
+    let result = api.result(&first);
+    assert_eq!(result["exitCode"], 0, "{result}");
+    let output = api.feed(&first, "output");
+    assert_eq!(output.matches("said-in-the-dark").count(), 1, "{output}");
+    let spool = host.home().join("runners/e2e/spool");
+    eventually("nothing is left in the spool", LONG, || {
+        std::fs::read_dir(&spool).unwrap().count() == 0
+    });
+    host.finish();
+}
+
+#[test]
+fn a_runner_that_was_lost_is_not_heard_any_more() {
+    let Some(api) = Api::start() else { return };
+    let Some(host) = Host::new().api(&api).start() else {
+        return;
+    };
+    let retry = json!({"onRunnerLost": {"do": "retry", "maxAttempts": 3}});
+    let run = api.create("sleep 4; echo \"attempt over\"", retry);
+    host.until_status("the run runs", |status| {
+        status["active_runs"][0]["phase"] == "running"
+    });
+    let daemon = host.daemon();
+    daemon.signal(rustix::process::Signal::STOP);
+    api.until(&run, "the lease is over", |run| run["state"] == "queued");
+    let Some(other) = Host::new().name("other").api(&api).start() else {
+        return;
+    };
+    api.until(&run, "another has it", |run| run["epoch"] == 2);
+    daemon.signal(rustix::process::Signal::CONT);
+    let result = api.result(&run);
+    assert_eq!(result["exitCode"], 0, "{result}");
+    assert_eq!(api.run(&run)["holder"]["runnerName"], "other");
+    host.until_status("the first runner has given up", |status| {
+        active(status) == 0
+    });
+    assert_eq!(api.feed(&run, "output").matches("attempt over").count(), 1);
+    other.finish();
+    host.finish();
+}
