@@ -460,6 +460,9 @@ impl Starting {
                 writer
             },
             |lookup| {
+                if let Some(api) = &api {
+                    api.serve(Arc::clone(&lookup), audit.clone());
+                }
                 if let Some(listener) = listener {
                     let lookup = Arc::clone(&lookup);
                     let text = move || metrics.text(&lookup.snapshot()?).ok();

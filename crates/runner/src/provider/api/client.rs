@@ -7,10 +7,16 @@ use api_types::runner::{
     Claim, Complete, ExecutionContext, FirewallAuth, FirewallSecrets, Heartbeat, HeartbeatAnswer,
     LeaseOf, LeaseRef, Poll, Polled, RunPolicy, Upload, Uploaded,
 };
-use api_types::{Problem, ProblemKind, RunId, RunnerId};
-use reqwest::{Client, Method, RequestBuilder, Response, Url, redirect};
+use api_types::{GroupName, Problem, ProblemKind, RunId, RunnerId};
+use reqwest::{
+    Client, Method, RequestBuilder, Response, StatusCode, Upgraded, Url, header, redirect,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::Role;
 use zeroize::Zeroizing;
 
 use crate::cli::VERSION;
@@ -182,6 +188,42 @@ impl Api {
         let LeaseRef { run_id, epoch } = lease;
         let path = format!("/api/runners/jobs/{run_id}/policy?runnerId={runner}&epoch={epoch}");
         parse(answer(self.request(Method::GET, &path)).await?).await
+    }
+
+    /// The WebSocket, by this client's own connection: its TLS is that of all other requests.
+    pub(super) async fn connect(
+        &self,
+        runner: RunnerId,
+        group: &GroupName,
+    ) -> Result<WebSocketStream<Upgraded>, CallError> {
+        let path = format!("/api/runners/connect?runnerId={runner}&group={group}");
+        let key = generate_key();
+        let request = self
+            .request(Method::GET, &path)
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, "websocket")
+            .header(header::SEC_WEBSOCKET_VERSION, "13")
+            .header(header::SEC_WEBSOCKET_KEY, &key);
+        let mut request = request.build().map_err(unreachable)?;
+        // It lasts.
+        *request.timeout_mut() = None;
+        let answering = self.http.execute(request);
+        let response = tokio::time::timeout(REQUEST_LIMIT, answering)
+            .await
+            .map_err(|_| CallError::Unreachable("it does not answer in time".to_owned()))?
+            .map_err(unreachable)?;
+        let accepted = response.headers().get(header::SEC_WEBSOCKET_ACCEPT);
+        let ours = derive_accept_key(key.as_bytes());
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS
+            || accepted.is_none_or(|accepted| accepted.as_bytes() != ours.as_bytes())
+        {
+            let status = response.status();
+            return Err(CallError::Unreachable(format!(
+                "no WebSocket can be had: {status}"
+            )));
+        }
+        let upgraded = response.upgrade().await.map_err(unreachable)?;
+        Ok(WebSocketStream::from_raw_socket(upgraded, Role::Client, None).await)
     }
 
     pub(super) async fn secrets(&self, body: &FirewallAuth) -> Result<FirewallSecrets, CallError> {

@@ -16,6 +16,7 @@ mod claims;
 mod client;
 mod discover;
 mod feed;
+mod push;
 mod spool;
 
 use std::collections::HashMap;
@@ -35,6 +36,8 @@ pub(crate) use client::{ApiSettings, CallError};
 use self::client::Api;
 use self::spool::{Spool, Spooled};
 use super::{Provider, ProviderEvent};
+use crate::audit::Audit;
+use crate::control::server::RunLookup;
 use crate::home::Home;
 use crate::names::{GroupName, ProfileName, RunId, RunnerName};
 use crate::network::JobNetworks;
@@ -166,6 +169,12 @@ impl ApiProvider {
         inner.spawn(discover::run(Arc::clone(&inner)));
         inner.spawn(beat::run(Arc::clone(&inner)));
         Ok(Self(inner))
+    }
+
+    /// Lets operators run commands in VMs, through the API.
+    pub(crate) fn serve(&self, lookup: Arc<dyn RunLookup>, audit: Audit) {
+        let operators = push::Operators { lookup, audit };
+        self.0.spawn(push::run(Arc::clone(&self.0), operators));
     }
 
     /// How it stands.
