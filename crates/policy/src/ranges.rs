@@ -167,6 +167,13 @@ impl InternalAllow {
         Ok(allow)
     }
 
+    /// These exceptions, and one more.
+    pub fn and(&self, entry: &str) -> Result<Self, String> {
+        let mut entries: Vec<String> = self.clone().into();
+        entries.push(entry.to_owned());
+        Self::parse(&entries)
+    }
+
     /// The networks that stand in the kernel's set from the start.
     pub fn nets(&self) -> &[Ipv4Net] {
         &self.nets

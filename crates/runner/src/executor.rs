@@ -9,9 +9,10 @@ mod last_line;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use api_types::runner::ResumeSession;
 use bytes::Bytes;
 use guest_control::{
-    ControlError, ExecSpec, ExitReport, ExitStatus, Session, Stream, UserSpec, Wake,
+    ControlError, ExecSpec, ExitReport, ExitStatus, FileSpec, Session, Stream, UserSpec, Wake,
 };
 use host::fs::Dir;
 use host::net::NetworkId;
@@ -32,6 +33,8 @@ use crate::status::Phase;
 
 /// The agent in the guest.
 const AGENT: &[u8] = b"/usr/local/bin/guest-agent";
+/// Where the agent finds the history of the session that it goes on with.
+const RESUMED: &str = "/tmp/.vm0-resume-session.jsonl";
 /// The guest enforces a job's time limit; a guest that does not is given up this much later.
 const TIMEOUT_GRACE: Duration = Duration::from_secs(30);
 /// How long output may still come after the agent has ended.
@@ -183,7 +186,16 @@ async fn attempt(
         }
     }
     progress.vm(&sandbox);
-    let env = environment(job, api, admission.as_ref(), setting.mock.as_deref());
+    let mut env = environment(job, api, admission.as_ref(), setting.mock.as_deref());
+    if let Some(session) = api.and_then(|api| api.resume.as_ref()) {
+        match leave_session(session, &sandbox).await {
+            Ok(variables) => env.extend(variables),
+            Err(error) => {
+                let why = explain(&sandbox, error).await;
+                return Ended::failed(JobResult::failed(run, 1, &why));
+            }
+        }
+    }
     let mut ended = match agent(setting, job, env, &sandbox, log, progress).await {
         Ok(ended) => ended,
         Err(error) => {
@@ -224,8 +236,7 @@ async fn admit(
 ) -> Result<Option<Admission>, NetworkError> {
     match (&setting.networks, network) {
         (Some(networks), Some(network)) => {
-            let group = api.map(|api| &api.group_policy);
-            Ok(Some(networks.admit(job, submitter, group, network).await?))
+            Ok(Some(networks.admit(job, submitter, api, network).await?))
         }
         _ => Ok(None),
     }
@@ -295,6 +306,25 @@ fn environment(
         set("USE_MOCK_CLAUDE", mock);
     }
     env
+}
+
+/// Puts a session's history where the agent takes it from; gives the variables that tell it.
+async fn leave_session(
+    session: &ResumeSession,
+    sandbox: &Sandbox,
+) -> Result<[(String, String); 2], SandboxError> {
+    let spec = FileSpec {
+        path: RESUMED.to_owned(),
+        mode: 0o600,
+        user: UserSpec::User,
+    };
+    let history = session.session_history.as_bytes();
+    sandbox.client().write_file(spec, history).await?;
+    let variable = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    Ok([
+        variable("VM0_RESUME_SESSION_ID", &session.session_id),
+        variable("VM0_RESUME_SESSION_FILE", RESUMED),
+    ])
 }
 
 /// Longer than one string of an environment may be: travels by stdin.

@@ -1,10 +1,10 @@
-//! A Web API of a test's own: a NATS server and replicas of `vm0-api`, on a loopback address that is the test's alone.
+//! A Web API of a test's own: a NATS server and replicas of `vm0-api` in a [`World`], whose VMs reach them as
+//! `http://runs.example.com`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -12,26 +12,27 @@ use tempfile::TempDir;
 use crate::host::target;
 use crate::skip::skip;
 use crate::wait::{LONG, eventually, eventually_some};
+use crate::world::World;
 
 /// It ends when it is dropped, and with the thread of the test when that is killed.
 pub struct Api {
     directory: TempDir,
-    address: String,
+    /// The network namespace of the world.
+    namespace: String,
     program: PathBuf,
     nats: Child,
     replicas: Vec<Option<Child>>,
-    first_port: u16,
     /// An API key of the group.
     pub client: String,
     /// A runner token of the group.
     pub runner: String,
 }
 
-/// A program that ends with the thread that started it.
-fn bound(program: &Path) -> Command {
+/// A program in a network namespace that ends with the thread that started it.
+fn bound(namespace: &str, program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command
-        .args(["--pdeathsig", "KILL", "--"])
+        .args(["--pdeathsig", "KILL", "--", "nsenter", namespace, "--"])
         .arg(program)
         .stdin(Stdio::null());
     command
@@ -46,8 +47,11 @@ impl Api {
     /// The group of all its runs and tokens.
     pub const GROUP: &'static str = "vm0/e2e";
 
+    /// The address of the API, as runners and VMs know it: the first replica's.
+    pub const URL: &'static str = "http://runs.example.com";
+
     /// NATS and one replica. `None`, with the reason reported, where that is impossible.
-    pub fn start() -> Option<Self> {
+    pub fn start(world: &World) -> Option<Self> {
         let nats = std::env::var_os("VM0_TEST_NATS")
             .map_or_else(|| target().join("nats/nats-server"), PathBuf::from);
         let program = std::env::var_os("VM0_TEST_API")
@@ -61,20 +65,17 @@ impl Api {
                 return None;
             }
         }
-        let [_, a, b, c] = (std::process::id() << 1).to_be_bytes();
-        let address = format!("127.{}.{b}.{c}", a | 0x40);
-        static PORT: AtomicU16 = AtomicU16::new(21_000);
-        let first_port = PORT.fetch_add(10, Ordering::Relaxed);
+        let namespace = format!("--net={}", world.laptop().display());
         let directory = tempfile::tempdir().expect("a directory can be made");
         let config = format!(
-            "listen: \"{address}:{first_port}\"\njetstream {{ store_dir: {:?}, sync_interval: always }}\n\
+            "listen: \"127.0.0.1:4222\"\njetstream {{ store_dir: {:?}, sync_interval: always }}\n\
              accounts {{\n SYS {{ users: [{{user: sys, password: sys}}] }}\n \
              APP {{ jetstream: enabled, users: [{{user: app, password: app}}] }}\n}}\nsystem_account: SYS\n",
             directory.path().join("store")
         );
         let file = directory.path().join("nats.conf");
         fs::write(&file, config).expect("our directory");
-        let nats = bound(&nats)
+        let nats = bound(&namespace, &nats)
             .arg("-c")
             .arg(&file)
             .stdout(Stdio::null())
@@ -83,17 +84,18 @@ impl Api {
             .expect("setpriv is installed");
         let mut api = Self {
             directory,
-            address,
+            namespace,
             program,
             nats,
             replicas: Vec::new(),
-            first_port,
             client: String::new(),
             runner: String::new(),
         };
-        let to = format!("{}:{first_port}", api.address);
+        let mut listens = bound(&api.namespace, Path::new("bash"));
+        listens.args(["-c", "exec 3<>/dev/tcp/127.0.0.1/4222"]);
+        listens.stderr(Stdio::null());
         eventually("NATS listens", LONG, || {
-            std::net::TcpStream::connect(&to).is_ok()
+            listens.status().is_ok_and(|status| status.success())
         });
         let made = api
             .command(&["master-key", "--out"])
@@ -117,12 +119,11 @@ impl Api {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = bound(&self.program);
-        let nats = format!("@{}:{}", self.address, self.first_port);
+        let mut command = bound(&self.namespace, &self.program);
         command
             .args(args)
-            .env("VM0_NATS_URL", format!("nats://app:app{nats}"))
-            .env("VM0_NATS_SYSTEM_URL", format!("nats://sys:sys{nats}"));
+            .env("VM0_NATS_URL", "nats://app:app@127.0.0.1:4222")
+            .env("VM0_NATS_SYSTEM_URL", "nats://sys:sys@127.0.0.1:4222");
         command
     }
 
@@ -144,14 +145,14 @@ impl Api {
             .to_owned()
     }
 
-    /// The address of a replica.
-    pub fn url(&self, replica: u16) -> String {
-        format!("http://{}:{}", self.address, self.first_port + 1 + replica)
+    /// Where a replica listens.
+    fn address(replica: u16) -> String {
+        format!("198.18.0.{}:80", 5 + replica)
     }
 
     /// Starts a replica that does not run, and waits until it is ready.
     pub fn start_replica(&mut self, replica: u16) {
-        let listen = format!("{}:{}", self.address, self.first_port + 1 + replica);
+        let listen = Self::address(replica);
         let log = fs::File::options()
             .create(true)
             .append(true)
@@ -177,7 +178,7 @@ impl Api {
         }
         assert!(self.replicas[index].is_none(), "the replica runs already");
         self.replicas[index] = Some(child);
-        let ready = format!("{}/readyz", self.url(replica));
+        let ready = format!("http://{listen}/readyz");
         eventually("the replica is ready", LONG, || {
             let mut curl = Command::new("curl");
             curl.args(["-fsS", "-o", "/dev/null", &ready])
@@ -195,7 +196,7 @@ impl Api {
     /// The arguments of `runner start` that make it take this API's runs.
     pub fn runner_arguments(&self) -> Vec<String> {
         let token = self.token_file().display().to_string();
-        ["--api-url", &self.url(0), "--api-token-file", &token]
+        ["--api-url", Self::URL, "--api-token-file", &token]
             .map(str::to_owned)
             .into()
     }
@@ -213,7 +214,7 @@ impl Api {
             "\n%{http_code}",
         ])
         .args(["-H", &format!("Authorization: Bearer {token}")])
-        .arg(format!("{}{path}", self.url(0)));
+        .arg(format!("http://{}{path}", Self::address(0)));
         if let Some(body) = body {
             curl.args([
                 "-H",

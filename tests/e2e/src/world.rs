@@ -36,6 +36,7 @@ const HOSTS: &str = "\
 169.254.169.254 metadata.example.com
 10.9.9.9 private.example.com
 198.18.0.4 git.example.com wheels.example.com npm.example.com crates.example.com model.example.com
+198.18.0.5 runs.example.com
 ";
 
 /// How a daemon is put into a world.
@@ -185,6 +186,8 @@ impl World {
         for address in [
             "198.18.0.2/24",
             "198.18.0.4/24",
+            "198.18.0.5/24",
+            "198.18.0.6/24",
             "198.18.0.53/24",
             "10.9.9.9/32",
             "169.254.169.254/32",

@@ -295,7 +295,7 @@ impl Starting {
             .sum();
         let policies = config.profiles.iter();
         let settings = NetworkSettings {
-            internal_allow: config.network.internal_allow.clone(),
+            internal_allow: source.internal_allow(&config.network.internal_allow)?,
             profiles: policies
                 .map(|(name, profile)| (name.clone(), profile.policy.clone()))
                 .collect(),

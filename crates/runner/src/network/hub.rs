@@ -16,7 +16,7 @@ use std::time::Duration;
 use host::fs::{Dir, FsError};
 use host::launcher::{Launcher, LauncherError};
 use host::net::{Cidr, HubConfig, NetworkId, NetworkLimits, NetworkPool};
-use policy::{Draft, InternalAllow, MergeError, Policy, Secret, merge_under, ranges};
+use policy::{Draft, InternalAllow, MergeError, Policy, Rule, Secret, merge_under, ranges};
 use resolver::{HostFiles, Limits, Resolver};
 use tokio::net::{TcpListener, UdpSocket};
 
@@ -28,7 +28,7 @@ use super::registrations::{Registration, Registrations};
 use crate::metrics::Counters;
 use crate::names::{ProfileName, RunId};
 use crate::proxy::{Proxy, ProxyConfig, ProxyError};
-use crate::queue::{Job, SecretsError, handover_name, receive};
+use crate::queue::{ApiSide, Job, SecretsError, handover_name, receive};
 
 /// How long a destination named by address stays open: longer than any job.
 const FOR_THE_JOB: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -96,13 +96,16 @@ struct Operators {
     profile: Option<Draft>,
     /// The Web API's, for the group.
     group: Option<Draft>,
+    /// What holds before all of them.
+    webhooks: Vec<Rule>,
 }
 
 impl Operators {
     /// What holds for a job that wants this.
     fn over(&self, wanted: &Draft) -> Result<Policy, MergeError> {
         let operators: Vec<&Draft> = self.profile.iter().chain(&self.group).collect();
-        merge_under(&operators, wanted)
+        let merged = merge_under(&operators, wanted)?;
+        Ok(merged.with_rules_first(self.webhooks.clone())?)
     }
 }
 
@@ -175,19 +178,20 @@ impl JobNetworks {
         &self.proxy
     }
 
-    /// Lets a job use its VM's network from now on. `group`: what its group's policy says, under the profile's.
+    /// Lets a job use its VM's network from now on.
     pub(crate) async fn admit(
         self: &Arc<Self>,
         job: &Job,
         submitter: u32,
-        group: Option<&Draft>,
+        api: Option<&ApiSide>,
         network: NetworkId,
     ) -> Result<Admission, NetworkError> {
         let secrets = self.secrets(job, submitter).await?;
         let none = Draft::default();
         let operators = Operators {
             profile: self.settings.profiles.get(&job.profile).cloned(),
-            group: group.cloned(),
+            group: api.map(|api| api.group_policy.clone()),
+            webhooks: api.map_or_else(Vec::new, |api| api.webhooks.clone()),
         };
         let wanted = job
             .network

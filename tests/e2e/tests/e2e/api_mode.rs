@@ -1,6 +1,6 @@
 //! Runs of the Web API in real microVMs: a real `vm0-api` over a real NATS.
 
-use e2e::{Api, Host, LONG, eventually};
+use e2e::{Api, Host, LONG, World, eventually};
 use serde_json::{Value, json};
 
 /// Number of runs that the runner has.
@@ -10,8 +10,11 @@ fn active(status: &Value) -> usize {
 
 #[test]
 fn a_run_of_the_api_runs_in_a_vm_and_is_answered_there() {
-    let Some(api) = Api::start() else { return };
-    let Some(host) = Host::new().api(&api).start() else {
+    let Some(world) = World::new() else { return };
+    let Some(api) = Api::start(&world) else {
+        return;
+    };
+    let Some(host) = Host::new().world(&world).api(&api).start() else {
         return;
     };
     let prompt = "echo \"hello $WHO from $(uname -n)\"; test -n \"$VM0_API_TOKEN\" && echo with-token; exit 3";
@@ -30,7 +33,7 @@ fn a_run_of_the_api_runs_in_a_vm_and_is_answered_there() {
     assert_eq!(heartbeat["runnerName"], "e2e", "{fleet}");
     assert_eq!(heartbeat["profiles"], json!(["vm0/small"]));
     let status = host.status().unwrap();
-    assert_eq!(status["api"]["url"], api.url(0), "{status}");
+    assert_eq!(status["api"]["url"], Api::URL, "{status}");
     assert_eq!(status["api"]["undelivered"], 0);
     // The token is nowhere in what the runner shows or writes.
     assert!(!host.daemon_log_text().contains(&api.runner));
@@ -45,8 +48,11 @@ fn a_run_of_the_api_runs_in_a_vm_and_is_answered_there() {
 
 #[test]
 fn a_run_is_cancelled_through_the_api_and_one_that_makes_no_sense_is_answered() {
-    let Some(api) = Api::start() else { return };
-    let Some(host) = Host::new().api(&api).start() else {
+    let Some(world) = World::new() else { return };
+    let Some(api) = Api::start(&world) else {
+        return;
+    };
+    let Some(host) = Host::new().world(&world).api(&api).start() else {
         return;
     };
     let run = api.create("sleep 1000", json!({}));
@@ -73,8 +79,11 @@ fn a_run_is_cancelled_through_the_api_and_one_that_makes_no_sense_is_answered() 
 
 #[test]
 fn an_outage_of_the_api_loses_neither_a_run_nor_its_output() {
-    let Some(mut api) = Api::start() else { return };
-    let Some(host) = Host::new().api(&api).start() else {
+    let Some(world) = World::new() else { return };
+    let Some(mut api) = Api::start(&world) else {
+        return;
+    };
+    let Some(host) = Host::new().world(&world).api(&api).start() else {
         return;
     };
     let first = api.create("sleep 2; echo said-in-the-dark", json!({}));
@@ -103,8 +112,11 @@ fn an_outage_of_the_api_loses_neither_a_run_nor_its_output() {
 
 #[test]
 fn a_runner_that_was_lost_is_not_heard_any_more() {
-    let Some(api) = Api::start() else { return };
-    let Some(host) = Host::new().api(&api).start() else {
+    let Some(world) = World::new() else { return };
+    let Some(api) = Api::start(&world) else {
+        return;
+    };
+    let Some(host) = Host::new().world(&world).api(&api).start() else {
         return;
     };
     let retry = json!({"onRunnerLost": {"do": "retry", "maxAttempts": 3}});
@@ -115,7 +127,7 @@ fn a_runner_that_was_lost_is_not_heard_any_more() {
     let daemon = host.daemon();
     daemon.signal(rustix::process::Signal::STOP);
     api.until(&run, "the lease is over", |run| run["state"] == "queued");
-    let Some(other) = Host::new().name("other").api(&api).start() else {
+    let Some(other) = Host::new().name("other").world(&world).api(&api).start() else {
         return;
     };
     api.until(&run, "another has it", |run| run["epoch"] == 2);

@@ -175,7 +175,10 @@ async fn command(
         argv,
         user: UserSpec::User,
         stdin: start.pty.is_none(),
-        pty: start.pty.map(|(columns, rows)| PtySize { cols: columns, rows }),
+        pty: start.pty.map(|(columns, rows)| PtySize {
+            cols: columns,
+            rows,
+        }),
         kill_group_on_exit: true,
         ..ExecSpec::default()
     };
