@@ -1,13 +1,16 @@
 # A short name for each thing a developer does; the work is in scripts/ (a fresh machine has no make).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow bench soak lint fmt build
+.PHONY: help demo demo-api test test-fast test-slow bench soak lint fmt build
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Prepare this host and run a first job in a microVM
 	scripts/demo.sh
+
+demo-api: ## API mode in small: NATS, two replicas, two runners, some of them killed
+	scripts/demo-api.sh
 
 test: ## Run every check and test, as CI does
 	scripts/test.sh

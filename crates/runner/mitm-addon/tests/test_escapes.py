@@ -23,7 +23,10 @@ def status(response: bytes) -> int:
 
 
 def answer(response: bytes) -> Any:
-    return json.loads(response.partition(b"\r\n\r\n")[2])
+    # What stands behind the first answer's body is another answer, to what came behind the first request.
+    body = response.partition(b"\r\n\r\n")[2].decode()
+    found: dict[str, object] = json.JSONDecoder().raw_decode(body)[0]
+    return found
 
 
 def received_until_close(sock: socket.socket) -> bytes:

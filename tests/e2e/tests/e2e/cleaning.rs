@@ -148,7 +148,10 @@ fn a_running_runner_cleans_up_by_itself() {
     outcome.expect_exit(0);
     eventually("the old log is gone", LONG, || !old.exists());
     assert!(host.log_path(&outcome.run_id()).exists());
-    assert!(host.daemon_log_text().contains("cleaned up"));
+    // Said after it is done.
+    eventually("it is told", LONG, || {
+        host.daemon_log_text().contains("cleaned up")
+    });
     host.finish();
 }
 
