@@ -11,7 +11,7 @@ use host::launcher::{CgroupLimits, LaunchSpec, Launcher, NetworkUse};
 use host::slot::SlotId;
 use sandbox::parts::console::Console;
 use sandbox::parts::{memory_of, watch};
-use sandbox::{Death, ImageFiles, MemoryStats, Place, SandboxError, StepTimes, Vm};
+use sandbox::{BalloonStats, Death, ImageFiles, MemoryStats, Place, SandboxError, StepTimes, Vm};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
@@ -453,7 +453,7 @@ impl Vm for QemuVm {
         memory_of(self.parts.pid)
     }
 
-    async fn reclaim_memory(&mut self) -> Result<(), SandboxError> {
+    async fn reclaim_memory(&mut self) -> Result<BalloonStats, SandboxError> {
         Err(SandboxError::Unavailable {
             engine: "QEMU",
             reason: "a clone has no balloon: QEMU's would discard memory of the template"

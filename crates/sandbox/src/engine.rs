@@ -9,8 +9,8 @@ use host::slot::SlotId;
 
 use crate::error::SandboxError;
 use crate::types::{
-    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Place, Shape, SnapshotInputs,
-    SnapshotOutcome, StepTimes,
+    BalloonStats, Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Place, Shape,
+    SnapshotInputs, SnapshotOutcome, StepTimes,
 };
 
 /// Progress of a long step, for a person.
@@ -85,8 +85,10 @@ pub trait Vm: Send + Sync {
     async fn died(&mut self) -> Death;
     /// Memory on the host.
     fn memory(&self) -> Result<MemoryStats, SandboxError>;
-    /// Gives parked memory back (balloon); `Unavailable` without the capability.
-    async fn reclaim_memory(&mut self) -> Result<(), SandboxError>;
+    /// Gives parked memory back (balloon) and tells what the balloon then holds; `Unavailable` without the capability.
+    /// May be dropped at any point, after which only [`Vm::pause`], [`Vm::resume`] and [`Vm::destroy`] tell what state the
+    /// virtual CPUs are in.
+    async fn reclaim_memory(&mut self) -> Result<BalloonStats, SandboxError>;
     /// Where the time of its start went.
     fn steps(&self) -> StepTimes;
 }

@@ -117,6 +117,18 @@ pub struct MemoryStats {
     pub resident: u64,
 }
 
+/// A balloon, as its engine tells of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonStats {
+    /// What it was last told to hold, MiB.
+    pub target_mb: u64,
+    /// What it holds, MiB: memory of the guest's that the host has back.
+    pub held_mb: u64,
+    /// What the guest could still use when it last told, MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_available_mb: Option<u64>,
+}
+
 /// Where the time of a preparation went, in order.
 #[derive(Clone, Debug, Default)]
 pub struct StepTimes(pub Vec<(&'static str, Duration)>);

@@ -81,7 +81,10 @@ fn every_request_is_what_the_api_description_says() {
     // What is read is in the description as well.
     for (definition, fields) in [
         ("FirecrackerVersion", &["firecracker_version"][..]),
-        ("BalloonStats", &["actual_mib"]),
+        (
+            "BalloonStats",
+            &["target_mib", "actual_mib", "available_memory"],
+        ),
         ("Error", &["fault_message"]),
     ] {
         for field in fields {
@@ -349,4 +352,33 @@ async fn a_truncated_answer_is_an_error() {
 async fn another_body_than_described_is_an_error() {
     let error = fails(answer("200 OK", "[]"), LIMIT).await;
     assert!(matches!(error, ApiError::Nonsense { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_request_that_was_given_up_does_not_spoil_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let firecracker = async {
+        let mut request = vec![0; 4096];
+        let (mut first, _) = listener.accept().await.unwrap();
+        assert!(first.read(&mut request).await.unwrap() > 0);
+        let (mut second, _) = listener.accept().await.unwrap();
+        assert!(second.read(&mut request).await.unwrap() > 0);
+        let Script::Answer(text) = answer("200 OK", "{\"firecracker_version\": \"1.16.1\"}") else {
+            unreachable!()
+        };
+        second.write_all(text.as_bytes()).await.unwrap();
+        (first, second)
+    };
+    let client = async {
+        let mut api = Api::connect(&path).await.unwrap();
+        let given_up = api.send(&save(), Duration::from_millis(20)).await;
+        assert!(matches!(given_up, Err(ApiError::Hung { .. })));
+        api.get::<FirecrackerVersion>(&Request::GetVersion, LIMIT)
+            .await
+            .unwrap()
+    };
+    let (_connections, version) = tokio::join!(firecracker, client);
+    assert_eq!(version.firecracker_version, "1.16.1");
 }

@@ -72,11 +72,16 @@ pub(crate) struct BalloonUpdate {
     pub(crate) amount_mib: u64,
 }
 
-/// `GET /balloon/statistics`. What the guest tells of its memory arrives late; it is asked itself instead.
+/// `GET /balloon/statistics`. What the guest tells of its memory arrives late: how much it can spare it is asked itself.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
-pub(crate) struct BalloonStats {
+pub(crate) struct BalloonState {
+    /// MiB the guest is to give away.
+    pub(crate) target_mib: u64,
     /// MiB the guest has given away.
     pub(crate) actual_mib: u64,
+    /// Bytes the guest could still use, if it has told.
+    #[serde(default)]
+    pub(crate) available_memory: Option<u64>,
 }
 
 /// `PUT /entropy`.
