@@ -11,7 +11,7 @@ use guest_control::MountSource;
 use host::launcher::{JailFile, JailName, Launcher};
 use sandbox::parts::blocking;
 use sandbox::parts::disk::copy_sparse;
-use sandbox::{ImageFiles, Place, SandboxError, Shape, Template, Vm};
+use sandbox::{ImageFiles, IoLimits, Place, SandboxError, Shape, Template, Vm};
 use tempfile::NamedTempFile;
 
 use crate::process::{OVERHEAD_MB, Plan, Process, shown};
@@ -122,15 +122,17 @@ pub(crate) struct FirecrackerTemplate {
     shared: Arc<Shared>,
 }
 
+#[derive(Clone)]
 struct Shared {
     launcher: Launcher,
     programs: Arc<Programs>,
     shape: Shape,
-    image: OpenImage,
-    memory: File,
-    state: File,
-    blank: File,
+    image: Arc<OpenImage>,
+    memory: Arc<File>,
+    state: Arc<File>,
+    blank: Arc<File>,
     limits: Limits,
+    io: IoLimits,
 }
 
 impl FirecrackerTemplate {
@@ -159,11 +161,12 @@ impl FirecrackerTemplate {
                 launcher,
                 programs,
                 shape,
-                image,
-                memory,
-                state: open(&dir.join(STATE))?,
-                blank: open(&dir.join(BLANK))?,
+                image: Arc::new(image),
+                memory: Arc::new(memory),
+                state: Arc::new(open(&dir.join(STATE))?),
+                blank: Arc::new(open(&dir.join(BLANK))?),
                 limits,
+                io: IoLimits::default(),
             }),
         })
     }
@@ -195,6 +198,16 @@ impl Template for FirecrackerTemplate {
         self.shared.shape.memory_mb
     }
 
+    fn limited(&self, limits: IoLimits) -> Result<Arc<dyn Template>, SandboxError> {
+        let shared = Shared {
+            io: limits,
+            ..Shared::clone(&self.shared)
+        };
+        Ok(Arc::new(FirecrackerTemplate {
+            shared: Arc::new(shared),
+        }))
+    }
+
     async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError> {
         let since = Instant::now();
         let shared = Arc::clone(&self.shared);
@@ -209,7 +222,8 @@ impl Template for FirecrackerTemplate {
         let process = Process::start(plan, since).await?;
         drop(disk);
         let limits = self.shared.limits;
-        let vm = FirecrackerVm::bring_up(process, Start::Clone, MountSource::Disk, limits).await?;
+        let start = Start::Clone(self.shared.io);
+        let vm = FirecrackerVm::bring_up(process, start, MountSource::Disk, limits).await?;
         Ok(Box::new(vm))
     }
 }

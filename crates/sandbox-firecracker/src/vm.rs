@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use guest_control::{Client, MountSource, VSOCK_PORT};
 use sandbox::parts::memory_of;
-use sandbox::{BalloonStats, Death, MemoryStats, SandboxError, StepTimes, Vm};
+use sandbox::{BalloonStats, Death, IoLimits, MemoryStats, SandboxError, StepTimes, Vm};
 
 use crate::api::{
     Action, ActionType, Api, BalloonState, BalloonUpdate, Request, RunState, VmState,
 };
-use crate::machine::{VSOCK_SOCKET, load, save};
+use crate::machine::{VSOCK_SOCKET, limit, load, save};
 use crate::process::{Process, SHORT, api_error, io_error};
 use crate::vsock;
 
@@ -23,8 +23,8 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(crate) enum Start {
     /// Described by these requests, and booted.
     Boot(Vec<Request>),
-    /// Loaded from a snapshot.
-    Clone,
+    /// Loaded from a snapshot, and held to these limits.
+    Clone(IoLimits),
 }
 
 /// How long things may take.
@@ -214,11 +214,16 @@ async fn climb(
             let started = api.send(&start, SHORT).await;
             started.map_err(api_error("boot"))?;
         }
-        Start::Clone => {
+        Start::Clone(limits) => {
             *step = "load and resume";
             let loaded = api.send(&load(version), SHORT).await;
             loaded.map_err(api_error("load"))?;
             process.done("load and resume");
+            // Before there is anything in the guest that could use what is limited. A snapshot has none of its own.
+            for request in limit(limits) {
+                let sent = api.send(&request, SHORT).await;
+                sent.map_err(api_error("limit"))?;
+            }
         }
     }
     *step = "handshake";

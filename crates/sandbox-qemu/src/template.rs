@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use guest_control::MountSource;
 use host::launcher::Launcher;
 use sandbox::parts::blocking;
-use sandbox::{ImageFiles, Place, SandboxError, Shape, Template, Vm};
+use sandbox::{ImageFiles, IoLimits, Place, SandboxError, Shape, Template, Vm};
 
 use crate::disk::Disk;
 use crate::machine::{Machine, Start, fd};
@@ -110,6 +110,14 @@ impl Template for QemuTemplate {
     /// `guest_charge_mb`).
     fn resident_mb(&self) -> u64 {
         self.shared.machine.shape.memory_mb
+    }
+
+    fn limited(&self, _: IoLimits) -> Result<Arc<dyn Template>, SandboxError> {
+        Err(SandboxError::Unavailable {
+            engine: "QEMU",
+            reason: "it has no limits on disk and network; take `limits` out of the profile, or build it for Firecracker"
+                .to_owned(),
+        })
     }
 
     async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError> {

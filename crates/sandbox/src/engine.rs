@@ -9,7 +9,7 @@ use host::slot::SlotId;
 
 use crate::error::SandboxError;
 use crate::types::{
-    BalloonStats, Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Place, Shape,
+    BalloonStats, Capabilities, Death, EngineKind, ImageFiles, IoLimits, MemoryStats, Place, Shape,
     SnapshotInputs, SnapshotOutcome, StepTimes,
 };
 
@@ -63,6 +63,8 @@ pub trait Template: Send + Sync {
     fn overhead_mb(&self) -> u64;
     /// Resident host memory the template itself takes once, MiB.
     fn resident_mb(&self) -> u64;
+    /// The same template, whose clones are held to these limits; `Unavailable` where the engine has none.
+    fn limited(&self, limits: IoLimits) -> Result<Arc<dyn Template>, SandboxError>;
     /// Restores a clone in `place`: process started, state loaded, handshake done, fresh disk mounted. It runs; the
     /// caller warms it up and pauses it.
     async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError>;

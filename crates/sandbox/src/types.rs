@@ -129,6 +129,22 @@ pub struct BalloonStats {
     pub guest_available_mb: Option<u64>,
 }
 
+/// How much a VM may read, write, send and receive in a second; no limit where there is none. What was not used for a
+/// second is what it may take at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IoLimits {
+    /// Reads and writes of its private disk together, KiB a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_kib_s: Option<u64>,
+    /// Requests to its private disk a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_ops_s: Option<u64>,
+    /// What its network card sends, and likewise what it receives, KiB a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_kib_s: Option<u64>,
+}
+
 /// Where the time of a preparation went, in order.
 #[derive(Clone, Debug, Default)]
 pub struct StepTimes(pub Vec<(&'static str, Duration)>);

@@ -6,7 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
 use super::*;
-use crate::machine::{describe, load, save};
+use crate::machine::{describe, limit, load, save};
 use crate::programs::OLDEST;
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -19,6 +19,11 @@ fn all_requests() -> Vec<Request> {
         disk_mb: 1024,
     };
     let mut requests = describe(shape, "noxsave");
+    requests.extend(limit(sandbox::IoLimits {
+        disk_kib_s: Some(1),
+        disk_ops_s: Some(1),
+        network_kib_s: Some(1),
+    }));
     requests.extend([
         Request::GetVersion,
         Request::PutAction(Action {
@@ -43,6 +48,8 @@ fn kind(request: &Request) -> &'static str {
         Request::PutBootSource(_) => "PutBootSource",
         Request::PutDrive(_) => "PutDrive",
         Request::PutNetworkInterface(_) => "PutNetworkInterface",
+        Request::PatchDrive(_) => "PatchDrive",
+        Request::PatchNetworkInterface(_) => "PatchNetworkInterface",
         Request::PutVsock(_) => "PutVsock",
         Request::PutBalloon(_) => "PutBalloon",
         Request::PutEntropy(_) => "PutEntropy",
@@ -56,7 +63,7 @@ fn kind(request: &Request) -> &'static str {
 }
 
 /// Number of variants of [`Request`]: one more needs its arm in `kind`, and then this.
-const KINDS: usize = 14;
+const KINDS: usize = 16;
 
 #[test]
 fn every_request_is_what_the_api_description_says() {

@@ -47,6 +47,40 @@ pub(crate) struct NetworkInterface {
     pub(crate) guest_mac: String,
 }
 
+/// `PATCH /drives/{drive_id}`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct DriveUpdate {
+    pub(crate) drive_id: &'static str,
+    pub(crate) rate_limiter: RateLimiter,
+}
+
+/// `PATCH /network-interfaces/{iface_id}`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct NetworkInterfaceUpdate {
+    pub(crate) iface_id: &'static str,
+    pub(crate) rx_rate_limiter: RateLimiter,
+    pub(crate) tx_rate_limiter: RateLimiter,
+}
+
+/// How fast something may be.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct RateLimiter {
+    /// Bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bandwidth: Option<TokenBucket>,
+    /// Requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ops: Option<TokenBucket>,
+}
+
+/// A bucket that is full at first.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct TokenBucket {
+    pub(crate) size: u64,
+    /// Milliseconds in which an empty one fills.
+    pub(crate) refill_time: u64,
+}
+
 /// `PUT /vsock`.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Vsock {

@@ -8,6 +8,7 @@
 #![cfg(test)]
 
 mod faults;
+mod limits;
 mod networks;
 
 use std::path::{Path, PathBuf};
@@ -203,6 +204,12 @@ impl Suite {
                     report.note(NETWORKS, error.map(|error| error.to_string()), start);
                 }
             }
+        }
+        const LIMITS: &str = "a clone is held to the limits of its profile";
+        if harness::wanted(LIMITS, &filters) {
+            let start = Instant::now();
+            let error = limits::held(&self).await.err();
+            report.note(LIMITS, error.map(|error| error.to_string()), start);
         }
         for (name, case) in faults::CASES {
             if harness::wanted(name, &filters) {
