@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use guest_control::{Client, MountSource, VSOCK_PORT};
-use sandbox::parts::memory_of;
+use sandbox::parts::{memory_of, within};
 use sandbox::{BalloonStats, Death, IoLimits, MemoryStats, SandboxError, StepTimes, Vm};
 
 use crate::api::{
@@ -87,7 +87,7 @@ impl FirecrackerVm {
 
     /// Saves the machine into the files its jail was given, the guest quiesced and its CPUs stopped. Consumes the VM.
     pub(crate) async fn save(mut self, limit: Duration) -> Result<(), SandboxError> {
-        let saved = tokio::time::timeout(limit, async {
+        let saved = within("save", limit, async {
             self.client.clone().quiesce().await?;
             let paused = Request::PatchVm(VmState {
                 state: RunState::Paused,
@@ -100,14 +100,7 @@ impl FirecrackerVm {
                 .await
                 .map_err(api_error("save"))
         })
-        .await
-        .unwrap_or_else(|_| {
-            Err(SandboxError::Timeout {
-                step: "save",
-                limit,
-                detail: String::new(),
-            })
-        });
+        .await;
         match saved {
             Ok(()) => {
                 self.process.launcher.kill(self.process.slot).await?;
