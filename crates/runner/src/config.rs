@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use policy::{Draft, InternalAllow};
+use sandbox::IoLimits;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{GroupName, ImageHash, ProfileName, RunnerName};
@@ -79,6 +80,9 @@ pub(crate) struct ProfileConfig {
     /// What its jobs may reach unless they say otherwise; what it denies holds whatever they say.
     #[serde(default)]
     pub(crate) policy: Draft,
+    /// How much its VMs may read, write, send and receive.
+    #[serde(default)]
+    pub(crate) limits: IoLimits,
 }
 
 /// Marks of the warm pool of one profile.
@@ -253,6 +257,23 @@ impl Config {
             if let Err(reason) = profile.shape().check() {
                 return refuse(format!("profiles.{name}"), reason);
             }
+            let IoLimits {
+                disk_kib_s,
+                disk_ops_s,
+                network_kib_s,
+            } = profile.limits;
+            for (key, limit) in [
+                ("disk_kib_s", disk_kib_s),
+                ("disk_ops_s", disk_ops_s),
+                ("network_kib_s", network_kib_s),
+            ] {
+                if limit.is_some_and(|limit| !LIMITS.contains(&limit)) {
+                    return refuse(
+                        format!("profiles.{name}.limits.{key}"),
+                        format!("it must be {} to {}", LIMITS.start(), LIMITS.end()),
+                    );
+                }
+            }
             let WarmConfig { low, high } = profile.warm;
             if low > high {
                 return refuse(
@@ -311,6 +332,8 @@ impl Config {
     }
 }
 
+/// What a limit on disk or network may be: less would stop a VM, more is no limit. The device's counters hold it in bytes.
+const LIMITS: std::ops::RangeInclusive<u64> = 64..=1 << 32;
 /// Most warmed VMs of one profile: the slots of a host.
 const MAX_WARM: u32 = 4096;
 /// A week: longer limits are mistakes in the unit.
@@ -388,6 +411,13 @@ profiles:
 
     #[test]
     fn a_minimal_file_gets_the_documented_defaults_and_survives_a_round_trip() {
+        let limits = "    limits: {disk_kib_s: 4096, network_kib_s: 1024}\n";
+        let limited = Config::parse(&format!("{MINIMAL}{limits}")).unwrap();
+        let profile = limited.profiles.values().next().unwrap();
+        assert_eq!(profile.limits.disk_kib_s, Some(4096));
+        assert_eq!(profile.limits.disk_ops_s, None);
+        let again = Config::parse(&Rendered(&limited).to_string()).unwrap();
+        assert_eq!(again, limited);
         let config = Config::parse(MINIMAL).unwrap();
         assert_eq!(config.sandbox.max_concurrent, 0);
         assert_eq!(config.sandbox.concurrency_factor, 1.0);
@@ -405,6 +435,14 @@ profiles:
         for (text, key) in [
             (format!("{MINIMAL}max_jobs: 3\n"), "max_jobs"),
             (format!("{MINIMAL}    cpus: 3\n"), "cpus"),
+            (
+                format!("{MINIMAL}    limits: {{disk_mb_s: 3}}\n"),
+                "disk_mb_s",
+            ),
+            (
+                format!("{MINIMAL}    limits: {{network_kib_s: 3}}\n"),
+                "limits.network_kib_s",
+            ),
             (
                 format!("{MINIMAL}sandbox:\n  max_concurent: 3\n"),
                 "max_concurent",

@@ -16,7 +16,7 @@ use guest_control::{
 };
 use host::fs::Dir;
 use host::net::NetworkId;
-use sandbox::{Place, Sandbox, SandboxError, Template};
+use sandbox::{BalloonStats, Place, Sandbox, SandboxError, Template};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -542,6 +542,17 @@ async fn warm_up_job(sandbox: &Sandbox) -> Result<(), SandboxError> {
 pub(crate) async fn park(sandbox: &Sandbox) -> Result<(), SandboxError> {
     sandbox.client().kill_all().await?;
     sandbox.pause(sandbox::PausedAs::Parked).await
+}
+
+/// Has a VM that is parked give its memory back, where its engine can.
+pub(crate) async fn give_memory_back(
+    sandbox: &Sandbox,
+) -> Result<Option<BalloonStats>, SandboxError> {
+    match sandbox.reclaim_memory().await {
+        Ok(balloon) => Ok(Some(balloon)),
+        Err(SandboxError::Unavailable { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use host::fs::{Access, Dir};
 use host::slot::{HostUsage, Resources};
 use jiff::Timestamp;
+use sandbox::BalloonStats;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
@@ -81,6 +82,9 @@ pub(crate) struct IdleVm {
     pub(crate) profile: ProfileName,
     /// Since when.
     pub(crate) idle_since: Time,
+    /// What it has given back of its memory, once it has and where its engine can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) balloon: Option<BalloonStats>,
 }
 
 /// The warm pool of one profile.

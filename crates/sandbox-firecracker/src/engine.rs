@@ -10,6 +10,7 @@ use host::launcher::{JailName, Launcher};
 use host::slot::SlotId;
 use sandbox::parts::blocking;
 use sandbox::parts::disk::make_blank;
+use sandbox::parts::image::OpenImage;
 use sandbox::{
     Capabilities, Engine, EngineKind, ImageFiles, Place, Progress, SandboxError, Shape,
     SnapshotInputs, SnapshotOutcome, Template, Vm,
@@ -19,7 +20,7 @@ use crate::machine::{check, command_line, describe};
 use crate::process::{Plan, Process, shown};
 use crate::programs::{Programs, Version};
 use crate::snapshot::{FACT_CPU, FACT_VERSION, cpu_model};
-use crate::template::{FirecrackerTemplate, OpenImage, private_disk};
+use crate::template::{FirecrackerTemplate, for_boot, private_disk};
 use crate::vm::{FirecrackerVm, Limits, Start};
 
 /// What an operator may set.
@@ -188,7 +189,7 @@ impl Engine for FirecrackerEngine {
             private_disk(&blank, &dir)
         })
         .await?;
-        let mut files = image.for_boot()?;
+        let mut files = for_boot(&image)?;
         files.push(shown(disk.as_file(), JailName::Disk, true)?);
         let plan = Plan {
             launcher: &self.launcher,

@@ -4,12 +4,12 @@
 
 use host::launcher::JailName;
 use host::net::GUEST_MAC;
-use sandbox::Shape;
+use sandbox::{IoLimits, Shape};
 
 use crate::api::{
-    BackendType, Balloon, BootSource, CacheType, Drive, Entropy, MachineConfig, MemoryBackend,
-    NetworkInterface, NetworkOverride, Request, SnapshotCreate, SnapshotLoad, SnapshotType, Vsock,
-    VsockOverride,
+    BackendType, Balloon, BootSource, CacheType, Drive, DriveUpdate, Entropy, MachineConfig,
+    MemoryBackend, NetworkInterface, NetworkInterfaceUpdate, NetworkOverride, RateLimiter, Request,
+    SnapshotCreate, SnapshotLoad, SnapshotType, TokenBucket, Vsock, VsockOverride,
 };
 use crate::programs::{OLDEST, Version};
 
@@ -22,6 +22,9 @@ const VSOCK_PATH: &str = "/control/vsock.sock";
 /// The card, and the device behind it in every network namespace.
 const CARD: &str = "eth0";
 const DEVICE: &str = "tap0";
+
+/// The private disk.
+const DISK: &str = "disk";
 
 /// The guest's address on its vsock, the same in every VM: each has a host's end of its own.
 const GUEST_CID: u32 = 3;
@@ -72,7 +75,7 @@ pub(crate) fn describe(shape: Shape, extra_kernel_args: &str) -> Vec<Request> {
         }),
         // In this order they become /dev/vda and /dev/vdb.
         drive("root", JailName::Rootfs, true),
-        drive("disk", JailName::Disk, false),
+        drive(DISK, JailName::Disk, false),
         Request::PutNetworkInterface(NetworkInterface {
             iface_id: CARD,
             host_dev_name: DEVICE,
@@ -117,6 +120,38 @@ pub(crate) fn load(version: Version) -> Request {
             uds_path: VSOCK_PATH,
         }),
     })
+}
+
+/// What holds a clone to limits: nothing where there are none.
+pub(crate) fn limit(limits: IoLimits) -> Vec<Request> {
+    let bucket = |a_second: Option<u64>, unit: u64| {
+        a_second.map(|amount| TokenBucket {
+            size: amount.saturating_mul(unit),
+            refill_time: 1000,
+        })
+    };
+    let mut requests = Vec::new();
+    if limits.disk_kib_s.is_some() || limits.disk_ops_s.is_some() {
+        requests.push(Request::PatchDrive(DriveUpdate {
+            drive_id: DISK,
+            rate_limiter: RateLimiter {
+                bandwidth: bucket(limits.disk_kib_s, 1024),
+                ops: bucket(limits.disk_ops_s, 1),
+            },
+        }));
+    }
+    if limits.network_kib_s.is_some() {
+        let each = RateLimiter {
+            bandwidth: bucket(limits.network_kib_s, 1024),
+            ops: None,
+        };
+        requests.push(Request::PatchNetworkInterface(NetworkInterfaceUpdate {
+            iface_id: CARD,
+            rx_rate_limiter: each,
+            tx_rate_limiter: each,
+        }));
+    }
+    requests
 }
 
 fn path(file: JailName) -> &'static str {
@@ -165,6 +200,31 @@ mod tests {
         assert_eq!(
             body("1.16.1")["vsock_override"]["uds_path"],
             "/control/vsock.sock"
+        );
+    }
+
+    #[test]
+    fn limits_become_buckets_of_a_second_and_none_becomes_nothing() {
+        assert!(limit(IoLimits::default()).is_empty());
+        let limits = IoLimits {
+            disk_kib_s: Some(2048),
+            disk_ops_s: None,
+            network_kib_s: Some(512),
+        };
+        let bodies: Vec<serde_json::Value> = limit(limits)
+            .iter()
+            .map(|request| serde_json::from_slice(&request.body().unwrap().unwrap()).unwrap())
+            .collect();
+        let bucket =
+            |size: u64| serde_json::json!({"bandwidth": {"size": size, "refill_time": 1000}});
+        assert_eq!(
+            bodies,
+            [
+                serde_json::json!({"drive_id": "disk", "rate_limiter": bucket(2 << 20)}),
+                serde_json::json!({
+                    "iface_id": "eth0", "rx_rate_limiter": bucket(512 << 10), "tx_rate_limiter": bucket(512 << 10)
+                }),
+            ]
         );
     }
 

@@ -11,7 +11,7 @@ use host::launcher::{CgroupLimits, JailFile, JailName, JailSpec, Launcher};
 use host::slot::SlotId;
 use rustix::fs::inotify;
 use sandbox::parts::console::Console;
-use sandbox::parts::watch;
+use sandbox::parts::{reaped, watch};
 use sandbox::{Death, Place, SandboxError, Shape, StepTimes};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -237,21 +237,14 @@ impl Process {
         }
     }
 
-    /// Cancel-safe: waits on the pidfd, then asks the launcher, which keeps its answer.
+    /// Cancel-safe.
     pub(crate) async fn died(&mut self) -> Death {
         if let Some(death) = &self.death {
             return death.clone();
         }
-        // An error would be the runtime's own end.
-        let _ = self.pidfd.readable().await;
-        let reaped = match self.launcher.wait(self.slot).await {
+        let reaped = match reaped(&self.pidfd, &self.launcher, self.slot).await {
             Ok(reaped) => reaped,
-            Err(error) => {
-                return Death {
-                    reason: error.to_string(),
-                    oom: false,
-                };
-            }
+            Err(unknown) => return unknown,
         };
         let _ = tokio::time::timeout(GRACE, self.console.finish()).await;
         let death = death(reaped, &self.console.tail());

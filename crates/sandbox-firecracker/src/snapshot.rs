@@ -11,13 +11,14 @@ use guest_control::MountSource;
 use host::launcher::JailName;
 use host::slot::SlotId;
 use sandbox::parts::disk::{copy_without_zeros, create, save_blank, sync};
+use sandbox::parts::image::OpenImage;
 use sandbox::parts::{blocking, timed, warm_up};
 use sandbox::{Place, Progress, SandboxError, SnapshotInputs, SnapshotOutcome, Vm};
 
 use crate::engine::FirecrackerEngine;
 use crate::machine::describe;
 use crate::process::{Plan, Process, shown};
-use crate::template::{BLANK, MEMORY, OpenImage, STATE, private_disk};
+use crate::template::{BLANK, MEMORY, STATE, for_boot, private_disk};
 use crate::vm::{FirecrackerVm, Start};
 
 /// Facts in a snapshot's manifest.
@@ -50,7 +51,7 @@ impl FirecrackerEngine {
         .await?;
 
         progress.step("boot the image");
-        let mut files = image.for_boot()?;
+        let mut files = for_boot(&image)?;
         files.push(shown(disk.as_file(), JailName::Disk, true)?);
         files.push(shown(&dense, JailName::Memory, true)?);
         files.push(shown(&state, JailName::State, true)?);

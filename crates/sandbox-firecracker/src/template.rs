@@ -2,7 +2,7 @@
 
 use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,7 +11,8 @@ use guest_control::MountSource;
 use host::launcher::{JailFile, JailName, Launcher};
 use sandbox::parts::blocking;
 use sandbox::parts::disk::copy_sparse;
-use sandbox::{ImageFiles, Place, SandboxError, Shape, Template, Vm};
+use sandbox::parts::image::{OpenImage, open};
+use sandbox::{ImageFiles, IoLimits, Place, SandboxError, Shape, Template, Vm};
 use tempfile::NamedTempFile;
 
 use crate::process::{OVERHEAD_MB, Plan, Process, shown};
@@ -28,54 +29,13 @@ const DISK_PREFIX: &str = ".disk-";
 /// A disk that is older than this has lost its maker.
 const ABANDONED: Duration = Duration::from_secs(3600);
 
-/// The files of an image, opened once and shown to every process.
-#[derive(Debug)]
-pub(crate) struct OpenImage {
-    kernel: File,
-    initrd: File,
-    rootfs: File,
-    /// Where private disks go: the file system that holds the image has the room the budget counted.
-    pub(crate) disk_dir: PathBuf,
-}
-
-impl OpenImage {
-    pub(crate) fn open(image: &ImageFiles) -> Result<OpenImage, SandboxError> {
-        Ok(OpenImage {
-            kernel: open(&image.kernel)?,
-            initrd: open(&image.initrd)?,
-            rootfs: open(&image.rootfs)?,
-            disk_dir: image
-                .rootfs
-                .parent()
-                .map_or_else(|| PathBuf::from("."), PathBuf::from),
-        })
-    }
-
-    /// What a machine that boots is shown.
-    pub(crate) fn for_boot(&self) -> Result<Vec<JailFile>, SandboxError> {
-        Ok(vec![
-            shown(&self.kernel, JailName::Kernel, false)?,
-            shown(&self.initrd, JailName::Initrd, false)?,
-            shown(&self.rootfs, JailName::Rootfs, false)?,
-        ])
-    }
-}
-
-/// Opens a file that VM processes must be able to read, each as a user of its own.
-pub(crate) fn open(path: &Path) -> Result<File, SandboxError> {
-    let io_error = |source| SandboxError::Io {
-        action: format!("open {}", path.display()),
-        source,
-    };
-    let file = File::open(path).map_err(io_error)?;
-    let mode = file.metadata().map_err(io_error)?.permissions().mode();
-    if mode & 0o004 == 0 {
-        return Err(SandboxError::BadImage {
-            path: path.to_owned(),
-            reason: "VM processes may not read it (mode without o+r)".to_owned(),
-        });
-    }
-    Ok(file)
+/// What a machine that boots is shown.
+pub(crate) fn for_boot(image: &OpenImage) -> Result<Vec<JailFile>, SandboxError> {
+    Ok(vec![
+        shown(&image.kernel, JailName::Kernel, false)?,
+        shown(&image.initrd, JailName::Initrd, false)?,
+        shown(&image.rootfs, JailName::Rootfs, false)?,
+    ])
 }
 
 /// A private disk. It needs a name until its VM's process is started, because only what has one can be shown in a jail.
@@ -122,15 +82,17 @@ pub(crate) struct FirecrackerTemplate {
     shared: Arc<Shared>,
 }
 
+#[derive(Clone)]
 struct Shared {
     launcher: Launcher,
     programs: Arc<Programs>,
     shape: Shape,
-    image: OpenImage,
-    memory: File,
-    state: File,
-    blank: File,
+    image: Arc<OpenImage>,
+    memory: Arc<File>,
+    state: Arc<File>,
+    blank: Arc<File>,
     limits: Limits,
+    io: IoLimits,
 }
 
 impl FirecrackerTemplate {
@@ -159,11 +121,12 @@ impl FirecrackerTemplate {
                 launcher,
                 programs,
                 shape,
-                image,
-                memory,
-                state: open(&dir.join(STATE))?,
-                blank: open(&dir.join(BLANK))?,
+                image: Arc::new(image),
+                memory: Arc::new(memory),
+                state: Arc::new(open(&dir.join(STATE))?),
+                blank: Arc::new(open(&dir.join(BLANK))?),
                 limits,
+                io: IoLimits::default(),
             }),
         })
     }
@@ -195,6 +158,16 @@ impl Template for FirecrackerTemplate {
         self.shared.shape.memory_mb
     }
 
+    fn limited(&self, limits: IoLimits) -> Result<Arc<dyn Template>, SandboxError> {
+        let shared = Shared {
+            io: limits,
+            ..Shared::clone(&self.shared)
+        };
+        Ok(Arc::new(FirecrackerTemplate {
+            shared: Arc::new(shared),
+        }))
+    }
+
     async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError> {
         let since = Instant::now();
         let shared = Arc::clone(&self.shared);
@@ -209,7 +182,8 @@ impl Template for FirecrackerTemplate {
         let process = Process::start(plan, since).await?;
         drop(disk);
         let limits = self.shared.limits;
-        let vm = FirecrackerVm::bring_up(process, Start::Clone, MountSource::Disk, limits).await?;
+        let start = Start::Clone(self.shared.io);
+        let vm = FirecrackerVm::bring_up(process, start, MountSource::Disk, limits).await?;
         Ok(Box::new(vm))
     }
 }

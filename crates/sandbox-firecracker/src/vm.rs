@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use guest_control::{Client, MountSource, VSOCK_PORT};
-use sandbox::parts::memory_of;
-use sandbox::{Death, MemoryStats, SandboxError, StepTimes, Vm};
+use sandbox::parts::{memory_of, within};
+use sandbox::{BalloonStats, Death, IoLimits, MemoryStats, SandboxError, StepTimes, Vm};
 
 use crate::api::{
-    Action, ActionType, Api, BalloonStats, BalloonUpdate, Request, RunState, VmState,
+    Action, ActionType, Api, BalloonState, BalloonUpdate, Request, RunState, VmState,
 };
-use crate::machine::{VSOCK_SOCKET, load, save};
+use crate::machine::{VSOCK_SOCKET, limit, load, save};
 use crate::process::{Process, SHORT, api_error, io_error};
 use crate::vsock;
 
@@ -23,8 +23,8 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(crate) enum Start {
     /// Described by these requests, and booted.
     Boot(Vec<Request>),
-    /// Loaded from a snapshot.
-    Clone,
+    /// Loaded from a snapshot, and held to these limits.
+    Clone(IoLimits),
 }
 
 /// How long things may take.
@@ -87,7 +87,7 @@ impl FirecrackerVm {
 
     /// Saves the machine into the files its jail was given, the guest quiesced and its CPUs stopped. Consumes the VM.
     pub(crate) async fn save(mut self, limit: Duration) -> Result<(), SandboxError> {
-        let saved = tokio::time::timeout(limit, async {
+        let saved = within("save", limit, async {
             self.client.clone().quiesce().await?;
             let paused = Request::PatchVm(VmState {
                 state: RunState::Paused,
@@ -100,14 +100,7 @@ impl FirecrackerVm {
                 .await
                 .map_err(api_error("save"))
         })
-        .await
-        .unwrap_or_else(|_| {
-            Err(SandboxError::Timeout {
-                step: "save",
-                limit,
-                detail: String::new(),
-            })
-        });
+        .await;
         match saved {
             Ok(()) => {
                 self.process.launcher.kill(self.process.slot).await?;
@@ -123,20 +116,15 @@ impl FirecrackerVm {
     }
 
     /// Sets the balloon and waits until the guest has followed, or does not any more, or the limit has passed; gives what
-    /// the balloon then holds, MiB.
-    async fn balloon(&mut self, megabytes: u64) -> Result<u64, SandboxError> {
+    /// the balloon then holds.
+    async fn balloon(&mut self, megabytes: u64) -> Result<BalloonState, SandboxError> {
         self.set_balloon(megabytes).await?;
         let since = Instant::now();
         let mut before = None;
         let mut moved = since;
         loop {
-            let request = Request::GetBalloonStatistics;
-            let stats: BalloonStats = self
-                .api
-                .get(&request, SHORT)
-                .await
-                .map_err(api_error("balloon"))?;
-            let now = stats.actual_mib;
+            let state = self.balloon_state().await?;
+            let now = state.actual_mib;
             if before.replace(now) != Some(now) {
                 moved = Instant::now();
             }
@@ -144,13 +132,20 @@ impl FirecrackerVm {
             // Guests fill and empty it by the MiB, so how long is a standstill depends on how slow they may be.
             let over = now == megabytes || moved.elapsed() > self.balloon_limit / 2;
             if over || since.elapsed() > self.balloon_limit {
-                return Ok(now);
+                return Ok(state);
             }
             tokio::time::sleep(LOOK).await;
         }
     }
 
+    async fn balloon_state(&mut self) -> Result<BalloonState, SandboxError> {
+        let asked = self.api.get(&Request::GetBalloonStatistics, SHORT).await;
+        asked.map_err(api_error("balloon"))
+    }
+
     async fn set_balloon(&mut self, megabytes: u64) -> Result<(), SandboxError> {
+        // Whoever drops this before it is answered leaves a balloon that may be told so already.
+        self.ballooned = self.ballooned.max(megabytes);
         let update = Request::PatchBalloon(BalloonUpdate {
             amount_mib: megabytes,
         });
@@ -168,17 +163,23 @@ impl FirecrackerVm {
         Ok((stats.mem_available_kb / 1024).saturating_sub(KEPT_MB))
     }
 
-    async fn inflate(&mut self) -> Result<(), SandboxError> {
+    async fn inflate(&mut self) -> Result<BalloonStats, SandboxError> {
         let spare = self.spare().await?;
         let wanted = self.ballooned.saturating_add(spare);
-        if spare > 0 {
-            let reached = self.balloon(wanted).await?;
-            if reached < wanted {
-                // Nothing is left for it to do when it runs next.
-                self.set_balloon(reached).await?;
-            }
+        let mut state = match spare {
+            0 => self.balloon_state().await?,
+            _ => self.balloon(wanted).await?,
+        };
+        if state.actual_mib < state.target_mib {
+            // Nothing is left for it to do when it runs next.
+            self.set_balloon(state.actual_mib).await?;
+            state.target_mib = state.actual_mib;
         }
-        Ok(())
+        Ok(BalloonStats {
+            target_mb: state.target_mib,
+            held_mb: state.actual_mib,
+            guest_available_mb: state.available_memory.map(|bytes| bytes >> 20),
+        })
     }
 }
 
@@ -206,11 +207,16 @@ async fn climb(
             let started = api.send(&start, SHORT).await;
             started.map_err(api_error("boot"))?;
         }
-        Start::Clone => {
+        Start::Clone(limits) => {
             *step = "load and resume";
             let loaded = api.send(&load(version), SHORT).await;
             loaded.map_err(api_error("load"))?;
             process.done("load and resume");
+            // Before there is anything in the guest that could use what is limited. A snapshot has none of its own.
+            for request in limit(limits) {
+                let sent = api.send(&request, SHORT).await;
+                sent.map_err(api_error("limit"))?;
+            }
         }
     }
     *step = "handshake";
@@ -268,7 +274,7 @@ impl Vm for FirecrackerVm {
     }
 
     /// A balloon is filled by the guest, so a paused one runs for this, with nothing to do.
-    async fn reclaim_memory(&mut self) -> Result<(), SandboxError> {
+    async fn reclaim_memory(&mut self) -> Result<BalloonStats, SandboxError> {
         if !self.paused {
             return Err(SandboxError::Engine {
                 step: "reclaim memory",

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use guest_control::MountSource;
 use host::launcher::Launcher;
 use host::slot::SlotId;
+use sandbox::parts::image::OpenImage;
 use sandbox::parts::{blocking, disk::make_blank};
 use sandbox::{
     Capabilities, Engine, EngineKind, ImageFiles, Place, Progress, SandboxError, Shape,
@@ -19,7 +20,7 @@ use crate::machine::{Accel, Arch, Machine, Start};
 use crate::probe::{Findings, Qemu, find_qemu};
 use crate::snapshot::{FACT_QEMU, FACT_TSC};
 use crate::template::QemuTemplate;
-use crate::vm::{OpenImage, Plan, Starting};
+use crate::vm::{Plan, Starting};
 use crate::{ram, tsc};
 
 /// QEMU on this host, with one way of running CPUs.

@@ -6,6 +6,7 @@ use std::time::Instant;
 use guest_control::MountSource;
 use host::slot::SlotId;
 use sandbox::parts::disk::{create, save_blank, sync};
+use sandbox::parts::image::OpenImage;
 use sandbox::parts::{blocking, timed, warm_up};
 use sandbox::{Place, Progress, SandboxError, SnapshotInputs, SnapshotOutcome};
 
@@ -14,7 +15,7 @@ use crate::engine::QemuEngine;
 use crate::machine::Start;
 use crate::ram;
 use crate::template::{BLANK, RAM, STATE};
-use crate::vm::{OpenImage, Plan, Starting};
+use crate::vm::{Plan, Starting};
 
 /// Facts in a snapshot's manifest.
 pub(crate) const FACT_TSC: &str = "tsc_khz";

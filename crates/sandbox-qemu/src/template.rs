@@ -10,12 +10,13 @@ use async_trait::async_trait;
 use guest_control::MountSource;
 use host::launcher::Launcher;
 use sandbox::parts::blocking;
-use sandbox::{ImageFiles, Place, SandboxError, Shape, Template, Vm};
+use sandbox::parts::image::OpenImage;
+use sandbox::{ImageFiles, IoLimits, Place, SandboxError, Shape, Template, Vm};
 
 use crate::disk::Disk;
 use crate::machine::{Machine, Start, fd};
 use crate::ram;
-use crate::vm::{OpenImage, Plan, Starting, lend, overhead_mb};
+use crate::vm::{Plan, Starting, lend, lend_image, overhead_mb};
 
 /// Names in the snapshot's directory.
 pub(crate) const RAM: &str = "ram";
@@ -77,7 +78,7 @@ impl QemuTemplate {
 
     /// What all clones are lent, under the numbers they know.
     pub(crate) fn shared_files(&self) -> Result<Vec<(OwnedFd, RawFd)>, SandboxError> {
-        let mut files = self.shared.image.lend()?;
+        let mut files = lend_image(&self.shared.image)?;
         files.push((lend(&self.shared.ram)?, fd::RAM));
         Ok(files)
     }
@@ -110,6 +111,14 @@ impl Template for QemuTemplate {
     /// `guest_charge_mb`).
     fn resident_mb(&self) -> u64 {
         self.shared.machine.shape.memory_mb
+    }
+
+    fn limited(&self, _: IoLimits) -> Result<Arc<dyn Template>, SandboxError> {
+        Err(SandboxError::Unavailable {
+            engine: "QEMU",
+            reason: "it has no limits on disk and network; take `limits` out of the profile, or build it for Firecracker"
+                .to_owned(),
+        })
     }
 
     async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError> {

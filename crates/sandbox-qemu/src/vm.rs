@@ -10,8 +10,9 @@ use guest_control::{Client, MountSource};
 use host::launcher::{CgroupLimits, LaunchSpec, Launcher, NetworkUse};
 use host::slot::SlotId;
 use sandbox::parts::console::Console;
-use sandbox::parts::{memory_of, watch};
-use sandbox::{Death, ImageFiles, MemoryStats, Place, SandboxError, StepTimes, Vm};
+use sandbox::parts::image::OpenImage;
+use sandbox::parts::{memory_of, reaped, watch, within};
+use sandbox::{BalloonStats, Death, MemoryStats, Place, SandboxError, StepTimes, Vm};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
@@ -48,55 +49,13 @@ fn guest_charge_mb(start: Start, memory_mb: u64) -> u64 {
     }
 }
 
-/// The files of an image, opened once and lent to every process.
-#[derive(Debug)]
-pub(crate) struct OpenImage {
-    kernel: File,
-    initrd: File,
-    rootfs: File,
-    /// Where private disks go: the file system that holds the image has the room the budget counted.
-    pub(crate) disk_dir: PathBuf,
-}
-
-impl OpenImage {
-    /// Opens them, and checks what would otherwise fail in a process that cannot say why.
-    pub(crate) fn open(image: &ImageFiles) -> Result<OpenImage, SandboxError> {
-        let open = |path: &PathBuf| {
-            let file = File::open(path).map_err(|source| SandboxError::Io {
-                action: format!("open {}", path.display()),
-                source,
-            })?;
-            let mode = file
-                .metadata()
-                .map(|metadata| std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()));
-            // QEMU opens kernel and initramfs anew through its descriptor, as the slot's own user.
-            if mode.is_ok_and(|mode| mode & 0o004 == 0) {
-                return Err(SandboxError::BadImage {
-                    path: path.clone(),
-                    reason: "VM processes may not read it (mode without o+r)".to_owned(),
-                });
-            }
-            Ok(file)
-        };
-        Ok(OpenImage {
-            kernel: open(&image.kernel)?,
-            initrd: open(&image.initrd)?,
-            rootfs: open(&image.rootfs)?,
-            disk_dir: image
-                .rootfs
-                .parent()
-                .map_or_else(|| PathBuf::from("."), PathBuf::from),
-        })
-    }
-
-    /// Copies of the descriptors for one process, under the numbers it knows them by.
-    pub(crate) fn lend(&self) -> Result<Vec<(OwnedFd, RawFd)>, SandboxError> {
-        Ok(vec![
-            (lend(&self.kernel)?, fd::KERNEL),
-            (lend(&self.initrd)?, fd::INITRD),
-            (lend(&self.rootfs)?, fd::ROOTFS),
-        ])
-    }
+/// Copies of an image's descriptors for one process, under the numbers it knows them by.
+pub(crate) fn lend_image(image: &OpenImage) -> Result<Vec<(OwnedFd, RawFd)>, SandboxError> {
+    Ok(vec![
+        (lend(&image.kernel)?, fd::KERNEL),
+        (lend(&image.initrd)?, fd::INITRD),
+        (lend(&image.rootfs)?, fd::ROOTFS),
+    ])
 }
 
 const STDERR: RawFd = 2;
@@ -176,7 +135,7 @@ impl Starting {
         let (qmp, their_qmp) = pair().map_err(&wiring)?;
         let (agent, their_agent) = pair().map_err(&wiring)?;
         let (console, their_console) = pair().map_err(&wiring)?;
-        let mut fds = plan.image.lend()?;
+        let mut fds = lend_image(plan.image)?;
         // What QEMU itself complains of belongs to the same tail as the guest's last words.
         let complaints = their_console.try_clone().map_err(&wiring)?;
         fds.extend([
@@ -349,21 +308,14 @@ impl Parts {
         }
     }
 
-    /// Cancel-safe: waits on the pidfd, then asks the launcher, which keeps its answer.
+    /// Cancel-safe.
     async fn died(&mut self) -> Death {
         if let Some(death) = &self.death {
             return death.clone();
         }
-        // An error would be the runtime's own end.
-        let _ = self.pidfd.readable().await;
-        let reaped = match self.launcher.wait(self.slot).await {
+        let reaped = match reaped(&self.pidfd, &self.launcher, self.slot).await {
             Ok(reaped) => reaped,
-            Err(error) => {
-                return Death {
-                    reason: error.to_string(),
-                    oom: false,
-                };
-            }
+            Err(unknown) => return unknown,
         };
         let shutdown = match &mut self.qmp {
             Some(qmp) => qmp.last_words(GRACE).await,
@@ -387,21 +339,14 @@ impl QemuVm {
         let Parts { qmp, .. } = &mut self.parts;
         // Held until the CPUs stand still: the guest must not see its port closed in between.
         let _open = self.client.clone();
-        let saved = tokio::time::timeout(limit, async {
+        let saved = within("save", limit, async {
             self.client.quiesce().await?;
             let qmp = qmp.as_mut().ok_or_else(used_twice)?;
             qmp.run(Command::Stop).await.map_err(qmp_error("stop"))?;
             qmp.prepare_migration().await.map_err(qmp_error("save"))?;
             qmp.save(file.as_fd()).await.map_err(qmp_error("save"))
         })
-        .await
-        .unwrap_or_else(|_| {
-            Err(SandboxError::Timeout {
-                step: "save",
-                limit,
-                detail: String::new(),
-            })
-        });
+        .await;
         match saved {
             Ok(()) => {
                 self.parts.launcher.kill(self.parts.slot).await?;
@@ -453,7 +398,7 @@ impl Vm for QemuVm {
         memory_of(self.parts.pid)
     }
 
-    async fn reclaim_memory(&mut self) -> Result<(), SandboxError> {
+    async fn reclaim_memory(&mut self) -> Result<BalloonStats, SandboxError> {
         Err(SandboxError::Unavailable {
             engine: "QEMU",
             reason: "a clone has no balloon: QEMU's would discard memory of the template"

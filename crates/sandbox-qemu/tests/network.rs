@@ -14,9 +14,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use common::{Failure, Fixture, with_engine};
-use guest_control::{Client, ExecSpec, UserSpec};
 use host::net::{HubConfig, NetworkLimits, NetworkPool, standard_refused};
 use host::test_support::net::{TestWorld, namespace_of, within};
+use sandbox::conformance::harness::output;
 use sandbox::{Place, Shape};
 
 const SHAPE: Shape = Shape {
@@ -105,7 +105,7 @@ async fn reaches_its_hub(fixture: Fixture) -> Result<bool, Failure> {
         let begun = Instant::now();
         let vm = fixture.template.restore(place).await?;
         let restored = begun.elapsed();
-        let said = output(&vm.control(), SCRIPT).await?;
+        let said = output(&vm.control(), SCRIPT, PATIENCE).await?;
         println!(
             "     round {round}: restored in {restored:.1?}, done after {:.1?}",
             begun.elapsed()
@@ -130,26 +130,4 @@ async fn reaches_its_hub(fixture: Fixture) -> Result<bool, Failure> {
     fixture.launcher.shutdown().await;
     println!("test {NAME} ... ok\ntest result: ok. 1 passed; 0 failed");
     Ok(true)
-}
-
-/// What a bash command line prints in the guest.
-async fn output(client: &Client, script: &str) -> Result<String, Failure> {
-    let session = client
-        .exec(ExecSpec {
-            argv: ["bash", "-c", script]
-                .map(|word| word.as_bytes().to_vec())
-                .to_vec(),
-            user: UserSpec::User,
-            timeout: Some(PATIENCE),
-            kill_group_on_exit: true,
-            ..ExecSpec::default()
-        })
-        .await?;
-    session.wait().await?;
-    let mut output = session.attach(0, false);
-    let mut said = Vec::new();
-    while let Some(chunk) = output.next().await {
-        said.extend_from_slice(&chunk.data);
-    }
-    Ok(String::from_utf8_lossy(&said).into_owned())
 }

@@ -9,8 +9,8 @@ use host::slot::SlotId;
 
 use crate::error::SandboxError;
 use crate::types::{
-    Capabilities, Death, EngineKind, ImageFiles, MemoryStats, Place, Shape, SnapshotInputs,
-    SnapshotOutcome, StepTimes,
+    BalloonStats, Capabilities, Death, EngineKind, ImageFiles, IoLimits, MemoryStats, Place, Shape,
+    SnapshotInputs, SnapshotOutcome, StepTimes,
 };
 
 /// Progress of a long step, for a person.
@@ -63,6 +63,8 @@ pub trait Template: Send + Sync {
     fn overhead_mb(&self) -> u64;
     /// Resident host memory the template itself takes once, MiB.
     fn resident_mb(&self) -> u64;
+    /// The same template, whose clones are held to these limits; `Unavailable` where the engine has none.
+    fn limited(&self, limits: IoLimits) -> Result<Arc<dyn Template>, SandboxError>;
     /// Restores a clone in `place`: process started, state loaded, handshake done, fresh disk mounted. It runs; the
     /// caller warms it up and pauses it.
     async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError>;
@@ -85,8 +87,10 @@ pub trait Vm: Send + Sync {
     async fn died(&mut self) -> Death;
     /// Memory on the host.
     fn memory(&self) -> Result<MemoryStats, SandboxError>;
-    /// Gives parked memory back (balloon); `Unavailable` without the capability.
-    async fn reclaim_memory(&mut self) -> Result<(), SandboxError>;
+    /// Gives parked memory back (balloon) and tells what the balloon then holds; `Unavailable` without the capability.
+    /// May be dropped at any point, after which only [`Vm::pause`], [`Vm::resume`] and [`Vm::destroy`] tell what state the
+    /// virtual CPUs are in.
+    async fn reclaim_memory(&mut self) -> Result<BalloonStats, SandboxError>;
     /// Where the time of its start went.
     fn steps(&self) -> StepTimes;
 }

@@ -24,7 +24,7 @@ pub use os::FakeExec;
 use crate::engine::{Engine, Progress, Template, Vm};
 use crate::error::SandboxError;
 use crate::types::{
-    Capabilities, EngineKind, ImageFiles, Place, Shape, SnapshotInputs, SnapshotOutcome,
+    Capabilities, EngineKind, ImageFiles, IoLimits, Place, Shape, SnapshotInputs, SnapshotOutcome,
 };
 use guest::FakeVm;
 
@@ -217,6 +217,13 @@ impl Template for FakeTemplate {
 
     fn resident_mb(&self) -> u64 {
         0
+    }
+
+    fn limited(&self, _: IoLimits) -> Result<Arc<dyn Template>, SandboxError> {
+        Err(SandboxError::Unavailable {
+            engine: "fake",
+            reason: "it has no devices to limit".to_owned(),
+        })
     }
 
     async fn restore(&self, place: Place) -> Result<Box<dyn Vm>, SandboxError> {

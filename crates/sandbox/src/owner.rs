@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use crate::engine::Vm;
 use crate::error::SandboxError;
 use crate::sandbox::{Limits, PausedAs, State};
-use crate::types::{Death, MemoryStats};
+use crate::types::{BalloonStats, Death, MemoryStats};
 
 type Reply<T> = oneshot::Sender<Result<T, SandboxError>>;
 
@@ -20,7 +20,7 @@ pub(crate) enum Request {
     Pause(PausedAs, Reply<()>),
     Resume(Reply<()>),
     Memory(Reply<MemoryStats>),
-    ReclaimMemory(Reply<()>),
+    ReclaimMemory(Reply<BalloonStats>),
 }
 
 /// Everything the task knows beside the VM itself, which it borrows again for every wait.
@@ -68,23 +68,38 @@ impl Owner {
         mut requests: mpsc::UnboundedReceiver<Request>,
         mut kill: watch::Receiver<bool>,
     ) {
+        // What put an end to the wait for a balloon.
+        let mut next = None;
         let death = loop {
-            let event = tokio::select! {
-                // A kill goes before whatever else is ready, and a death before a request it makes pointless.
-                biased;
-                () = killed(&mut kill) => Event::Killed,
-                death = vm.died() => Event::Died(death),
-                reason = self.client.closed() => Event::ChannelClosed(reason),
-                request = requests.recv() => match request {
-                    Some(request) => Event::Request(request),
-                    None => Event::Killed,
-                },
+            let event = if let Some(request) = next.take() {
+                Event::Request(request)
+            } else {
+                tokio::select! {
+                    // A kill goes before whatever else is ready, and a death before a request it makes pointless.
+                    biased;
+                    () = killed(&mut kill) => Event::Killed,
+                    death = vm.died() => Event::Died(death),
+                    reason = self.client.closed() => Event::ChannelClosed(reason),
+                    request = requests.recv() => match request {
+                        Some(request) => Event::Request(request),
+                        None => Event::Killed,
+                    },
+                }
             };
             match event {
                 Event::Killed => break destroyed(),
                 Event::Died(death) => break death,
                 Event::ChannelClosed(reason) => {
                     break self.post_mortem(vm.as_mut(), reason, &mut kill).await;
+                }
+                Event::Request(Request::ReclaimMemory(reply)) => {
+                    match self
+                        .reclaim(vm.as_mut(), reply, &mut requests, &mut kill)
+                        .await
+                    {
+                        Ok(interrupted_by) => next = interrupted_by,
+                        Err(death) => break death,
+                    }
                 }
                 Event::Request(request) => {
                     if let Outcome::Fatal(death) = self.serve(vm.as_mut(), request, &mut kill).await
@@ -128,29 +143,53 @@ impl Owner {
                 let _ = reply.send(vm.memory());
                 Outcome::Done
             }
-            Request::ReclaimMemory(reply) => {
-                match self
-                    .bounded("reclaim memory", vm.reclaim_memory(), kill)
-                    .await
-                {
-                    // Without the capability, or refused: the VM is as it was.
-                    Ok(answer) => {
-                        let _ = reply.send(answer);
-                        Outcome::Done
-                    }
-                    Err(death) => Outcome::Fatal(death),
-                }
-            }
+            // Served by `reclaim`, which needs the other requests.
+            Request::ReclaimMemory(_) => Outcome::Done,
         }
     }
 
+    /// Has a parked VM give memory back until something else is asked of it, which is handed back to be served next: what
+    /// wants the VM does not wait for its balloon.
+    async fn reclaim(
+        &self,
+        vm: &mut dyn Vm,
+        reply: Reply<BalloonStats>,
+        requests: &mut mpsc::UnboundedReceiver<Request>,
+        kill: &mut watch::Receiver<bool>,
+    ) -> Result<Option<Request>, Death> {
+        let request = tokio::select! {
+            biased;
+            request = requests.recv() => request,
+            done = self.bounded("reclaim memory", vm.reclaim_memory(), kill) => {
+                // Without the capability, or refused: the VM is as it was.
+                let _ = reply.send(done?);
+                return Ok(None);
+            }
+        };
+        let _ = reply.send(Err(SandboxError::Engine {
+            step: "reclaim memory",
+            message: "the VM was wanted meanwhile".to_owned(),
+        }));
+        // No handle is left.
+        let request = request.ok_or_else(destroyed)?;
+        let paused = matches!(*self.state.borrow(), State::Paused(_));
+        if paused && !matches!(request, Request::Resume(_)) {
+            let stopped = self.bounded("pause", vm.pause(), kill).await?;
+            stopped.map_err(|error| Death {
+                reason: error.to_string(),
+                oom: false,
+            })?;
+        }
+        Ok(Some(request))
+    }
+
     /// Runs one operation, unless somebody kills the VM or the limit passes first. The inner result is the VM's own.
-    async fn bounded(
+    async fn bounded<T>(
         &self,
         step: &'static str,
-        operation: impl Future<Output = Result<(), SandboxError>>,
+        operation: impl Future<Output = Result<T, SandboxError>>,
         kill: &mut watch::Receiver<bool>,
-    ) -> Result<Result<(), SandboxError>, Death> {
+    ) -> Result<Result<T, SandboxError>, Death> {
         tokio::select! {
             biased;
             () = killed(kill) => Err(destroyed()),

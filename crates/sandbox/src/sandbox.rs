@@ -35,7 +35,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::engine::Vm;
 use crate::error::SandboxError;
 use crate::owner::{Owner, Request};
-use crate::types::{Death, MemoryStats, StepTimes};
+use crate::types::{BalloonStats, Death, MemoryStats, StepTimes};
 
 /// Why a VM is paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,8 +178,9 @@ impl Sandbox {
         self.ask(Request::Memory).await
     }
 
-    /// Gives a parked VM's memory back to the host, where the engine can. An error does not end the VM.
-    pub async fn reclaim_memory(&self) -> Result<(), SandboxError> {
+    /// Gives a parked VM's memory back to the host, where the engine can, and tells what it took. An error does not end
+    /// the VM. Gives up at once when something else is asked of the VM: a job that wants it does not wait for this.
+    pub async fn reclaim_memory(&self) -> Result<BalloonStats, SandboxError> {
         self.ask(Request::ReclaimMemory).await
     }
 

@@ -117,6 +117,34 @@ pub struct MemoryStats {
     pub resident: u64,
 }
 
+/// A balloon, as its engine tells of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonStats {
+    /// What it was last told to hold, MiB.
+    pub target_mb: u64,
+    /// What it holds, MiB: memory of the guest's that the host has back.
+    pub held_mb: u64,
+    /// What the guest could still use when it last told, MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_available_mb: Option<u64>,
+}
+
+/// How much a VM may read, write, send and receive in a second; no limit where there is none. What was not used for a
+/// second is what it may take at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IoLimits {
+    /// Reads and writes of its private disk together, KiB a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_kib_s: Option<u64>,
+    /// Requests to its private disk a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_ops_s: Option<u64>,
+    /// What its network card sends, and likewise what it receives, KiB a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_kib_s: Option<u64>,
+}
+
 /// Where the time of a preparation went, in order.
 #[derive(Clone, Debug, Default)]
 pub struct StepTimes(pub Vec<(&'static str, Duration)>);

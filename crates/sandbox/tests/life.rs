@@ -218,6 +218,30 @@ async fn a_failed_reclaim_leaves_the_vm_alone() {
 }
 
 #[tokio::test]
+async fn whoever_wants_a_vm_does_not_wait_for_its_balloon() {
+    let (engine, sandbox, guest) = sandbox().await;
+    sandbox.pause(PausedAs::Parked).await.unwrap();
+    guest.set_reclaims(Gate::Held);
+    let (reclaimed, resumed) = tokio::join!(sandbox.reclaim_memory(), sandbox.resume());
+    assert!(matches!(reclaimed, Err(SandboxError::Engine { .. })));
+    resumed.unwrap();
+    assert_eq!(*sandbox.state().borrow(), State::Running);
+
+    // What does not want it to run finds it stopped: the engine is told so again.
+    sandbox.pause(PausedAs::Parked).await.unwrap();
+    let (reclaimed, memory) = tokio::join!(sandbox.reclaim_memory(), sandbox.memory());
+    assert!(matches!(reclaimed, Err(SandboxError::Engine { .. })));
+    memory.unwrap();
+    let paused = |event: &FakeEvent| *event == FakeEvent::Paused;
+    assert_eq!(guest.events().into_iter().filter(paused).count(), 3);
+
+    // Neither does the end of it wait.
+    let (reclaimed, _) = tokio::join!(sandbox.reclaim_memory(), sandbox.destroy());
+    assert!(reclaimed.is_err());
+    none_left(&engine).await;
+}
+
+#[tokio::test]
 async fn a_boot_that_works_fails_or_takes_too_long_is_a_proof_and_leaves_no_vm() {
     let (engine, _guests) = FakeEngine::new();
     let image = || ImageFiles {

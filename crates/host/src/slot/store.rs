@@ -300,3 +300,44 @@ fn read_record(file: &File) -> SlotRecord {
         run_id: None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::TestHost;
+
+    #[test]
+    fn a_host_without_a_free_uid_says_so_and_what_cannot_be_cleaned_stays_out_of_use() {
+        // Needs root: nobody else's run directory is believed.
+        let Some(host) = TestHost::new() else { return };
+        let store = SlotStore::open(host.run_dir()).unwrap();
+        for number in 0..SLOTS {
+            let file = store
+                .slots
+                .open_file(number.to_string(), Access::CreateNew { mode: 0o600 });
+            drop(file.unwrap());
+        }
+        let record = SlotRecord {
+            instance: "i".to_owned(),
+            kind: LeaseKind::Firm,
+            resources: Resources::default(),
+            run_id: None,
+        };
+        let limits = HostLimits {
+            total: Resources {
+                vcpu: 1,
+                memory_mb: 1,
+                disk_mb: 1,
+            },
+        };
+        let ours = BTreeMap::new();
+        let dirty = store.reserve(&record, &limits, &ours, |_| false);
+        assert!(matches!(dirty, Err(StoreError::NoSlot(SLOTS))));
+        // The last one of all can be cleaned.
+        let last = SlotId(SLOTS - 1);
+        let (slot, _holding) = store
+            .reserve(&record, &limits, &ours, |slot| slot == last)
+            .unwrap();
+        assert_eq!(slot, last);
+    }
+}

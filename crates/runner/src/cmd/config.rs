@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use clap::ArgGroup;
 use policy::InternalAllow;
+use sandbox::IoLimits;
 
 use crate::config::{
     self, Config, EngineChoice, NetworkConfig, ProfileConfig, Rendered, SandboxConfig, WarmConfig,
@@ -180,6 +181,7 @@ fn configure(
                 flavour: profile.flavour,
                 warm: args.warm.map(|marks| marks.0).unwrap_or_default(),
                 policy: policy::Draft::default(),
+                limits: IoLimits::default(),
             },
         );
         if before.is_some() {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use host::fs::{Access, Dir, Lock, LockKind, lock_holder};
 use host::launcher::{ForkedLauncher, Launcher, LauncherConfig};
-use sandbox::{Engine, EngineKind, Template};
+use sandbox::{Engine, EngineKind, IoLimits, Template};
 use tokio::sync::Semaphore;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::MakeWriterExt;
@@ -565,6 +565,13 @@ async fn open_profiles(
             .open(stored.image, shape, &stored.directory, &stored.outcome)
             .await
             .map_err(|error| CliError::failed(format!("profile {name}: {error}")))?;
+        let limits = profile.limits;
+        let template = if limits == IoLimits::default() {
+            template
+        } else {
+            let limited = template.limited(limits);
+            limited.map_err(|error| CliError::failed(format!("profile {name}: {error}")))?
+        };
         tracing::info!(profile = %name, engine = ?kind, "opened");
         templates.insert(name.clone(), template);
     }

@@ -108,7 +108,8 @@ fn profile_lines(
          {}    vcpu: {}\n    memory_mb: {}\n    disk_mb: {}\n\
          {}    flavour: {}\n\
          {}    warm: {{low: {}, high: {}}}\n\
-         {}    policy: {}",
+         {}    policy: {}\n\
+         {}    limits: {}",
         why("    # The build, as `runner build` printed it.\n"),
         profile.rootfs_hash,
         profile.snapshot_hash,
@@ -125,6 +126,10 @@ fn profile_lines(
             "    # What its jobs may reach unless they say otherwise (docs/network.md); what it denies holds in any case.\n"
         ),
         json(&profile.policy),
+        why(
+            "    # What each VM may read and write (disk_kib_s, disk_ops_s), send and receive (network_kib_s) a second; {}: no limit.\n    # With Firecracker only.\n"
+        ),
+        json(&profile.limits),
     )
 }
 

@@ -128,10 +128,25 @@ impl Owner {
                     "a VM could not be kept for its session"
                 );
             }
+            let reclaim = sandbox.filter(|_| parked.is_ok());
             mailbox.send(Message::Parked {
                 lease,
                 parked: parked.is_ok(),
             });
+            // It may be claimed from now on, and does not wait for this if it is.
+            if let Some(sandbox) = reclaim {
+                match executor::give_memory_back(&sandbox).await {
+                    Ok(Some(balloon)) => mailbox.send(Message::Reclaimed {
+                        slot,
+                        pid: sandbox.pid(),
+                        balloon,
+                    }),
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::debug!(slot = slot.0, %error, "an idle VM keeps its memory");
+                    }
+                }
+            }
         });
     }
 }

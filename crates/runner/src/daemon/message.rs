@@ -1,7 +1,7 @@
 //! What is sent to the owner.
 
 use host::slot::{HostUsage, SlotId};
-use sandbox::Sandbox;
+use sandbox::{BalloonStats, Sandbox};
 
 use super::event::Event;
 use crate::names::{ProfileName, RunId};
@@ -52,6 +52,15 @@ pub(super) enum Message {
         lease: Lease,
         /// Whether it is.
         parked: bool,
+    },
+    /// A parked VM has given memory back. The process id tells it from others in the same slot.
+    Reclaimed {
+        /// Its slot.
+        slot: SlotId,
+        /// Its process.
+        pid: u32,
+        /// What its balloon holds.
+        balloon: BalloonStats,
     },
     /// A VM's lease is revocable again.
     Demoted {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use host::fs::Lock;
 use host::slot::{Resources, SlotId};
 use jiff::Timestamp;
-use sandbox::{EngineKind, Sandbox, Template};
+use sandbox::{BalloonStats, EngineKind, Sandbox, Template};
 use tokio::sync::watch;
 
 use super::directory::Directory;
@@ -87,6 +87,8 @@ pub(super) struct Owner {
     doomed: HashSet<SlotId>,
     /// Whose VM had a job before.
     parked: HashSet<SlotId>,
+    /// What they have given back of their memory while they wait.
+    balloons: HashMap<SlotId, BalloonStats>,
     cancels: HashMap<RunId, watch::Sender<Option<CancelReason>>>,
     directory: Arc<Directory>,
     metrics: Arc<Metrics>,
@@ -135,6 +137,7 @@ pub(crate) async fn run(
         held: HashMap::new(),
         doomed: HashSet::new(),
         parked: HashSet::new(),
+        balloons: HashMap::new(),
         cancels: HashMap::new(),
         directory: Arc::clone(&directory),
         meter: Meter::new(Arc::clone(&parts.metrics)),
@@ -254,14 +257,19 @@ impl Owner {
                 }
                 Event::Parked { slot, parked }
             }
+            Message::Reclaimed { slot, pid, balloon } => {
+                if self.is_vm(slot, pid) && self.parked.contains(&slot) {
+                    self.balloons.insert(slot, balloon);
+                }
+                return;
+            }
             Message::Demoted { lease } => {
                 let slot = lease.slot();
                 self.keep(lease, None);
                 Event::Demoted { slot }
             }
             Message::Died { slot, pid, reason } => {
-                let same = |held: &Held| held.sandbox.as_ref().is_some_and(|s| s.pid() == pid);
-                if !self.held.get(&slot).is_some_and(same) {
+                if !self.is_vm(slot, pid) {
                     return;
                 }
                 Event::VmDied { slot, reason }
@@ -283,6 +291,12 @@ impl Owner {
         for action in self.plan.handle(event, now()) {
             self.carry_out(action);
         }
+    }
+
+    /// Whether a slot's VM is still the one with this process.
+    fn is_vm(&self, slot: SlotId, pid: u32) -> bool {
+        let vm = self.held.get(&slot).and_then(|held| held.sandbox.as_ref());
+        vm.is_some_and(|sandbox| sandbox.pid() == pid)
     }
 
     /// Takes a lease (back) into our keeping.
@@ -364,6 +378,7 @@ impl Owner {
                 return self.mailbox.event(ended);
             }
         };
+        self.balloons.remove(&slot);
         self.metrics
             .started(match (&source, self.parked.remove(&slot)) {
                 (VmSource::Restore(..), _) => "restored",
@@ -422,6 +437,7 @@ impl Owner {
         let sandbox = held.sandbox.take();
         self.held.remove(&slot);
         self.parked.remove(&slot);
+        self.balloons.remove(&slot);
         let mailbox = self.mailbox.clone();
         tokio::spawn(async move {
             if let Some(sandbox) = sandbox {
@@ -453,6 +469,10 @@ impl Owner {
     fn status(&mut self) -> Status {
         let now = now();
         self.clock.follow(now, Timestamp::now());
+        let mut idle_vms = self.plan.idle_vms(&self.clock);
+        for idle in &mut idle_vms {
+            idle.balloon = self.balloons.get(&SlotId(idle.slot)).copied();
+        }
         Status {
             name: self.identity.name.clone(),
             instance: self.identity.instance.clone(),
@@ -463,7 +483,7 @@ impl Owner {
             max_concurrent: self.plan.capacity(),
             active_runs: self.plan.active_runs(&self.clock),
             waiting: self.plan.waiting(),
-            idle_vms: self.plan.idle_vms(&self.clock),
+            idle_vms,
             warm: self.plan.warm_pools(),
             budget: self.plan.budget(),
             proxy: self

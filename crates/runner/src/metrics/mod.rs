@@ -50,6 +50,7 @@ pub(crate) struct Metrics {
     runs: Gauges,
     waiting: Gauge,
     vms: Gauges,
+    balloons: Gauge,
     warm_target: Gauges,
     budget: Gauges,
     proxy: Gauges,
@@ -72,6 +73,7 @@ impl Metrics {
             runs: Gauges::default(),
             waiting: Gauge::default(),
             vms: Gauges::default(),
+            balloons: Gauge::default(),
             warm_target: Gauges::default(),
             budget: Gauges::default(),
             proxy: Gauges::default(),
@@ -119,6 +121,11 @@ impl Metrics {
             m.waiting.clone(),
         );
         r.register("vms", "VMs that wait for a job", m.vms.clone());
+        r.register(
+            "balloon_bytes",
+            "Memory that idle VMs have given back, in bytes",
+            m.balloons.clone(),
+        );
         r.register(
             "warm_target",
             "VMs that the warm pool tries to keep ready",
@@ -224,6 +231,9 @@ impl Metrics {
         self.vms
             .get_or_create(&idle)
             .set(signed(status.idle_vms.len()));
+        let balloons = status.idle_vms.iter().filter_map(|idle| idle.balloon);
+        let held: u64 = balloons.map(|balloon| balloon.held_mb << 20).sum();
+        self.balloons.set(i64::try_from(held).unwrap_or(i64::MAX));
         for pool in &status.warm {
             let profile = pool.profile.to_string();
             for (kind, count) in [("warm", pool.ready), ("preparing", pool.preparing)] {

@@ -54,6 +54,7 @@ pub(crate) enum ApiError {
 /// A connection.
 #[derive(Debug)]
 pub(crate) struct Api {
+    path: PathBuf,
     sender: SendRequest<Full<Bytes>>,
     connection: JoinHandle<()>,
 }
@@ -73,7 +74,11 @@ impl Api {
             // How it ended shows in the requests.
             let _ = connection.await;
         });
-        Ok(Api { sender, connection })
+        Ok(Api {
+            path: path.to_owned(),
+            sender,
+            connection,
+        })
     }
 
     /// Sends a request that is answered with nothing but success.
@@ -129,7 +134,11 @@ impl Api {
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(body.map(Bytes::from).unwrap_or_default()))
             .map_err(|error| nonsense(error.to_string()))?;
-        self.sender.ready().await.map_err(broken)?;
+        if self.sender.ready().await.is_err() {
+            // Whoever gave up a request, by a limit or for something else, broke its connection.
+            *self = Api::connect(&self.path.clone()).await?;
+            self.sender.ready().await.map_err(broken)?;
+        }
         let response = self.sender.send_request(message).await.map_err(broken)?;
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_ANSWER)

@@ -15,6 +15,8 @@ pub(crate) enum Request {
     PutBootSource(BootSource),
     PutDrive(Drive),
     PutNetworkInterface(NetworkInterface),
+    PatchDrive(DriveUpdate),
+    PatchNetworkInterface(NetworkInterfaceUpdate),
     PutVsock(Vsock),
     PutBalloon(Balloon),
     PutEntropy(Entropy),
@@ -30,7 +32,10 @@ impl Request {
     pub(crate) fn method(&self) -> Method {
         match self {
             Request::GetVersion | Request::GetBalloonStatistics => Method::GET,
-            Request::PatchVm(_) | Request::PatchBalloon(_) => Method::PATCH,
+            Request::PatchVm(_)
+            | Request::PatchBalloon(_)
+            | Request::PatchDrive(_)
+            | Request::PatchNetworkInterface(_) => Method::PATCH,
             Request::PutMachineConfig(_)
             | Request::PutBootSource(_)
             | Request::PutDrive(_)
@@ -51,6 +56,10 @@ impl Request {
             Request::PutBootSource(_) => "/boot-source".to_owned(),
             Request::PutDrive(drive) => format!("/drives/{}", drive.drive_id),
             Request::PutNetworkInterface(card) => format!("/network-interfaces/{}", card.iface_id),
+            Request::PatchDrive(drive) => format!("/drives/{}", drive.drive_id),
+            Request::PatchNetworkInterface(card) => {
+                format!("/network-interfaces/{}", card.iface_id)
+            }
             Request::PutVsock(_) => "/vsock".to_owned(),
             Request::PutBalloon(_) | Request::PatchBalloon(_) => "/balloon".to_owned(),
             Request::PutEntropy(_) => "/entropy".to_owned(),
@@ -73,6 +82,8 @@ impl Request {
             Request::PutBootSource(body) => json(body),
             Request::PutDrive(body) => json(body),
             Request::PutNetworkInterface(body) => json(body),
+            Request::PatchDrive(body) => json(body),
+            Request::PatchNetworkInterface(body) => json(body),
             Request::PutVsock(body) => json(body),
             Request::PutBalloon(body) => json(body),
             Request::PutEntropy(body) => json(body),

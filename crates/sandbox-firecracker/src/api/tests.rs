@@ -6,7 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
 use super::*;
-use crate::machine::{describe, load, save};
+use crate::machine::{describe, limit, load, save};
 use crate::programs::OLDEST;
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -19,6 +19,11 @@ fn all_requests() -> Vec<Request> {
         disk_mb: 1024,
     };
     let mut requests = describe(shape, "noxsave");
+    requests.extend(limit(sandbox::IoLimits {
+        disk_kib_s: Some(1),
+        disk_ops_s: Some(1),
+        network_kib_s: Some(1),
+    }));
     requests.extend([
         Request::GetVersion,
         Request::PutAction(Action {
@@ -43,6 +48,8 @@ fn kind(request: &Request) -> &'static str {
         Request::PutBootSource(_) => "PutBootSource",
         Request::PutDrive(_) => "PutDrive",
         Request::PutNetworkInterface(_) => "PutNetworkInterface",
+        Request::PatchDrive(_) => "PatchDrive",
+        Request::PatchNetworkInterface(_) => "PatchNetworkInterface",
         Request::PutVsock(_) => "PutVsock",
         Request::PutBalloon(_) => "PutBalloon",
         Request::PutEntropy(_) => "PutEntropy",
@@ -56,7 +63,7 @@ fn kind(request: &Request) -> &'static str {
 }
 
 /// Number of variants of [`Request`]: one more needs its arm in `kind`, and then this.
-const KINDS: usize = 14;
+const KINDS: usize = 16;
 
 #[test]
 fn every_request_is_what_the_api_description_says() {
@@ -81,7 +88,10 @@ fn every_request_is_what_the_api_description_says() {
     // What is read is in the description as well.
     for (definition, fields) in [
         ("FirecrackerVersion", &["firecracker_version"][..]),
-        ("BalloonStats", &["actual_mib"]),
+        (
+            "BalloonStats",
+            &["target_mib", "actual_mib", "available_memory"],
+        ),
         ("Error", &["fault_message"]),
     ] {
         for field in fields {
@@ -349,4 +359,32 @@ async fn a_truncated_answer_is_an_error() {
 async fn another_body_than_described_is_an_error() {
     let error = fails(answer("200 OK", "[]"), LIMIT).await;
     assert!(matches!(error, ApiError::Nonsense { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_request_that_was_given_up_does_not_spoil_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let firecracker = async {
+        let mut request = vec![0; 4096];
+        let (mut first, _) = listener.accept().await.unwrap();
+        assert!(first.read(&mut request).await.unwrap() > 0);
+        let (mut second, _) = listener.accept().await.unwrap();
+        assert!(second.read(&mut request).await.unwrap() > 0);
+        let text =
+            "HTTP/1.1 200 OK\r\nContent-Length: 33\r\n\r\n{\"firecracker_version\": \"1.16.1\"}";
+        second.write_all(text.as_bytes()).await.unwrap();
+        (first, second)
+    };
+    let client = async {
+        let mut api = Api::connect(&path).await.unwrap();
+        let given_up = api.send(&save(), Duration::from_millis(20)).await;
+        assert!(matches!(given_up, Err(ApiError::Hung { .. })));
+        api.get::<FirecrackerVersion>(&Request::GetVersion, LIMIT)
+            .await
+            .unwrap()
+    };
+    let (_connections, version) = tokio::join!(firecracker, client);
+    assert_eq!(version.firecracker_version, "1.16.1");
 }

@@ -47,6 +47,40 @@ pub(crate) struct NetworkInterface {
     pub(crate) guest_mac: String,
 }
 
+/// `PATCH /drives/{drive_id}`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct DriveUpdate {
+    pub(crate) drive_id: &'static str,
+    pub(crate) rate_limiter: RateLimiter,
+}
+
+/// `PATCH /network-interfaces/{iface_id}`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct NetworkInterfaceUpdate {
+    pub(crate) iface_id: &'static str,
+    pub(crate) rx_rate_limiter: RateLimiter,
+    pub(crate) tx_rate_limiter: RateLimiter,
+}
+
+/// How fast something may be.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct RateLimiter {
+    /// Bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bandwidth: Option<TokenBucket>,
+    /// Requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ops: Option<TokenBucket>,
+}
+
+/// A bucket that is full at first.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct TokenBucket {
+    pub(crate) size: u64,
+    /// Milliseconds in which an empty one fills.
+    pub(crate) refill_time: u64,
+}
+
 /// `PUT /vsock`.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Vsock {
@@ -72,11 +106,16 @@ pub(crate) struct BalloonUpdate {
     pub(crate) amount_mib: u64,
 }
 
-/// `GET /balloon/statistics`. What the guest tells of its memory arrives late; it is asked itself instead.
+/// `GET /balloon/statistics`. What the guest tells of its memory arrives late: how much it can spare it is asked itself.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
-pub(crate) struct BalloonStats {
+pub(crate) struct BalloonState {
+    /// MiB the guest is to give away.
+    pub(crate) target_mib: u64,
     /// MiB the guest has given away.
     pub(crate) actual_mib: u64,
+    /// Bytes the guest could still use, if it has told.
+    #[serde(default)]
+    pub(crate) available_memory: Option<u64>,
 }
 
 /// `PUT /entropy`.

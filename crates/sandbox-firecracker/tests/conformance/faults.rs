@@ -3,11 +3,13 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
-use sandbox::{Engine, Place, SandboxError, SnapshotOutcome};
+use sandbox::conformance::harness::{Quiet, snapshot_inputs};
+use sandbox::{Engine, ImageFiles, Place, SandboxError, SnapshotOutcome};
 use sandbox_firecracker::{FirecrackerEngine, Options, Programs};
 
 use super::{Failure, SHAPE, Suite};
@@ -38,6 +40,18 @@ pub(crate) const CASES: &[(&str, Case)] = &[
     (
         "a guest that does not answer in time is ended with what is known",
         |suite| Box::pin(silent(suite)),
+    ),
+    (
+        "a guest that falls silent once it is restored is ended at the limit",
+        |suite| Box::pin(falls_silent(suite)),
+    ),
+    (
+        "a disk that is full when a snapshot is saved is told, and leaves nothing running",
+        |suite| Box::pin(full_disk(suite)),
+    ),
+    (
+        "a kernel that is replaced under an open template changes nothing",
+        |suite| Box::pin(replaced_kernel(suite)),
     ),
 ];
 
@@ -139,6 +153,111 @@ async fn silent(suite: &Suite) -> Result<(), Failure> {
             Ok(_) => return Err("it came up in a millisecond".into()),
         }
     }
+    suite.slots.give_back(slot).await?;
+    Ok(())
+}
+
+/// The process of a slot, once it has loaded its snapshot: its vsock is there then.
+fn loaded(uid: u32) -> Option<u32> {
+    let pids = std::fs::read_dir("/proc").ok()?.flatten();
+    let of_slot = pids.filter(|entry| entry.metadata().is_ok_and(|meta| meta.uid() == uid));
+    of_slot
+        .filter(|entry| entry.path().join("root/control/vsock.sock").exists())
+        .find_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+async fn falls_silent(suite: &Suite) -> Result<(), Failure> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let options = Options {
+        // Enough for the load, and the silence is waited for.
+        restore_limit: Duration::from_secs(5),
+        ..suite.options.clone()
+    };
+    let engine = FirecrackerEngine::new(suite.launcher.clone(), Programs::find(&path)?, options);
+    let image = suite.image.clone();
+    let snapshot = suite.snapshot.path();
+    let template = engine.open(image, SHAPE, snapshot, &suite.outcome).await?;
+    let slot = suite.slots.take().await?;
+    let uid = suite.uid_base + u32::from(slot.0);
+    let silence = async {
+        while loaded(uid).is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        suite.launcher.freeze(slot).await
+    };
+    let restore = template.restore(Place::unplugged(slot));
+    let (restored, frozen) = tokio::join!(restore, tokio::time::timeout(suite.patience, silence));
+    frozen??;
+    match restored {
+        Err(SandboxError::Timeout { step, .. }) if ["handshake", "mount"].contains(&step) => {}
+        Err(error) => return Err(error.into()),
+        Ok(_) => return Err("a guest that stood still came up".into()),
+    }
+    // Its slot serves the next.
+    let vm = suite.template.restore(Place::unplugged(slot)).await?;
+    vm.control().ping().await?;
+    vm.destroy().await?;
+    suite.slots.give_back(slot).await?;
+    Ok(())
+}
+
+async fn full_disk(suite: &Suite) -> Result<(), Failure> {
+    let from = suite.snapshot.path();
+    let dir = tempfile::tempdir_in(from.parent().unwrap_or(Path::new(".")))?;
+    // Room for the blank disk and a part of the memory; the mount is this process's.
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=32m", "tmpfs"])
+        .arg(dir.path())
+        .status()?;
+    if !mounted.success() {
+        return Err(format!("mount: {mounted}").into());
+    }
+    let inputs = snapshot_inputs(suite.image.clone(), SHAPE, dir.path(), suite.patience);
+    let slot = suite.slots.take().await?;
+    let saved = suite.engine.create_snapshot(slot, inputs, &Quiet).await;
+    let error = saved.err().ok_or("256 MiB were saved in 32")?.to_string();
+    println!("     {error}");
+    let vm = suite.template.restore(Place::unplugged(slot)).await?;
+    vm.destroy().await?;
+    suite.slots.give_back(slot).await?;
+    let unmounted = std::process::Command::new("umount")
+        .arg(dir.path())
+        .status()?;
+    if !unmounted.success() {
+        return Err(format!("umount: {unmounted}").into());
+    }
+    match error.contains("No space left") || error.contains("os error 28") {
+        true => Ok(()),
+        false => Err(error.into()),
+    }
+}
+
+async fn replaced_kernel(suite: &Suite) -> Result<(), Failure> {
+    let from = suite.image.kernel.parent().unwrap_or(Path::new("."));
+    let dir = tempfile::tempdir_in(from)?;
+    let linked = |path: &Path| -> std::io::Result<PathBuf> {
+        let to = dir.path().join(path.file_name().unwrap_or_default());
+        std::fs::hard_link(path, &to)?;
+        Ok(to)
+    };
+    let image = ImageFiles {
+        kernel: linked(&suite.image.kernel)?,
+        initrd: linked(&suite.image.initrd)?,
+        rootfs: linked(&suite.image.rootfs)?,
+    };
+    let snapshot = suite.snapshot.path();
+    let opened = suite
+        .engine
+        .open(image.clone(), SHAPE, snapshot, &suite.outcome);
+    let template = opened.await?;
+    for file in [&image.kernel, &image.initrd] {
+        std::fs::remove_file(file)?;
+        write(file, b"another")?;
+    }
+    let slot = suite.slots.take().await?;
+    let vm = template.restore(Place::unplugged(slot)).await?;
+    vm.control().ping().await?;
+    vm.destroy().await?;
     suite.slots.give_back(slot).await?;
     Ok(())
 }

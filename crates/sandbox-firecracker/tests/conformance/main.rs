@@ -8,10 +8,12 @@
 #![cfg(test)]
 
 mod faults;
+mod limits;
 mod networks;
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -68,6 +70,9 @@ fn run() -> Result<bool, Failure> {
     {
         return skipped(&format!("/dev/kvm: {error}"));
     }
+    if rustix::process::geteuid().is_root() {
+        own_mounts()?;
+    }
     let Some(host) = TestHost::new() else {
         return Ok(true);
     };
@@ -93,13 +98,28 @@ fn run() -> Result<bool, Failure> {
     let result = runtime.block_on(async {
         let launcher = forked.attach()?;
         let engine = FirecrackerEngine::new(launcher.clone(), programs, options.clone());
-        Suite::new(engine, options, launcher, &image, patience)
+        Suite::new(engine, options, launcher, &image, patience, host.uid_base())
             .await?
             .run()
             .await
     });
     drop(world);
     result
+}
+
+/// Goes on in a mount namespace of its own: what a case mounts goes with this process, whatever ends it.
+fn own_mounts() -> Result<(), Failure> {
+    const THERE: &str = "VM0_TEST_OWN_MOUNTS";
+    if std::env::var_os(THERE).is_some() {
+        return Ok(());
+    }
+    let error = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "--"])
+        .arg(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .env(THERE, "1")
+        .exec();
+    Err(format!("unshare (package util-linux): {error}").into())
 }
 
 /// Why a case is not run where guests are so slow that patience had to be asked for: it needs millions of system calls, or
@@ -125,6 +145,7 @@ struct Suite {
     slots: Arc<dyn Slots>,
     image: ImageFiles,
     patience: Duration,
+    uid_base: u32,
     snapshot: tempfile::TempDir,
     outcome: SnapshotOutcome,
     template: Arc<dyn Template>,
@@ -137,6 +158,7 @@ impl Suite {
         launcher: Launcher,
         dir: &Path,
         patience: Duration,
+        uid_base: u32,
     ) -> Result<Suite, Failure> {
         let rootfs = ["rootfs.squashfs", "rootfs.erofs"].map(|name| dir.join(name));
         let rootfs = rootfs.into_iter().find(|path| path.exists());
@@ -166,6 +188,7 @@ impl Suite {
             slots,
             image,
             patience,
+            uid_base,
             snapshot,
             outcome,
             template,
@@ -203,6 +226,12 @@ impl Suite {
                     report.note(NETWORKS, error.map(|error| error.to_string()), start);
                 }
             }
+        }
+        const LIMITS: &str = "a clone is held to the limits of its profile";
+        if harness::wanted(LIMITS, &filters) {
+            let start = Instant::now();
+            let error = limits::held(&self).await.err();
+            report.note(LIMITS, error.map(|error| error.to_string()), start);
         }
         for (name, case) in faults::CASES {
             if harness::wanted(name, &filters) {

@@ -4,10 +4,9 @@ use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
-use std::time::Duration;
 
-use guest_control::{Client, ExecSpec, UserSpec};
 use host::net::{HubConfig, NetworkLimits, NetworkPool, standard_refused};
+use sandbox::conformance::harness::output;
 use sandbox::{Place, Vm};
 
 use super::{Failure, Suite};
@@ -66,9 +65,10 @@ pub(crate) async fn apart(suite: &Suite) -> Result<(), Failure> {
             suite.template.restore(places[0]),
             suite.template.restore(places[1])
         )?;
+        let (of_first, of_second) = (first.control(), second.control());
         let said = tokio::try_join!(
-            output(first.control(), suite.patience),
-            output(second.control(), suite.patience)
+            output(&of_first, SCRIPT, suite.patience),
+            output(&of_second, SCRIPT, suite.patience)
         )?;
         for said in [said.0, said.1] {
             if said != "from the hub\nConnection refused\n" {
@@ -95,26 +95,4 @@ async fn end(suite: &Suite, vms: Vec<Box<dyn Vm>>, places: &[Place]) -> Result<(
         suite.slots.give_back(place.slot).await?;
     }
     Ok(())
-}
-
-/// What the script prints in the guest.
-async fn output(client: Client, limit: Duration) -> Result<String, Failure> {
-    let session = client
-        .exec(ExecSpec {
-            argv: ["bash", "-c", SCRIPT]
-                .map(|word| word.as_bytes().to_vec())
-                .to_vec(),
-            user: UserSpec::User,
-            timeout: Some(limit),
-            kill_group_on_exit: true,
-            ..ExecSpec::default()
-        })
-        .await?;
-    session.wait().await?;
-    let mut output = session.attach(0, false);
-    let mut said = Vec::new();
-    while let Some(chunk) = output.next().await {
-        said.extend_from_slice(&chunk.data);
-    }
-    Ok(String::from_utf8_lossy(&said).into_owned())
 }

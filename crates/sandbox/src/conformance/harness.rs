@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use guest_control::{ExecSpec, UserSpec};
+use guest_control::{Client, ControlError, ExecSpec, UserSpec};
 use host::launcher::Launcher;
 use host::slot::{HostLimits, LeaseKind, Resources, SlotId, SlotRecord};
 use sha2::{Digest, Sha256};
@@ -86,6 +86,32 @@ pub fn snapshot_inputs(
         }],
         limit,
     }
+}
+
+/// What a bash command line prints in a guest, as the agent's own account.
+pub async fn output(
+    client: &Client,
+    script: &str,
+    limit: Duration,
+) -> Result<String, ControlError> {
+    let session = client
+        .exec(ExecSpec {
+            argv: ["bash", "-c", script]
+                .map(|word| word.as_bytes().to_vec())
+                .to_vec(),
+            user: UserSpec::User,
+            timeout: Some(limit),
+            kill_group_on_exit: true,
+            ..ExecSpec::default()
+        })
+        .await?;
+    session.wait().await?;
+    let mut output = session.attach(0, false);
+    let mut said = Vec::new();
+    while let Some(chunk) = output.next().await {
+        said.extend_from_slice(&chunk.data);
+    }
+    Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
 /// Counts and prints what was tested.

@@ -140,7 +140,11 @@ async fn gives_memory_back(room: Room) -> Outcome {
     let reclaimed = sandbox.reclaim_memory().await;
     let after = sandbox.memory().await?.private_dirty;
     if room.subject.balloon {
-        reclaimed?;
+        let balloon = reclaimed?;
+        ensure!(
+            balloon.held_mb > 0 && balloon.held_mb == balloon.target_mb,
+            "{balloon:?}"
+        );
         let less = before.saturating_sub(after) >> 20;
         ensure!(less >= 30, "only {less} of {} MiB came back", before >> 20);
     } else {

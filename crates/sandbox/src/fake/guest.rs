@@ -14,7 +14,7 @@ use super::os::FakeOs;
 use super::{Gate, Program, pass};
 use crate::engine::Vm;
 use crate::error::SandboxError;
-use crate::types::{Death, MemoryStats, StepTimes};
+use crate::types::{BalloonStats, Death, MemoryStats, StepTimes};
 
 /// Something that happened to a fake VM, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +49,7 @@ pub(super) struct GuestState {
     log: Log,
     pauses: watch::Sender<Gate>,
     resumes: watch::Sender<Gate>,
+    reclaims: watch::Sender<Gate>,
     death: watch::Sender<Option<Death>>,
     /// True once the control channel is to end.
     cut: watch::Sender<bool>,
@@ -85,6 +86,7 @@ impl FakeGuest {
             log,
             pauses: watch::Sender::new(Gate::Open),
             resumes: watch::Sender::new(Gate::Open),
+            reclaims: watch::Sender::new(Gate::Open),
             death: watch::Sender::new(None),
             cut,
         };
@@ -119,6 +121,11 @@ impl FakeGuest {
     /// The gate of its resumes.
     pub fn set_resumes(&self, gate: Gate) {
         self.state.resumes.send_replace(gate);
+    }
+
+    /// The gate of giving its memory back, which it cannot.
+    pub fn set_reclaims(&self, gate: Gate) {
+        self.state.reclaims.send_replace(gate);
     }
 
     /// Its process dies, and its control channel ends with it.
@@ -201,7 +208,8 @@ impl Vm for FakeVm {
         Ok(MemoryStats::default())
     }
 
-    async fn reclaim_memory(&mut self) -> Result<(), SandboxError> {
+    async fn reclaim_memory(&mut self) -> Result<BalloonStats, SandboxError> {
+        pass(self.guest.state.reclaims.subscribe(), "reclaim memory").await?;
         Err(SandboxError::Unavailable {
             engine: "fake",
             reason: "it has no memory".to_owned(),

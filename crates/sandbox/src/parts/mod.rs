@@ -2,16 +2,19 @@
 
 pub mod console;
 pub mod disk;
+pub mod image;
 mod warm_up;
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use host::launcher::{Launcher, Reaped};
+use host::slot::SlotId;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::error::SandboxError;
-use crate::types::MemoryStats;
+use crate::types::{Death, MemoryStats};
 pub use warm_up::warm_up;
 
 /// Runs file work off the runtime's threads.
@@ -25,6 +28,36 @@ pub async fn blocking<T: Send + 'static>(
             source: std::io::Error::other(error),
         }),
     }
+}
+
+/// A step's result, or the error of a limit that passed.
+pub async fn within<T>(
+    step: &'static str,
+    limit: Duration,
+    future: impl Future<Output = Result<T, SandboxError>>,
+) -> Result<T, SandboxError> {
+    let result = tokio::time::timeout(limit, future).await;
+    result.unwrap_or_else(|_| {
+        Err(SandboxError::Timeout {
+            step,
+            limit,
+            detail: String::new(),
+        })
+    })
+}
+
+/// Waits until a slot's process has died and says how, as its launcher reaped it. Cancel-safe: the launcher keeps its answer.
+pub async fn reaped(
+    pidfd: &AsyncFd<OwnedFd>,
+    launcher: &Launcher,
+    slot: SlotId,
+) -> Result<Reaped, Death> {
+    // An error would be the runtime's own end.
+    let _ = pidfd.readable().await;
+    launcher.wait(slot).await.map_err(|error| Death {
+        reason: error.to_string(),
+        oom: false,
+    })
 }
 
 /// A future's result, and how long it took.
@@ -97,6 +130,16 @@ pub fn signal_name(signal: i32) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_that_passes_names_its_step() {
+        let limit = Duration::from_secs(3);
+        let done = within("save", limit, async { Ok(7) }).await;
+        assert_eq!(done.unwrap(), 7);
+        let hung = std::future::pending::<Result<(), SandboxError>>();
+        let error = within("save", limit, hung).await.unwrap_err();
+        assert_eq!(error.to_string(), "the VM did not get to `save` within 3s");
+    }
 
     #[test]
     fn memory_comes_from_the_status_file() {

@@ -80,6 +80,7 @@ impl Jobs {
             disk_mb: size.disk_mb,
             flavour: size.flavour,
             policy: Default::default(),
+            limits: Default::default(),
             warm: WarmConfig {
                 low: warm,
                 high: warm,

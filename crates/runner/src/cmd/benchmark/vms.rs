@@ -46,12 +46,10 @@ pub(super) struct Measured {
 }
 
 impl Measured {
-    /// Adds the steps of one restore, and `ready`: their sum, where the engine has no such step itself.
+    /// Adds the steps from a restore to a VM that can have a job, and `ready`: their sum.
     fn split(&mut self, steps: &StepTimes) {
-        let named = steps.0.iter().any(|(step, _)| *step == "ready");
         let sum = steps.0.iter().map(|(_, took)| *took).sum();
-        let ready = (!named).then_some(("ready", sum));
-        for (step, took) in steps.0.iter().copied().chain(ready) {
+        for (step, took) in steps.0.iter().copied().chain([("ready", sum)]) {
             match self.steps.iter_mut().find(|(known, _)| *known == step) {
                 Some((_, samples)) => samples.push(took),
                 None => {
@@ -179,7 +177,12 @@ impl<'a> Bench<'a> {
             .map(|(_, took)| *took)
             .sum();
         measured.restore.push(whole.saturating_sub(mount));
-        measured.split(&vm.steps());
+        let mut steps = vm.steps();
+        let start = Instant::now();
+        // One message, in a job's life the one that also starts its agent.
+        vm.control().wake(wake_now()?).await?;
+        steps.0.push(("clock and reseed", start.elapsed()));
+        measured.split(&steps);
         self.end(Sandbox::adopt(vm, slot)).await
     }
 

@@ -46,6 +46,7 @@ impl Plan {
                 slot: slot.0,
                 profile: vm.profile.clone(),
                 idle_since: clock.time(vm.since),
+                balloon: None,
             })
         });
         shown.collect()

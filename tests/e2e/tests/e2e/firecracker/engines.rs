@@ -222,9 +222,19 @@ fn a_host_in_production_gets_from_nothing_to_a_job_in_firecracker() {
     host.start_runner();
     let status = host.until_status("it runs", |status| status["mode"] == "running");
     assert_eq!(status["engine"], "firecracker");
-    let job = host.submit("uname -r; echo in-firecracker").spawn();
-    let outcome = job.wait_within(Duration::from_secs(600));
-    outcome.expect_exit(0);
-    assert!(host.log(&outcome.run_id()).contains("in-firecracker"));
+    let in_session = |line: &str| {
+        let job = host.submit(line).session("s-1").spawn();
+        let outcome = job.wait_within(Duration::from_secs(600));
+        outcome.expect_exit(0);
+        host.log(&outcome.run_id())
+    };
+    let log = in_session("echo kept > ~/note; uname -r; echo in-firecracker");
+    assert!(log.contains("in-firecracker"), "{log}");
+    // It waits for its session's next job with less memory, which has it back.
+    let status = host.until_status("the idle VM has given memory back", |status| {
+        status["idle_vms"][0]["balloon"]["held_mb"].is_u64()
+    });
+    println!("     {}", status["idle_vms"][0]["balloon"]);
+    assert!(in_session("cat ~/note").contains("kept"));
     host.finish();
 }
