@@ -167,6 +167,17 @@ impl InternalAllow {
         Ok(allow)
     }
 
+    /// The same with one more name: that of the runner's own API.
+    #[must_use]
+    pub fn and_host(mut self, host: Host) -> Self {
+        match host {
+            // The kernel's rules know it; no query asks for it.
+            Host::Address(_) => {}
+            name @ Host::Name(_) => self.hosts.push(HostPattern::Exactly(name)),
+        }
+        self
+    }
+
     /// The networks that stand in the kernel's set from the start.
     pub fn nets(&self) -> &[Ipv4Net] {
         &self.nets

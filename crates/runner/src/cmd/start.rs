@@ -295,6 +295,7 @@ impl Starting {
             .sum();
         let policies = config.profiles.iter();
         let settings = NetworkSettings {
+            api: source.api_access()?,
             internal_allow: config.network.internal_allow.clone(),
             profiles: policies
                 .map(|(name, profile)| (name.clone(), profile.policy.clone()))

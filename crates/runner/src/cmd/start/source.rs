@@ -4,6 +4,7 @@ use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
+use policy::{ApiAccess, Host, Scheme};
 use reqwest::Url;
 use zeroize::Zeroizing;
 
@@ -22,6 +23,39 @@ pub(super) enum Source {
     Local,
     /// The Web API.
     Api(ApiSettings),
+}
+
+impl Source {
+    /// What jobs may reach of the Web API.
+    pub(super) fn api_access(&self) -> Result<Option<ApiAccess>, CliError> {
+        let Self::Api(settings) = self else {
+            return Ok(None);
+        };
+        let url = &settings.url;
+        let scheme = if url.scheme() == "https" {
+            Scheme::Https
+        } else {
+            Scheme::Http
+        };
+        let host = url.host_str().unwrap_or_default();
+        let port = url.port_or_known_default().unwrap_or(443);
+        let access = ApiAccess::new(scheme, host, port, url.path()).map_err(|why| {
+            CliError::usage(format_args!(
+                "no VM could reach the Web API at {url}: {why}"
+            ))
+        })?;
+        let loopback = match access.host() {
+            Host::Name(name) => name == "localhost",
+            Host::Address(address) => address.is_loopback(),
+        };
+        if loopback {
+            tracing::warn!(
+                %url,
+                "no VM can reach the Web API at this host's loopback, so jobs will fail: name it by another address"
+            );
+        }
+        Ok(Some(access))
+    }
 }
 
 /// Settles it.
