@@ -4,23 +4,32 @@
 //! |---|---|
 //! | `VM0_RUN_ID` | the run, for the log's first line |
 //! | `VM0_API_URL`, `VM0_API_TOKEN` | where webhooks go; an empty token (local mode) turns them off |
+//! | `VM0_SECRET_VALUES` | texts that webhooks must not carry, in base64, separated by commas |
 //! | `VM0_PROMPT` | the prompt |
 //! | `VM0_PROMPT_STDIN` | `1`: the prompt is standard input instead (it is longer than one execve string may be) |
 //! | `VM0_WORKING_DIR` | where the agent CLI runs; made when missing |
 //! | `CLI_AGENT_TYPE` | `claude-code`, which is also what empty means |
 //! | `USE_MOCK_CLAUDE` | `true`: run the mock CLI instead of `claude` |
 //! | `VM0_RESUME_SESSION_ID` | session to go on with |
+//! | `VM0_RESUME_SESSION_FILE` | where the host has put that session's history, if it is not in its place yet |
 //! | `VM0_STUCK_TOOL_TIMEOUT_SECS` | how long a web tool may take (180) |
 //! | `VM0_POST_RESULT_GRACE_SECS` | how long the CLI may stay after its result (10) |
 //! | `VM0_TERM_GRACE_SECS` | how long it may take to end after SIGTERM (5) |
 //! | `VM0_DRAIN_SECS` | how long its output is read after it has exited (5) |
+//! | `VM0_HEARTBEAT_SECS` | time between two heartbeats (60) |
+//! | `VM0_TELEMETRY_SECS` | time between two pieces of telemetry (5) |
+//! | `VM0_API_DEADLINE_SECS` | how long what the API lacks may take at the end (30) |
 //!
-//! The four times are decimal numbers of seconds.
+//! The times are decimal numbers of seconds.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use api_types::SessionId;
+
+use crate::api::ApiEnv;
 
 /// Program run when `USE_MOCK_CLAUDE` is `true`.
 const MOCK_CLAUDE: &str = "/usr/local/bin/guest-mock-claude";
@@ -31,7 +40,12 @@ pub(crate) const NOT_FOR_THE_CLI: &[&str] = &[
     "VM0_API_TOKEN",
     "VM0_PROMPT",
     "VM0_PROMPT_STDIN",
+    "VM0_SECRET_VALUES",
     "VM0_RESUME_SESSION_ID",
+    "VM0_RESUME_SESSION_FILE",
+    "VM0_HEARTBEAT_SECS",
+    "VM0_TELEMETRY_SECS",
+    "VM0_API_DEADLINE_SECS",
     "VM0_STUCK_TOOL_TIMEOUT_SECS",
     "VM0_POST_RESULT_GRACE_SECS",
     "VM0_TERM_GRACE_SECS",
@@ -49,10 +63,8 @@ pub(crate) enum EnvError {
         value: String,
         expected: &'static str,
     },
-    #[error(
-        "VM0_API_TOKEN is set, but this agent has no webhook client; run it in local mode, with an empty token"
-    )]
-    NoWebhooks,
+    #[error("{0}")]
+    Secrets(String),
 }
 
 /// Everything the host tells the agent.
@@ -63,7 +75,13 @@ pub(crate) struct AgentEnv {
     pub(crate) working_dir: PathBuf,
     /// Program to run: an absolute path, or a name looked up in `PATH`.
     pub(crate) cli: &'static str,
-    pub(crate) resume_session: Option<OsString>,
+    pub(crate) resume_session: Option<SessionId>,
+    /// Where that session's history lies, if it has to be put into its place.
+    pub(crate) resume_file: Option<PathBuf>,
+    /// The user's home, where the CLI keeps its sessions.
+    pub(crate) home: PathBuf,
+    /// Where the run is reported to; nothing: nowhere.
+    pub(crate) api: Option<ApiEnv>,
     pub(crate) limits: Limits,
 }
 
@@ -121,9 +139,6 @@ impl AgentEnv {
         let get = |name: &'static str| lookup(name).filter(|value| !value.is_empty());
         let required = |name| get(name).ok_or(EnvError::Missing(name));
 
-        if get("VM0_API_TOKEN").is_some() {
-            return Err(EnvError::NoWebhooks);
-        }
         let prompt = match get("VM0_PROMPT_STDIN") {
             Some(flag) if flag == "1" => Prompt::Stdin,
             Some(flag) => return Err(invalid("VM0_PROMPT_STDIN", &flag, "\"1\"")),
@@ -142,12 +157,45 @@ impl AgentEnv {
                 .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
                 .ok_or_else(|| invalid(name, &value, "a number of seconds")),
         };
+        let text = |name: &'static str, value: OsString| {
+            value
+                .into_string()
+                .map_err(|value| invalid(name, &value, "UTF-8"))
+        };
+        let resume_session = match get("VM0_RESUME_SESSION_ID") {
+            None => None,
+            Some(id) => Some(
+                id.to_str()
+                    .and_then(|text| text.parse().ok())
+                    .ok_or_else(|| invalid("VM0_RESUME_SESSION_ID", &id, "a session's id"))?,
+            ),
+        };
+        let api = match get("VM0_API_TOKEN") {
+            None => None,
+            Some(token) => Some(ApiEnv {
+                url: text("VM0_API_URL", required("VM0_API_URL")?)?,
+                token: text("VM0_API_TOKEN", token)
+                    .map_err(|_| EnvError::Secrets("VM0_API_TOKEN is not UTF-8".to_owned()))?,
+                secrets: match get("VM0_SECRET_VALUES") {
+                    None => Vec::new(),
+                    Some(list) => {
+                        ApiEnv::secrets(&list.to_string_lossy()).map_err(EnvError::Secrets)?
+                    }
+                },
+                heartbeat: seconds("VM0_HEARTBEAT_SECS", Duration::from_secs(60))?,
+                telemetry: seconds("VM0_TELEMETRY_SECS", Duration::from_secs(5))?,
+                deadline: seconds("VM0_API_DEADLINE_SECS", Duration::from_secs(30))?,
+            }),
+        };
         Ok(Self {
+            resume_session,
+            resume_file: get("VM0_RESUME_SESSION_FILE").map(PathBuf::from),
+            home: get("HOME").map_or_else(|| "/home/user".into(), PathBuf::from),
+            api,
             run_id: required("VM0_RUN_ID")?.to_string_lossy().into_owned(),
             prompt,
             working_dir: required("VM0_WORKING_DIR")?.into(),
             cli: if mock { MOCK_CLAUDE } else { "claude" },
-            resume_session: get("VM0_RESUME_SESSION_ID"),
             limits: Limits {
                 stuck_tool: seconds("VM0_STUCK_TOOL_TIMEOUT_SECS", defaults.stuck_tool)?,
                 post_result: seconds("VM0_POST_RESULT_GRACE_SECS", defaults.post_result)?,
@@ -197,6 +245,9 @@ mod tests {
                 working_dir: "/home/user/workspace".into(),
                 cli: "claude",
                 resume_session: None,
+                resume_file: None,
+                home: "/home/user".into(),
+                api: None,
                 limits: Limits::default(),
             }
         );
@@ -232,7 +283,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_done_is_refused() {
-        assert_eq!(parse(&[("VM0_API_TOKEN", "t")]), Err(EnvError::NoWebhooks));
+        // A token without an address.
+        let error = parse(&[("VM0_API_TOKEN", "t")]).unwrap_err();
+        assert_eq!(error, EnvError::Missing("VM0_API_URL"));
+        assert!(parse(&[("VM0_RESUME_SESSION_ID", "../x")]).is_err());
         let error = parse(&[("CLI_AGENT_TYPE", "other")]).unwrap_err();
         assert!(error.to_string().contains("claude-code"));
     }

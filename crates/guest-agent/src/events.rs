@@ -15,6 +15,11 @@ pub(crate) enum Event<'a> {
     ToolResults(Vec<Cow<'a, str>>),
     /// The run's result: what it says, and whether it is a failure.
     Result { text: Cow<'a, str>, is_error: bool },
+    /// A session begins, or goes on, in this directory.
+    Begin {
+        session: Cow<'a, str>,
+        cwd: Cow<'a, str>,
+    },
     /// Some other event.
     Other,
 }
@@ -43,6 +48,10 @@ pub(crate) fn parse(line: &str) -> Option<Event<'_>> {
             text: raw.result.unwrap_or_default(),
             is_error: raw.is_error.unwrap_or(false),
         },
+        "system" => match (raw.subtype.as_deref(), raw.session_id, raw.cwd) {
+            (Some("init"), Some(session), Some(cwd)) => Event::Begin { session, cwd },
+            _ => Event::Other,
+        },
         _ => Event::Other,
     })
 }
@@ -56,6 +65,12 @@ struct RawEvent<'a> {
     #[serde(borrow)]
     result: Option<Cow<'a, str>>,
     is_error: Option<bool>,
+    #[serde(borrow)]
+    subtype: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    session_id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    cwd: Option<Cow<'a, str>>,
 }
 
 #[derive(Deserialize)]

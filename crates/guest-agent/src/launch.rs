@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use crate::api::{Session, SessionError};
 use crate::emulation::is_emulated;
 use crate::env::{AgentEnv, NOT_FOR_THE_CLI, Prompt};
 
@@ -33,6 +34,8 @@ pub(crate) enum LaunchError {
     Signals(io::Error),
     #[error("the working directory {path:?} cannot be used: {source}")]
     WorkingDir { path: PathBuf, source: io::Error },
+    #[error("the session {id} cannot be resumed: {source}")]
+    Session { id: String, source: SessionError },
     #[error("the agent CLI {program:?} cannot be started: {source}")]
     Start {
         program: &'static str,
@@ -46,7 +49,7 @@ impl LaunchError {
         match self {
             Self::Start { source, .. } if source.kind() == io::ErrorKind::NotFound => 127,
             Self::Start { .. } => 126,
-            Self::WorkingDir { .. } | Self::Signals(_) => 1,
+            Self::WorkingDir { .. } | Self::Session { .. } | Self::Signals(_) => 1,
         }
     }
 }
@@ -63,6 +66,27 @@ pub(crate) fn enter_working_dir(path: &Path) -> Result<(), LaunchError> {
     })
 }
 
+/// Puts the history of the session to resume where the CLI looks for it. The working directory is entered already.
+pub(crate) fn restore_session(env: &AgentEnv) -> Result<(), LaunchError> {
+    let (Some(id), Some(file)) = (&env.resume_session, &env.resume_file) else {
+        return Ok(());
+    };
+    let cwd = std::env::current_dir().map_err(|source| LaunchError::WorkingDir {
+        path: env.working_dir.clone(),
+        source,
+    })?;
+    let session = Session {
+        id: id.clone(),
+        cwd,
+    };
+    session
+        .restore(&env.home, file)
+        .map_err(|source| LaunchError::Session {
+            id: id.to_string(),
+            source,
+        })
+}
+
 /// Starts the CLI as leader of its own process group, its standard output on a pipe. Standard error is the
 /// agent's own: it passes through untouched.
 pub(crate) fn start(env: &AgentEnv) -> Result<Child, LaunchError> {
@@ -71,7 +95,7 @@ pub(crate) fn start(env: &AgentEnv) -> Result<Child, LaunchError> {
         .args(["--print", "--verbose", "--output-format", "stream-json"])
         .arg("--dangerously-skip-permissions");
     if let Some(session) = &env.resume_session {
-        command.arg("--resume").arg(session);
+        command.arg("--resume").arg(session.to_string());
     }
     match &env.prompt {
         // Nothing after `--` is a flag, whatever the prompt begins with.

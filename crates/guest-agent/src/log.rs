@@ -6,6 +6,8 @@ use std::io::{self, Write as _};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _};
 
+use crate::api::Reporter;
+
 /// Bytes that a pipe which polls writable takes without blocking (`PIPE_BUF`).
 const CHUNK: usize = 4096;
 
@@ -22,6 +24,8 @@ pub(crate) struct Log {
     /// Bytes at the start of `pending` that are written already.
     written: usize,
     dropped: u64,
+    /// Gets a copy of everything.
+    reporter: Reporter,
 }
 
 impl Log {
@@ -33,19 +37,36 @@ impl Log {
             pending: Vec::with_capacity(1024),
             written: 0,
             dropped: 0,
+            reporter: Reporter::default(),
         }
+    }
+
+    /// The API gets a copy of what waits, and of everything from now on.
+    pub(crate) fn report_to(&mut self, reporter: Reporter) {
+        let waiting = self.pending.get(self.written..).unwrap_or_default();
+        reporter.log(&String::from_utf8_lossy(waiting));
+        self.reporter = reporter;
     }
 
     /// Adds one line of our own.
     pub(crate) fn line(&mut self, text: fmt::Arguments<'_>) {
+        let start = self.pending.len();
         // Writing into a Vec cannot fail.
         let _infallible = writeln!(self.pending, "{text}");
+        let line = self.pending.get(start..).unwrap_or_default();
+        if let Ok(line) = std::str::from_utf8(line) {
+            self.reporter.log(line);
+        }
     }
 
     /// Adds text of the CLI's, ended by a newline if it has none.
     pub(crate) fn text(&mut self, text: &str) {
         if text.is_empty() {
             return;
+        }
+        self.reporter.log(text);
+        if !text.ends_with('\n') {
+            self.reporter.log("\n");
         }
         if self.pending.len() - self.written + text.len() > MAX_PENDING {
             self.dropped += text.len() as u64;

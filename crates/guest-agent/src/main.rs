@@ -5,13 +5,15 @@
 //!
 //! ```text
 //! env ─▶ launch ─▶ supervisor ─┬─ lines ─▶ events ─▶ watchdogs
-//!                              └─ log ─▶ standard output
+//!                              ├─ log ─▶ standard output
+//!                              └─ api ─▶ webhooks, where there is a token
 //! ```
 //!
 //! One thread and one `poll`: the CLI's output is read whatever else is slow, because nothing else ever blocks
-//! (`log`). It sits on the path between a claim and the prompt, often under emulation: no async runtime, and
+//! (`log`); what talks to the API does so in threads of its own. It sits on the path between a claim and the prompt, often under emulation: no async runtime, and
 //! nothing allocated or asked of the kernel that is not used.
 
+mod api;
 mod emulation;
 mod end;
 mod env;
@@ -27,6 +29,7 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, ExitCode};
 use std::time::Instant;
 
+use api::{Api, Reporter};
 use end::End;
 use env::AgentEnv;
 use launch::LaunchError;
@@ -55,11 +58,51 @@ fn run(log: &mut Log) -> End {
     };
     log.line(format_args!("▶ VM0 Sandbox {}", env.run_id));
     log.line(format_args!("▷ Initialization"));
-    let (signalled, cli) = match initialize(&env) {
-        Ok(initialized) => initialized,
+    // Before signals are caught: until then one ends the agent, whatever it waits for.
+    let api = match env
+        .api
+        .as_ref()
+        .map(|api| Api::connect(api, &env.run_id, &env.home))
+    {
+        None => None,
+        Some(Ok(api)) => Some(api),
+        Some(Err(error)) => {
+            log.line(format_args!("✗ Initialization failed: {error}"));
+            return finish(log, End::failed(1, error));
+        }
+    };
+    let reporter = api.as_ref().map(Api::reporter).unwrap_or_default();
+    log.report_to(reporter.clone());
+    let signalled = match signals::catch().map_err(LaunchError::Signals) {
+        Ok(signalled) => signalled,
         Err(error) => {
             log.line(format_args!("✗ Initialization failed: {error}"));
-            return finish(log, End::failed(error.exit_code(), error));
+            return finish(log, End::failed(1, error));
+        }
+    };
+    let end = work(log, &env, started, &signalled, reporter);
+    let Some(api) = api else {
+        return finish(log, end);
+    };
+    let deadline = api.checkpoint(log, &signalled);
+    let end = finish(log, end);
+    api.close(log, &end, &signalled, deadline);
+    end
+}
+
+/// Runs the CLI.
+fn work(
+    log: &mut Log,
+    env: &AgentEnv,
+    started: Instant,
+    signalled: &OwnedFd,
+    reporter: Reporter,
+) -> End {
+    let cli = match initialize(env) {
+        Ok(cli) => cli,
+        Err(error) => {
+            log.line(format_args!("✗ Initialization failed: {error}"));
+            return End::failed(error.exit_code(), error);
         }
     };
     log.line(format_args!(
@@ -68,7 +111,7 @@ fn run(log: &mut Log) -> End {
     ));
     log.line(format_args!("▷ Execution"));
 
-    let end = match Supervisor::new(cli, env.limits, &signalled, log).run() {
+    let end = match Supervisor::new(cli, env.limits, signalled, log, reporter).run() {
         Ok(end) => end,
         Err(error) => {
             log.line(format_args!("✗ The agent CLI cannot be watched: {error}"));
@@ -80,14 +123,14 @@ fn run(log: &mut Log) -> End {
     } else {
         log.line(format_args!("✗ Execution failed (exit code {})", end.code));
     }
-    finish(log, end)
+    end
 }
 
-/// From here on a signal is forwarded instead of ending the agent, and the CLI runs.
-fn initialize(env: &AgentEnv) -> Result<(OwnedFd, Child), LaunchError> {
-    let signalled = signals::catch().map_err(LaunchError::Signals)?;
+/// From here on the CLI runs.
+fn initialize(env: &AgentEnv) -> Result<Child, LaunchError> {
     launch::enter_working_dir(&env.working_dir)?;
-    Ok((signalled, launch::start(env)?))
+    launch::restore_session(env)?;
+    launch::start(env)
 }
 
 /// The last lines of every run that got as far as its first.

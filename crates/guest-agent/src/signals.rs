@@ -36,6 +36,39 @@ pub(crate) fn catch() -> io::Result<OwnedFd> {
     Ok(wake)
 }
 
+/// Where the handler says that a checkpoint is wanted.
+static CHECKPOINT: AtomicI32 = AtomicI32::new(-1);
+
+/// Catches SIGUSR1 for the rest of the process's life. The returned descriptor can be read once for all that came
+/// since the last time, and waits for the next; it must be kept.
+pub(crate) fn catch_checkpoint() -> io::Result<OwnedFd> {
+    let wanted = eventfd(0, EventfdFlags::CLOEXEC)?;
+    CHECKPOINT.store(wanted.as_raw_fd(), Ordering::SeqCst);
+    // SAFETY: as for `catch`: the handler only loads an atomic and calls write(2).
+    let result = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = checkpoint_handler as extern "C" fn(i32) as libc::sighandler_t;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut())
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(wanted)
+}
+
+extern "C" fn checkpoint_handler(_signal: i32) {
+    let one: u64 = 1;
+    // SAFETY: writes eight bytes of a live local to the event descriptor, which is kept.
+    unsafe {
+        libc::write(
+            CHECKPOINT.load(Ordering::SeqCst),
+            (&raw const one).cast(),
+            8,
+        )
+    };
+}
+
 /// The signal that came, if one did.
 pub(crate) fn received() -> Option<i32> {
     let signal = RECEIVED.load(Ordering::SeqCst);

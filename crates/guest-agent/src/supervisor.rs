@@ -15,6 +15,7 @@
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdout};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
+use crate::api::{Reporter, Session};
 use crate::end::{self, End};
 use crate::env::Limits;
 use crate::events::{self, Event};
@@ -72,6 +74,7 @@ impl<'a> Supervisor<'a> {
         limits: Limits,
         signalled: &'a OwnedFd,
         log: &'a mut Log,
+        reporter: Reporter,
     ) -> Self {
         Self {
             group: i32::try_from(child.id()).ok().and_then(Pid::from_raw),
@@ -83,6 +86,7 @@ impl<'a> Supervisor<'a> {
             signalled,
             watch: Watch {
                 log,
+                reporter,
                 tools: PendingTools::default(),
                 result: None,
             },
@@ -276,6 +280,7 @@ struct Ready {
 /// What the CLI's lines have told so far.
 struct Watch<'a> {
     log: &'a mut Log,
+    reporter: Reporter,
     tools: PendingTools,
     result: Option<Finished>,
 }
@@ -313,6 +318,7 @@ impl Watch<'_> {
             self.log.text(&text);
             return;
         };
+        self.reporter.event(&text);
         let now = Instant::now();
         if let Some(finished) = &mut self.result {
             finished.last_event = now;
@@ -337,6 +343,11 @@ impl Watch<'_> {
                     failure: is_error.then(|| end::last_line(&text).unwrap_or_default()),
                 });
             }
+            Event::Begin { session, cwd } => self.reporter.session(|| {
+                let id = session.parse().ok()?;
+                let cwd = PathBuf::from(cwd.as_ref());
+                Some(Session { id, cwd })
+            }),
             Event::Other => {}
         }
     }

@@ -16,12 +16,10 @@ const VALUE_FLAGS: &[&str] = &[
     "--mcp-config",
     "--model",
     "--permission-mode",
-    "--resume",
     "--session-id",
     "--settings",
     "--system-prompt",
     "--tools",
-    "-r",
 ];
 
 /// What `--output-format` asks for.
@@ -38,6 +36,8 @@ pub(crate) enum OutputFormat {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Args {
     pub(crate) output_format: OutputFormat,
+    /// The session to go on with.
+    pub(crate) resume: Option<OsString>,
     /// First positional argument that is not empty.
     pub(crate) prompt: Option<OsString>,
 }
@@ -65,6 +65,8 @@ impl Args {
                 parsed.output_format = format_of(&arguments.next().unwrap_or_default());
             } else if let Some(value) = flag.strip_prefix("--output-format=") {
                 parsed.output_format = format_of(OsStr::new(value));
+            } else if matches!(flag, "--resume" | "-r") {
+                parsed.resume = arguments.next();
             } else if VALUE_FLAGS.contains(&flag) {
                 arguments.next();
             }
@@ -108,6 +110,7 @@ mod tests {
         ]);
         assert_eq!(args.output_format, OutputFormat::StreamJson);
         assert_eq!(args.prompt, Some("echo hi".into()));
+        assert_eq!(args.resume, Some("not-the-prompt".into()));
     }
 
     #[test]

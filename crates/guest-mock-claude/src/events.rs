@@ -13,6 +13,8 @@ const TOOL_USE_ID: &str = "toolu_mock_001";
 pub(crate) struct Stream {
     session_id: String,
     cwd: PathBuf,
+    /// The session's history before this run.
+    earlier: Vec<u8>,
     lines: Vec<u8>,
     printed: usize,
 }
@@ -26,9 +28,26 @@ impl Stream {
         Ok(Self {
             session_id: format!("mock-{micros}"),
             cwd: std::env::current_dir()?,
+            earlier: Vec::new(),
             lines: Vec::with_capacity(2048),
             printed: 0,
         })
+    }
+
+    /// Goes on with a session whose history is there.
+    pub(crate) fn resume(session_id: &str) -> io::Result<Self> {
+        let cwd = std::env::current_dir()?;
+        Ok(Self {
+            earlier: crate::history::load(&cwd, session_id)?,
+            session_id: session_id.to_owned(),
+            cwd,
+            lines: Vec::with_capacity(2048),
+            printed: 0,
+        })
+    }
+
+    pub(crate) fn earlier(&self) -> &[u8] {
+        &self.earlier
     }
 
     pub(crate) fn session_id(&self) -> &str {
@@ -248,6 +267,7 @@ mod tests {
             cwd: "/home/user/workspace".into(),
             lines: Vec::new(),
             printed: 0,
+            earlier: Vec::new(),
         }
     }
 

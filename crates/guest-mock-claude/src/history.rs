@@ -7,10 +7,20 @@ use std::path::{Path, PathBuf};
 
 use crate::events::Stream;
 
-/// Writes every line of the run to `$HOME/.claude/projects/<cwd dashed>/<session>.jsonl`.
+/// What an earlier run of this session left.
+pub(crate) fn load(cwd: &Path, session_id: &str) -> io::Result<Vec<u8>> {
+    fs::read(path_of(&home(), cwd, session_id))
+}
+
+fn home() -> PathBuf {
+    std::env::var_os("HOME")
+        .unwrap_or_else(|| "/home/user".into())
+        .into()
+}
+
+/// Writes every line of the session to `$HOME/.claude/projects/<cwd dashed>/<session>.jsonl`.
 pub(crate) fn save(stream: &Stream) -> io::Result<()> {
-    let home = std::env::var_os("HOME").unwrap_or_else(|| "/home/user".into());
-    let path = path_of(Path::new(&home), stream.cwd(), stream.session_id());
+    let path = path_of(&home(), stream.cwd(), stream.session_id());
     let mut options = OpenOptions::new();
     options.create(true).write(true).truncate(true).mode(0o600);
     let mut file = match options.open(&path) {
@@ -20,13 +30,18 @@ pub(crate) fn save(stream: &Stream) -> io::Result<()> {
         }
         other => other?,
     };
+    file.write_all(stream.earlier())?;
     file.write_all(stream.lines())
 }
 
-/// `/home/user/workspace` becomes the directory `-home-user-workspace`.
+/// Whatever is no letter or digit of the working directory becomes a hyphen: `/home/user/workspace` is
+/// `-home-user-workspace`.
 fn path_of(home: &Path, cwd: &Path, session_id: &str) -> PathBuf {
     home.join(".claude/projects")
-        .join(cwd.to_string_lossy().replace('/', "-"))
+        .join(
+            cwd.to_string_lossy()
+                .replace(|c: char| !c.is_ascii_alphanumeric(), "-"),
+        )
         .join(format!("{session_id}.jsonl"))
 }
 

@@ -14,6 +14,7 @@ mod events;
 mod history;
 mod script;
 
+use std::ffi::OsStr;
 use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStringExt as _;
 use std::process::ExitCode;
@@ -46,7 +47,7 @@ fn run() -> io::Result<ExitCode> {
     }
     match args.output_format {
         OutputFormat::Text => Err(bash::become_bash(&prompt)),
-        OutputFormat::StreamJson => answer(&prompt),
+        OutputFormat::StreamJson => answer(&prompt, args.resume.as_deref()),
     }
 }
 
@@ -63,8 +64,19 @@ fn prompt_bytes(args: &Args) -> io::Result<Option<Vec<u8>>> {
 }
 
 /// The five lines around one run of the prompt.
-fn answer(prompt: &[u8]) -> io::Result<ExitCode> {
-    let mut stream = Stream::new()?;
+fn answer(prompt: &[u8], resume: Option<&OsStr>) -> io::Result<ExitCode> {
+    let mut stream = match resume.map(OsStr::to_string_lossy) {
+        None => Stream::new()?,
+        Some(id) => match Stream::resume(&id) {
+            Ok(stream) => stream,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // As the real CLI says it.
+                eprintln!("No conversation found with session ID: {id}");
+                return Ok(ExitCode::FAILURE);
+            }
+            Err(error) => return Err(error),
+        },
+    };
     opening_lines(&mut stream);
     command_lines(&mut stream, prompt);
     stream.flush()?;

@@ -194,7 +194,9 @@ impl Policy {
                 Some(port)
                     if !WEB_PORTS.contains(&port)
                         && decided.insert(port)
-                        && rule.action == RuleAction::Allow =>
+                        && rule.action == RuleAction::Allow
+                        // The runner's API: whoever sees requests is the proxy.
+                        && rule.requests.is_empty() =>
                 {
                     open.insert(port);
                 }

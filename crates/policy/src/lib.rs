@@ -5,6 +5,7 @@
 //! language: `vectors/*.json` hold both to one meaning. Nothing here reads a file or opens a socket.
 #![forbid(unsafe_code)]
 
+mod api;
 mod decide;
 mod draft;
 mod fields;
@@ -18,6 +19,7 @@ mod secret;
 mod template;
 pub mod wire;
 
+pub use api::ApiAccess;
 pub use decide::{Action, By, Decision, HttpRequest, Tls};
 pub use draft::{Draft, DraftError, MAX_FILE_BYTES, RuleArgument};
 pub use host::{Host, HostError, HostPattern};

@@ -167,11 +167,15 @@ impl InternalAllow {
         Ok(allow)
     }
 
-    /// These exceptions, and one more.
-    pub fn and(&self, entry: &str) -> Result<Self, String> {
-        let mut entries: Vec<String> = self.clone().into();
-        entries.push(entry.to_owned());
-        Self::parse(&entries)
+    /// The same with one more name: that of the runner's own API.
+    #[must_use]
+    pub fn and_host(mut self, host: Host) -> Self {
+        match host {
+            // The kernel's rules know it; no query asks for it.
+            Host::Address(_) => {}
+            name @ Host::Name(_) => self.hosts.push(HostPattern::Exactly(name)),
+        }
+        self
     }
 
     /// The networks that stand in the kernel's set from the start.

@@ -98,6 +98,17 @@ impl Launcher {
         self.done(Op::AllowInternal(addresses, seconds)).await
     }
 
+    /// Lets VMs reach the runner's own API through the proxy, and the proxy itself, at these addresses and ports for `ttl`
+    /// (rounded up to seconds), also on ports and in ranges that are refused otherwise.
+    pub async fn admit_api(
+        &self,
+        at: Vec<SocketAddrV4>,
+        ttl: Duration,
+    ) -> Result<(), LauncherError> {
+        let seconds = seconds(ttl)?;
+        self.done(Op::AdmitApi(at, seconds)).await
+    }
+
     pub(super) async fn done(&self, op: Op) -> Result<(), LauncherError> {
         match self.ask(op).await?.0 {
             Reply::Done => Ok(()),

@@ -311,6 +311,7 @@ impl Server {
             Op::CutNetwork(network) => self.cut_network(id, network),
             Op::DestroyNetwork(network) => self.destroy_network(id, network),
             Op::OpenDestinations(network, to, seconds) => self.open(id, network, to, seconds),
+            Op::AdmitApi(at, seconds) => self.admit_api(id, at, seconds),
             Op::AllowInternal(addresses, seconds) => self.allow_internal(id, addresses, seconds),
         }
     }

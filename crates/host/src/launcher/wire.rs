@@ -55,6 +55,7 @@ pub(super) enum Op {
     /// With the seconds it holds.
     OpenDestinations(NetworkId, Vec<SocketAddrV4>, u32),
     AllowInternal(Vec<Ipv4Addr>, u32),
+    AdmitApi(Vec<SocketAddrV4>, u32),
 }
 
 /// Where a process runs and whose uid and cgroup it has.

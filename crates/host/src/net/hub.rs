@@ -1,7 +1,7 @@
 //! Making and ending a hub. Runs in a child of the launcher, which moves between namespaces freely.
 
 use std::io;
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 
 use super::address::{HubNumber, MAX_HUBS};
@@ -133,6 +133,19 @@ pub(crate) fn end(number: HubNumber) -> Result<(), String> {
     let unlinked = Route::open().and_then(|mut host| host.delete_link(&number.link()));
     removed?;
     unlinked.map_err(|e| format!("remove the link {}: {e}", number.link()))
+}
+
+/// Lets the hub's proxy reach the runner's own API for a while, and VMs through it.
+pub(crate) fn admit_api(
+    number: HubNumber,
+    hub: &OwnedFd,
+    at: &[SocketAddrV4],
+    seconds: u32,
+) -> Result<(), String> {
+    let host = nft::Transaction::start(&rules::admit_api_on_host(number, at, seconds))?;
+    namespace::enter(hub).map_err(|e| format!("enter the hub: {e}"))?;
+    nft::apply(&rules::admit_api_in_hub(at, seconds))?;
+    host.finish()
 }
 
 /// Opens addresses of refused ranges for a while, in the hub and, should they be the host's own, there.

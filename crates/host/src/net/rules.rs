@@ -163,6 +163,8 @@ pub(crate) fn hub(config: &HubConfig) -> String {
   }}
   set internal {{ type ipv4_addr; flags timeout; size 16384;
   }}
+  set api {{ type ipv4_addr . inet_service; flags timeout; size 1024;
+  }}
   set open {{ type ipv4_addr . ipv4_addr . inet_service; flags timeout; size 65536;
   }}
   set connections {{ type ipv4_addr; flags dynamic; size 8192;
@@ -197,6 +199,7 @@ pub(crate) fn hub(config: &HubConfig) -> String {
   chain web {{
     type nat hook prerouting priority dstnat; policy accept;
     iifname != "v*" return
+    ip daddr . tcp dport @api goto to_proxy
     tcp dport != {{ 80, 443 }} return
     ip daddr @internal_nets goto to_proxy
     ip daddr @internal goto to_proxy
@@ -257,6 +260,7 @@ pub(crate) fn hub(config: &HubConfig) -> String {
     ct state invalid drop
     oifname "v*" goto refuse_proxy
     oifname "lo" ip daddr {RESOLVER_FOR_PROXY} meta l4proto {{ tcp, udp }} th dport 53 accept
+    ip daddr . tcp dport @api oifname "up" accept
     ip daddr @internal_nets meta l4proto tcp oifname "up" accept
     ip daddr @internal meta l4proto tcp oifname "up" accept
     ip daddr @refused_nets goto refuse_proxy
@@ -334,6 +338,8 @@ table ip {table} {{
   }}
   set internal {{ type ipv4_addr; flags timeout; size 16384;
   }}
+  set api {{ type ipv4_addr . inet_service; flags timeout; size 1024;
+  }}
   chain arrive {{
     type filter hook prerouting priority raw; policy accept;
     iifname "{link}" ip saddr != {source} drop
@@ -342,6 +348,7 @@ table ip {table} {{
     type filter hook input priority filter; policy accept;
     iifname != "{link}" accept
     ct state established,related accept
+    ip daddr . tcp dport @api accept
     ip daddr @internal_nets accept
     ip daddr @internal accept
     meta l4proto tcp reject with tcp reset
@@ -424,6 +431,22 @@ pub(crate) fn allow_on_host(hub: HubNumber, addresses: &[Ipv4Addr], seconds: u32
         &texts(addresses),
         seconds,
     )
+}
+
+/// In the hub: where the runner's own API is. VMs reach it through the proxy only, whatever its port and range.
+pub(crate) fn admit_api_in_hub(at: &[SocketAddrV4], seconds: u32) -> String {
+    renew("inet vm0", "api", &sockets(at), seconds)
+}
+
+/// On the host: the same, in case it is the host's own.
+pub(crate) fn admit_api_on_host(hub: HubNumber, at: &[SocketAddrV4], seconds: u32) -> String {
+    renew(&format!("ip {}", hub.table()), "api", &sockets(at), seconds)
+}
+
+fn sockets(at: &[SocketAddrV4]) -> Vec<String> {
+    at.iter()
+        .map(|at| format!("{} . {}", at.ip(), at.port()))
+        .collect()
 }
 
 fn texts(addresses: &[Ipv4Addr]) -> Vec<String> {

@@ -2,6 +2,7 @@
 //! there is none.
 #![cfg(test)]
 
+mod api;
 mod common;
 mod jailed;
 mod life;

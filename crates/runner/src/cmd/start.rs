@@ -295,7 +295,8 @@ impl Starting {
             .sum();
         let policies = config.profiles.iter();
         let settings = NetworkSettings {
-            internal_allow: source.internal_allow(&config.network.internal_allow)?,
+            api: source.api_access()?,
+            internal_allow: config.network.internal_allow.clone(),
             profiles: policies
                 .map(|(name, profile)| (name.clone(), profile.policy.clone()))
                 .collect(),

@@ -7,9 +7,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use host::launcher::Launcher;
 use host::net::{NetworkId, RESOLVER_FOR_PROXY};
-use policy::Host;
 use policy::log::Line;
 use policy::ranges::Reach;
+use policy::{ApiAccess, Host, InternalAllow};
 use resolver::{Client, Directory, Unusable, Vm};
 
 use super::kernel::Names;
@@ -22,6 +22,10 @@ pub(super) struct RunDirectory {
     pub(super) launcher: Launcher,
     pub(super) registrations: Arc<Registrations>,
     pub(super) names: Names,
+    /// The API of the runner's jobs.
+    pub(super) api: Option<ApiAccess>,
+    /// What the operator excepts from the refused ranges.
+    pub(super) internal_allow: InternalAllow,
 }
 
 #[async_trait]
@@ -35,7 +39,7 @@ impl Directory for RunDirectory {
             address,
             generation: registration.generation,
             run_id: registration.run.to_string(),
-            policy: registration.policy,
+            policy: registration.decides,
         })))
     }
 
@@ -48,10 +52,28 @@ impl Directory for RunDirectory {
     ) -> Result<(), Unusable> {
         let unusable = |error: host::launcher::LauncherError| Unusable(error.to_string());
         let ttl = ttl.saturating_add(GRACE);
+        let api = self.api.as_ref().filter(|api| api.host() == name);
+        if let Some(api) = api {
+            let at = addresses.iter().filter_map(|reach| match reach {
+                Reach::Internal(address) | Reach::Public(address) => {
+                    Some(SocketAddrV4::new(*address, api.port()))
+                }
+                Reach::Refused(_) => None,
+            });
+            self.launcher
+                .admit_api(at.collect(), ttl)
+                .await
+                .map_err(unusable)?;
+        }
+        // For the API alone nothing but its own port is opened.
+        let excepted = |address: Ipv4Addr| {
+            let reach = self.internal_allow.judge(address.into(), Some(name));
+            api.is_none() || matches!(reach, Reach::Internal(_))
+        };
         let internal: Vec<Ipv4Addr> = addresses
             .iter()
             .filter_map(|reach| match reach {
-                Reach::Internal(address) => Some(*address),
+                Reach::Internal(address) => excepted(*address).then_some(*address),
                 Reach::Public(_) | Reach::Refused(_) => None,
             })
             .collect();

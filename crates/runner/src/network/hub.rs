@@ -16,7 +16,7 @@ use std::time::Duration;
 use host::fs::{Dir, FsError};
 use host::launcher::{Launcher, LauncherError};
 use host::net::{Cidr, HubConfig, NetworkId, NetworkLimits, NetworkPool};
-use policy::{Draft, InternalAllow, MergeError, Policy, Rule, Secret, merge_under, ranges};
+use policy::{ApiAccess, Draft, InternalAllow, MergeError, Policy, Secret, merge_under, ranges};
 use resolver::{HostFiles, Limits, Resolver};
 use tokio::net::{TcpListener, UdpSocket};
 
@@ -65,6 +65,8 @@ pub(crate) enum NetworkError {
 /// What the network is made with.
 #[derive(Debug)]
 pub(crate) struct NetworkSettings {
+    /// The API whose webhooks every job may reach, where jobs come from one.
+    pub(crate) api: Option<ApiAccess>,
     /// The operator's exceptions from the refused ranges.
     pub(crate) internal_allow: InternalAllow,
     /// What each profile's jobs may reach, unless they say otherwise.
@@ -96,16 +98,13 @@ struct Operators {
     profile: Option<Draft>,
     /// The Web API's, for the group.
     group: Option<Draft>,
-    /// What holds before all of them.
-    webhooks: Vec<Rule>,
 }
 
 impl Operators {
     /// What holds for a job that wants this.
     fn over(&self, wanted: &Draft) -> Result<Policy, MergeError> {
         let operators: Vec<&Draft> = self.profile.iter().chain(&self.group).collect();
-        let merged = merge_under(&operators, wanted)?;
-        Ok(merged.with_rules_first(self.webhooks.clone())?)
+        merge_under(&operators, wanted)
     }
 }
 
@@ -130,18 +129,25 @@ impl JobNetworks {
             limits: NetworkLimits::default(),
         };
         let hub = launcher.make_hub(config.clone()).await?;
-        let registrations = Arc::new(Registrations::new());
+        let registrations = Arc::new(Registrations::new(settings.api.clone()));
         let kernel = KernelEvents::start(hub.refusals, hub.flows, Arc::clone(&registrations))?;
         let names = kernel.names();
         let run_directory = RunDirectory {
             launcher: launcher.clone(),
             registrations: Arc::clone(&registrations),
             names,
+            api: settings.api.clone(),
+            internal_allow: settings.internal_allow.clone(),
         };
+        let mut internal_allow = settings.internal_allow.clone();
+        if let Some(api) = &settings.api {
+            // Also on a private address; what that opens is its port alone (`RunDirectory`).
+            internal_allow = internal_allow.and_host(api.host().clone());
+        }
         let resolver = Resolver::new(
             resolver::Config {
                 files: HostFiles::new("/etc/resolv.conf".into(), "/etc/hosts".into()),
-                internal_allow: settings.internal_allow.clone(),
+                internal_allow,
                 limits: Limits::default(),
             },
             Arc::new(run_directory),
@@ -191,7 +197,6 @@ impl JobNetworks {
         let operators = Operators {
             profile: self.settings.profiles.get(&job.profile).cloned(),
             group: api.map(|api| api.group_policy.clone()),
-            webhooks: api.map_or_else(Vec::new, |api| api.webhooks.clone()),
         };
         let wanted = job
             .network
@@ -200,13 +205,16 @@ impl JobNetworks {
         let policy = operators.over(wanted)?;
         check_secrets(&policy, &secrets)?;
         let log = NetworkLog::create(&self.home, job.run_id, self.settings.log_max)?;
-        let registration = self.registrations.add(
-            network.slot_address(),
-            job.run_id,
-            Arc::new(policy),
-            secrets.into(),
-            log,
-        );
+        let registration = self
+            .registrations
+            .add(
+                network.slot_address(),
+                job.run_id,
+                Arc::new(policy),
+                secrets.into(),
+                log,
+            )
+            .map_err(MergeError::from)?;
         let admission = Admission {
             networks: Arc::clone(self),
             network,
@@ -215,6 +223,7 @@ impl JobNetworks {
         };
         lock(&self.operators).insert(job.run_id, operators);
         // From here on a failure, or a caller that is cancelled, ends the registration again.
+        self.admit_api().await?;
         self.open_addresses(&admission.registration, network)
             .await?;
         self.proxy.register(&admission.registration).await?;
@@ -232,6 +241,17 @@ impl JobNetworks {
         Ok(receive(file, &network.secrets)?)
     }
 
+    /// An API that is named by address: no query will announce it.
+    async fn admit_api(&self) -> Result<(), NetworkError> {
+        if let Some(api) = &self.settings.api
+            && let policy::Host::Address(address) = *api.host()
+        {
+            let at = vec![SocketAddrV4::new(address, api.port())];
+            self.launcher.admit_api(at, FOR_THE_JOB).await?;
+        }
+        Ok(())
+    }
+
     /// Destinations that the policy names by address: no query will announce them.
     async fn open_addresses(
         &self,
@@ -245,7 +265,7 @@ impl JobNetworks {
                 ranges::Reach::Refused(_)
             )
         };
-        let addresses = registration.policy.open_addresses();
+        let addresses = registration.decides.open_addresses();
         let destinations: Vec<SocketAddrV4> = addresses
             .into_iter()
             .filter(|(address, _)| usable(address))
@@ -322,6 +342,7 @@ impl JobNetworks {
         let registration = self
             .registrations
             .set_policy(before.run, Arc::new(changed))
+            .map_err(MergeError::from)?
             .ok_or(NetworkError::NoRun)?;
         self.proxy.update(&registration).await?;
         if let Some(network) = NetworkId::of_slot_address(registration.address) {

@@ -8,7 +8,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use policy::log::{Event, Line, Timestamp};
-use policy::{Action, Policy, Secret};
+use policy::{Action, ApiAccess, Policy, PolicyError, Secret};
 use tokio::sync::watch;
 
 use super::log::NetworkLog;
@@ -24,8 +24,10 @@ pub(crate) struct Registration {
     pub(crate) generation: u64,
     /// The run.
     pub(crate) run: RunId,
-    /// What it may reach.
+    /// What it may reach, as people see it.
     pub(crate) policy: Arc<Policy>,
+    /// What decides: the same, behind the runner's own API where there is one.
+    pub(crate) decides: Arc<Policy>,
     /// Its secrets, with their values.
     pub(crate) secrets: Arc<[Secret]>,
     /// Since when.
@@ -44,6 +46,8 @@ struct Kept {
 #[derive(Debug)]
 pub(crate) struct Registrations {
     state: Mutex<State>,
+    /// The API whose webhooks every job may reach.
+    api: Option<ApiAccess>,
     /// Lines by what they are about and what became of it.
     traffic: Counters,
     /// Rings whenever there are others than before.
@@ -58,8 +62,9 @@ struct State {
 
 impl Registrations {
     /// None yet.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(api: Option<ApiAccess>) -> Self {
         Self {
+            api,
             state: Mutex::default(),
             traffic: Counters::default(),
             changed: watch::Sender::new(()),
@@ -71,6 +76,14 @@ impl Registrations {
         self.changed.subscribe()
     }
 
+    /// What decides for a job with this policy.
+    fn decides(&self, policy: &Arc<Policy>) -> Result<Arc<Policy>, PolicyError> {
+        match &self.api {
+            None => Ok(Arc::clone(policy)),
+            Some(api) => Ok(Arc::new(api.over(policy)?)),
+        }
+    }
+
     /// Begins a registration; an older one of the address ends with it.
     pub(crate) fn add(
         &self,
@@ -79,7 +92,8 @@ impl Registrations {
         policy: Arc<Policy>,
         secrets: Arc<[Secret]>,
         log: NetworkLog,
-    ) -> Registration {
+    ) -> Result<Registration, PolicyError> {
+        let decides = self.decides(&policy)?;
         let mut state = self.lock();
         state.last_generation = state.last_generation.saturating_add(1);
         let registration = Registration {
@@ -87,6 +101,7 @@ impl Registrations {
             generation: state.last_generation,
             run,
             policy,
+            decides,
             secrets,
             since: Timestamp::now(),
         };
@@ -97,7 +112,7 @@ impl Registrations {
         };
         state.kept.insert(address, kept);
         self.changed.send_replace(());
-        registration
+        Ok(registration)
     }
 
     /// Ends a registration and closes its log; says how many lines the log lacks. Nothing if it has ended.
@@ -112,11 +127,26 @@ impl Registrations {
     }
 
     /// Changes a run's policy; gives the registration as it is now.
-    pub(crate) fn set_policy(&self, run: RunId, policy: Arc<Policy>) -> Option<Registration> {
+    pub(crate) fn set_policy(
+        &self,
+        run: RunId,
+        policy: Arc<Policy>,
+    ) -> Result<Option<Registration>, PolicyError> {
+        let decides = self.decides(&policy)?;
+        Ok(self.replace_policy(run, policy, decides))
+    }
+
+    fn replace_policy(
+        &self,
+        run: RunId,
+        policy: Arc<Policy>,
+        decides: Arc<Policy>,
+    ) -> Option<Registration> {
         let mut state = self.lock();
         let kept = state.kept.values_mut();
         let kept = kept.into_iter().find(|kept| kept.registration.run == run)?;
         kept.registration.policy = policy;
+        kept.registration.decides = decides;
         let changed = kept.registration.clone();
         self.changed.send_replace(());
         Some(changed)
@@ -225,11 +255,13 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join("logs")).unwrap();
         let home = Dir::open(root.path()).unwrap();
-        let registrations = Registrations::new();
+        let registrations = Registrations::new(None);
         let address = Ipv4Addr::new(100, 96, 0, 1);
         let add = |run| {
             let log = NetworkLog::create(&home, run, 1 << 20).unwrap();
-            registrations.add(address, run, Arc::default(), Arc::from([]), log)
+            registrations
+                .add(address, run, Arc::default(), Arc::from([]), log)
+                .unwrap()
         };
         let (one, two) = (RunId::random(), RunId::random());
         let first = add(one);

@@ -187,7 +187,7 @@ async fn tell_all(channel: &Channel, registrations: &Registrations) -> Result<()
             .copied();
         let news = current.iter().find(|registration| {
             told.get(&key(registration))
-                .is_none_or(|policy| !Arc::ptr_eq(policy, &registration.policy))
+                .is_none_or(|policy| !Arc::ptr_eq(policy, &registration.decides))
         });
         let answer = if let Some((address, generation)) = ended {
             told.remove(&(address, generation));
@@ -197,7 +197,7 @@ async fn tell_all(channel: &Channel, registrations: &Registrations) -> Result<()
             };
             ask(channel, &request).await
         } else if let Some(registration) = news {
-            told.insert(key(registration), Arc::clone(&registration.policy));
+            told.insert(key(registration), Arc::clone(&registration.decides));
             register(channel, registration).await
         } else {
             return Ok(());
@@ -220,7 +220,7 @@ pub(super) async fn register(
         address: registration.address,
         generation: registration.generation,
         run_id: &run,
-        policy: &registration.policy,
+        policy: &registration.decides,
         secrets: &registration.secrets,
     };
     ask(channel, &request).await
@@ -376,12 +376,14 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join("logs")).unwrap();
         let home = Dir::open(root.path()).unwrap();
-        let registrations = Arc::new(Registrations::new());
+        let registrations = Arc::new(Registrations::new(None));
         let add = |last: u8| {
             let run = RunId::random();
             let log = NetworkLog::create(&home, run, 1 << 20).unwrap();
             let address = Ipv4Addr::new(100, 96, 0, last);
-            registrations.add(address, run, Arc::default(), Arc::from([]), log)
+            registrations
+                .add(address, run, Arc::default(), Arc::from([]), log)
+                .unwrap()
         };
         let only = add(1);
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -393,7 +395,10 @@ mod tests {
         let stays = only.clone();
         let told = worker(theirs, move || {
             let policy = stays.policy.with_rules_first(vec![denied]).unwrap();
-            changing.set_policy(stays.run, Arc::new(policy)).unwrap();
+            changing
+                .set_policy(stays.run, Arc::new(policy))
+                .unwrap()
+                .unwrap();
         });
         let channel = Channel::start(ours, |_| {}).unwrap();
         tell_all(&channel, &registrations).await.unwrap();

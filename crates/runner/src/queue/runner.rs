@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use api_types::runner::ResumeSession;
 use host::fs::{Access, Dir, FsError, LockKind};
-use policy::{Draft, Rule};
+use policy::Draft;
 use serde::{Deserialize, Serialize};
 
 use super::first_seen::FirstSeen;
@@ -123,8 +123,6 @@ pub(crate) struct ApiSide {
     pub(crate) token: Zeroizing<String>,
     /// What the group's runs may not lift.
     pub(crate) group_policy: Draft,
-    /// What a guest may reach of the API itself, whatever policies say: the webhooks of guests, and nothing else.
-    pub(crate) webhooks: Vec<Rule>,
     /// The session to go on with, as an earlier run left it.
     pub(crate) resume: Option<ResumeSession>,
 }

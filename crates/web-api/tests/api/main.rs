@@ -13,6 +13,7 @@ mod edges;
 mod faults;
 mod feeds;
 mod flow;
+mod guest_agent;
 mod nats;
 mod replica;
 mod tokens;

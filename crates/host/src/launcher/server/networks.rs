@@ -72,6 +72,7 @@ enum Work {
     /// For so many seconds; and whether some of them may be open already.
     Open(NetworkId, Vec<SocketAddrV4>, u32, bool),
     Allow(Vec<Ipv4Addr>, u32),
+    AdmitApi(Vec<SocketAddrV4>, u32),
 }
 
 impl Work {
@@ -82,7 +83,11 @@ impl Work {
             | Work::Flush(network)
             | Work::End(network)
             | Work::Open(network, ..) => Some(*network),
-            Work::MakeHub(_) | Work::EndHub | Work::MakeUnplugged | Work::Allow(..) => None,
+            Work::MakeHub(_)
+            | Work::EndHub
+            | Work::MakeUnplugged
+            | Work::Allow(..)
+            | Work::AdmitApi(..) => None,
         }
     }
 
@@ -97,6 +102,7 @@ impl Work {
             Work::End(network) => format!("end network {network}"),
             Work::Open(network, ..) => format!("open destinations for network {network}"),
             Work::Allow(..) => "open internal addresses".to_owned(),
+            Work::AdmitApi(..) => "admit the API".to_owned(),
         }
     }
 }
@@ -202,6 +208,9 @@ impl Networks {
             }
             Work::Allow(addresses, seconds) => {
                 hub::allow(*number, namespace, addresses, *seconds).map(none)
+            }
+            Work::AdmitApi(at, seconds) => {
+                hub::admit_api(*number, namespace, at, *seconds).map(none)
             }
         }
     }
@@ -312,6 +321,13 @@ impl Server {
         self.do_later(id, Work::Allow(addresses, seconds));
     }
 
+    pub(super) fn admit_api(&mut self, id: u64, at: Vec<SocketAddrV4>, seconds: u32) {
+        if at.is_empty() {
+            return self.answer(id, Ok(Reply::Done));
+        }
+        self.do_later(id, Work::AdmitApi(at, seconds));
+    }
+
     fn do_later(&mut self, request: u64, work: Work) {
         self.networks.waiting.push_back((request, work));
         self.start_errands();
@@ -407,7 +423,7 @@ impl Server {
                 networks.made.remove(id);
             }
             Work::EndHub => networks.hub = None,
-            Work::Open(..) | Work::Allow(..) => {}
+            Work::Open(..) | Work::Allow(..) | Work::AdmitApi(..) => {}
         }
         Ok((Reply::Done, Vec::new()))
     }
@@ -427,7 +443,11 @@ impl Server {
                 }
             }
             // What was opened is still remembered, as nobody knows whether it was.
-            Work::Open(..) | Work::Allow(..) | Work::MakeUnplugged | Work::EndHub => {}
+            Work::Open(..)
+            | Work::Allow(..)
+            | Work::AdmitApi(..)
+            | Work::MakeUnplugged
+            | Work::EndHub => {}
         }
     }
 

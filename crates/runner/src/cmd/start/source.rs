@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use policy::InternalAllow;
+use policy::{ApiAccess, Host, Scheme};
 use reqwest::Url;
 use zeroize::Zeroizing;
 
@@ -26,20 +26,35 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// What VMs may reach although it is not public: what the operator says, and the API. Of that a run's policy opens
-    /// the webhooks of guests only.
-    pub(super) fn internal_allow(&self, stated: &InternalAllow) -> Result<InternalAllow, CliError> {
-        let host = match self {
-            Self::Local => None,
-            Self::Api(settings) => settings.url.host_str(),
+    /// What jobs may reach of the Web API.
+    pub(super) fn api_access(&self) -> Result<Option<ApiAccess>, CliError> {
+        let Self::Api(settings) = self else {
+            return Ok(None);
         };
-        let Some(host) = host else {
-            return Ok(stated.clone());
+        let url = &settings.url;
+        let scheme = if url.scheme() == "https" {
+            Scheme::Https
+        } else {
+            Scheme::Http
         };
-        stated.and(host).map_err(|error| {
-            CliError::failed(format_args!("VMs cannot reach the Web API: {error}"))
-                .with_hint("give it an address that is not this host's own (docs/api-mode.md)")
-        })
+        let host = url.host_str().unwrap_or_default();
+        let port = url.port_or_known_default().unwrap_or(443);
+        let access = ApiAccess::new(scheme, host, port, url.path()).map_err(|why| {
+            CliError::usage(format_args!(
+                "no VM could reach the Web API at {url}: {why}"
+            ))
+        })?;
+        let loopback = match access.host() {
+            Host::Name(name) => name == "localhost",
+            Host::Address(address) => address.is_loopback(),
+        };
+        if loopback {
+            tracing::warn!(
+                %url,
+                "no VM can reach the Web API at this host's loopback, so jobs will fail: name it by another address"
+            );
+        }
+        Ok(Some(access))
     }
 }
 
@@ -93,10 +108,6 @@ fn address(text: &str) -> Result<Url, CliError> {
     if !url.username().is_empty() || url.password().is_some() {
         return Err(refused("it holds a password; the token goes elsewhere"));
     }
-    // The proxy, through which guests reach their webhooks, carries these.
-    if !matches!(url.port_or_known_default(), Some(80 | 443)) {
-        return Err(refused("VMs reach ports 80 and 443 only"));
-    }
     if url.query().is_some() || url.fragment().is_some() {
         return Err(refused("it has a query or fragment"));
     }
@@ -148,7 +159,6 @@ mod tests {
         );
         for (url, token, mode, why) in [
             ("ftp://api.example.com", good, 0o600, "https://"),
-            ("https://api.example.com:8080", good, 0o600, "80 and 443"),
             ("api.example.com", good, 0o600, "no URL"),
             ("https://a:b@api.example.com", good, 0o600, "password"),
             ("https://api.example.com/?x=1", good, 0o600, "query"),
@@ -170,24 +180,6 @@ mod tests {
             let error = refused(url, token, mode);
             assert!(error.contains(why), "{url}: {error}");
         }
-        let settings = |url: &str| {
-            Source::Api(ApiSettings {
-                url: url.parse().unwrap(),
-                token: Zeroizing::new(String::new()),
-            })
-        };
-        let stated = InternalAllow::parse(&["10.1.0.0/16"]).unwrap();
-        assert_eq!(Source::Local.internal_allow(&stated).unwrap(), stated);
-        let both = settings("http://10.2.0.1").internal_allow(&stated).unwrap();
-        assert_eq!(
-            both,
-            InternalAllow::parse(&["10.1.0.0/16", "10.2.0.1"]).unwrap()
-        );
-        assert!(
-            settings("http://127.0.0.1")
-                .internal_allow(&stated)
-                .is_err()
-        );
         assert!(of(false, None, None).is_err());
         assert!(matches!(of(true, None, None), Ok(Source::Local)));
     }

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use api_types::ClaimId;
-use api_types::guest::WEBHOOKS;
 use api_types::runner::{Claim, ExecutionContext, FirewallAuth, LeaseOf, LeaseRef};
 use policy::Draft;
 use zeroize::Zeroizing;
@@ -118,26 +117,9 @@ fn job_of(inner: &Inner, context: ExecutionContext, head: &JobHead) -> Result<Cl
             url: inner.api.url().to_owned(),
             token: Zeroizing::new(context.sandbox_token),
             group_policy,
-            webhooks: webhooks(inner.api.url())?,
             resume: context.resume_session,
         })),
     })
-}
-
-/// Rules that let a guest speak to its webhooks, and to nothing else of the API.
-fn webhooks(url: &str) -> Result<Vec<policy::Rule>, String> {
-    let allow = [
-        "heartbeat",
-        "events",
-        "telemetry",
-        "checkpoints",
-        "complete",
-    ];
-    let allow = allow.map(|hook| format!("POST {WEBHOOKS}/{hook}"));
-    let rules = serde_json::json!({"rules": [{"name": "vm0-api", "base": url, "allow": allow}]});
-    let draft = Draft::from_json(&rules.to_string()).map_err(|error| error.to_string())?;
-    let policy = draft.into_policy().map_err(|error| error.to_string())?;
-    Ok(policy.rules().to_vec())
 }
 
 async fn give_back(inner: &Inner, lease: LeaseRef, actual: JobHead) {
