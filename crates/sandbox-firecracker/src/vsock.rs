@@ -107,6 +107,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_guest_that_is_connected_and_silent_is_waited_for_until_the_limit_around_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let silent = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 13];
+            stream.read_exact(&mut request).await.unwrap();
+            stream
+        };
+        let connect = async { Ok(connect(&path, 1024).await.unwrap()) };
+        let limited = sandbox::parts::within("handshake", Duration::from_millis(50), connect);
+        let (_stream, connected) = tokio::join!(silent, limited);
+        let error = connected.err().unwrap().to_string();
+        assert!(error.contains("`handshake` within 50ms"), "{error}");
+    }
+
+    #[tokio::test]
     async fn no_socket_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         assert!(connect(&dir.path().join("none"), 1024).await.is_err());
