@@ -265,6 +265,7 @@ mod tests {
         Stream {
             session_id: "mock-1".into(),
             cwd: "/home/user/workspace".into(),
+            earlier: Vec::new(),
             lines: Vec::new(),
             printed: 0,
             earlier: Vec::new(),

@@ -54,7 +54,11 @@ impl Client {
         let base = url.trim_end_matches('/');
         let mut tls = TlsConfig::builder();
         if base.starts_with("https://") {
-            tls = tls.root_certs(RootCerts::Specific(Arc::new(authorities()?)));
+            tls = tls
+                .root_certs(RootCerts::Specific(Arc::new(authorities()?)))
+                .unversioned_rustls_crypto_provider(Arc::new(
+                    rustls::crypto::ring::default_provider(),
+                ));
         } else if !base.starts_with("http://") {
             return Err(format!(
                 "VM0_API_URL is {url:?}, which is not an http or https address"

@@ -242,7 +242,9 @@ impl Api {
         // What people read is out before anything waits for the API.
         log.flush();
         let deadline = wait(&self.events_sent, signalled, deadline);
-        match self.shared.told().checkpoint.take() {
+        // Not within `match`, which would hold the lock.
+        let outcome = self.shared.told().checkpoint.take();
+        match outcome {
             Some(Ok(())) => log.line(format_args!("✓ Checkpoint complete")),
             Some(Err(error)) => log.line(format_args!("✗ Checkpoint failed: {error}")),
             None if self.shared.session().is_some() => {
