@@ -18,6 +18,8 @@ mod discover;
 mod feed;
 mod push;
 mod spool;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
