@@ -41,7 +41,8 @@ enum Action {
         after_help = "The old instance of a running service finishes its jobs while the new one takes all others. \
 Where the new one cannot start, the old one goes on.\n\n\
 Examples:\n  sudo runner service start --config ~/.vm0-runner/runners/demo/runner.yaml --local\n  \
-sudo runner service start --config ~/.vm0-runner/runners/demo/runner.yaml --local --env USE_MOCK_CLAUDE=true"
+sudo runner service start --config ~/.vm0-runner/runners/demo/runner.yaml --local --env USE_MOCK_CLAUDE=true\n  \
+sudo runner service start --config ~/.vm0-runner/runners/demo/runner.yaml --api-url https://api.example.com --api-token-file /etc/vm0/runner.token"
     )]
     Start(Run),
     /// Start the service now and at every boot
@@ -122,6 +123,13 @@ struct Run {
     /// Take jobs from the local file queue
     #[arg(long)]
     local: bool,
+    /// Take runs from the Web API at this address
+    #[arg(long, value_name = "URL", conflicts_with = "local")]
+    api_url: Option<String>,
+    /// File with the runner token for the Web API, readable for its owner only. The unit names the file; the token is
+    /// in no unit and on no command line
+    #[arg(long, value_name = "FILE", requires = "api_url")]
+    api_token_file: Option<PathBuf>,
     /// Set a variable of the runner's environment; everybody on this host can read it
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse::variable)]
     env: Vec<(String, String)>,

@@ -1,7 +1,7 @@
 //! Runs the daemon.
 
 mod handover;
-mod source;
+pub(super) mod source;
 
 use std::collections::BTreeMap;
 use std::fs::File;

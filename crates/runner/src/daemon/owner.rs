@@ -493,7 +493,7 @@ impl Owner {
                 .map(|networks| networks.proxy().states())
                 .unwrap_or_default(),
             recent: self.meter.recent(&self.clock),
-            api: self.provider.api(),
+            api: self.provider.api(&self.clock),
             started_at: self.clock.time(self.started),
             updated_at: self.clock.time(now),
         }

@@ -55,6 +55,8 @@ pub(crate) struct Metrics {
     budget: Gauges,
     proxy: Gauges,
     mode: Gauges,
+    api_up: Gauges,
+    api_undelivered: Gauges,
 }
 
 impl Metrics {
@@ -78,6 +80,8 @@ impl Metrics {
             budget: Gauges::default(),
             proxy: Gauges::default(),
             mode: Gauges::default(),
+            api_up: Gauges::default(),
+            api_undelivered: Gauges::default(),
         };
         let r = &mut registry;
         let m = &metrics;
@@ -145,6 +149,16 @@ impl Metrics {
             "mode",
             "What the runner is up to: 1 for its mode",
             m.mode.clone(),
+        );
+        r.register(
+            "api_up",
+            "Whether the Web API took the last heartbeat; absent where jobs come from the local queue",
+            m.api_up.clone(),
+        );
+        r.register(
+            "api_undelivered",
+            "Answers on disk that the Web API does not have yet",
+            m.api_undelivered.clone(),
         );
         let info = Gauges::default();
         let version = version.to_owned();
@@ -269,6 +283,14 @@ impl Metrics {
             let labels = vec![("worker", index.to_string())];
             let up = worker.state == WorkerState::Ready;
             self.proxy.get_or_create(&labels).set(i64::from(up));
+        }
+        if let Some(api) = &status.api {
+            let none = Labels::new();
+            let up = api.last_contact.is_some() && api.error.is_none();
+            self.api_up.get_or_create(&none).set(i64::from(up));
+            self.api_undelivered
+                .get_or_create(&none)
+                .set(signed(api.undelivered));
         }
         for (mode, name) in [
             (Mode::Starting, "starting"),

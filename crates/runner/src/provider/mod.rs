@@ -19,7 +19,7 @@ use host::fs::Dir;
 
 use crate::names::RunId;
 use crate::queue::{ClaimedJob, JobHead, JobResult, QueueError};
-use crate::status::Status;
+use crate::status::{Clock, Status};
 
 /// What a provider tells the daemon.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ pub(crate) trait Provider: Send + Sync {
     /// What the daemon is up to has changed.
     fn observe(&self, _: &Status) {}
     /// How it stands with the Web API, where jobs come from there.
-    fn api(&self) -> Option<api::ApiStatus> {
+    fn api(&self, _: &Clock) -> Option<api::ApiStatus> {
         None
     }
 }

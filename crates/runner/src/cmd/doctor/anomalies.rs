@@ -262,6 +262,23 @@ fn of_runner(
         );
         add("draining", name.to_string(), outcome, Remedy::None);
     }
+    if let Some(api) = &status.api
+        && let Some(error) = &api.error
+    {
+        let kept = plural(api.undelivered, "answer waits", "answers wait");
+        let outcome = Outcome::warn(
+            format_args!(
+                "the Web API at {} does not take runner {name}'s heartbeats: {}; {kept} on disk for it",
+                crate::terminal::escape(&api.url),
+                crate::terminal::escape(error)
+            ),
+            format_args!(
+                "curl {}/readyz from this host; is the token still good? logs/runner-{name}.log says more",
+                crate::terminal::escape(&api.url)
+            ),
+        );
+        add("API away", name.to_string(), outcome, Remedy::None);
+    }
     for (index, worker) in status.proxy.iter().enumerate() {
         if worker.state != WorkerState::Down {
             continue;

@@ -1,5 +1,6 @@
 //! Starting, replacing, draining and ending the service.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use host::fs::{Lock, LockKind};
 use super::systemd::{JournalMark, State, require_root, systemctl};
 use super::unit::{Place, Unit, UnitName};
 use super::{Run, instances};
+use crate::cmd::start::source;
 use crate::config::{self, Config};
 use crate::context::{CliError, Context, block_on, note};
 use crate::home::{Home, rel};
@@ -87,6 +89,8 @@ fn text(
     context: &Context,
 ) -> Result<String, CliError> {
     let program = std::env::current_exe()?;
+    let token_file = api_token_file(args)?;
+    let api = args.api_url.as_deref().zip(token_file.as_deref());
     let environment_file = args
         .env_file
         .as_ref()
@@ -100,11 +104,39 @@ fn text(
         home: context.home()?.path(),
         config: file,
         local: args.local,
+        api,
         environment: &args.env,
         environment_file: environment_file.as_deref(),
         stop_timeout: config.stop_timeout(),
     }
     .text()
+}
+
+/// The file of the token, once it is sure that the daemon will take address and token: what is wrong with them is said
+/// here and not in the journal.
+fn api_token_file(args: &Run) -> Result<Option<PathBuf>, CliError> {
+    if args.env.iter().any(|(name, _)| name == source::TOKEN) {
+        return Err(CliError::usage(
+            "--env writes the token into the unit, which everybody can read",
+        )
+        .with_hint("--api-token-file FILE; or VM0_API_TOKEN=… in the file of --env-file"));
+    }
+    let Some(url) = &args.api_url else {
+        return Ok(None);
+    };
+    let Some(file) = &args.api_token_file else {
+        // It may be in the file of --env-file, which is not ours to read; then the address belongs there, too.
+        return Err(
+            CliError::usage("--api-url needs --api-token-file").with_hint(
+                "or put VM0_API_URL and VM0_API_TOKEN into a file of mode 0600 and name it with --env-file",
+            ),
+        );
+    };
+    let file = std::fs::canonicalize(file).map_err(|error| {
+        CliError::failed(format_args!("cannot open {}: {error}", file.display()))
+    })?;
+    source::of(false, Some(url.clone()), Some(&file))?;
+    Ok(Some(file))
 }
 
 /// Leaves things as they were before a start that failed, and says why it did.

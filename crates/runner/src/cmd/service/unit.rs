@@ -109,6 +109,8 @@ pub(super) struct Unit<'a> {
     pub(super) home: &'a Path,
     pub(super) config: &'a Path,
     pub(super) local: bool,
+    /// The Web API's address and the file with the token for it.
+    pub(super) api: Option<(&'a str, &'a Path)>,
     pub(super) environment: &'a [(String, String)],
     pub(super) environment_file: Option<&'a Path>,
     pub(super) stop_timeout: Duration,
@@ -125,6 +127,14 @@ impl Unit<'_> {
         );
         if self.local {
             command.push_str(" --local");
+        }
+        if let Some((url, token_file)) = self.api {
+            let _ = write!(
+                command,
+                " --api-url {} --api-token-file {}",
+                argument(url),
+                argument(path(token_file)?)
+            );
         }
         let mut environment = String::new();
         for (name, value) in self.environment {
@@ -198,12 +208,21 @@ mod tests {
     use super::*;
 
     fn unit(environment: &[(String, String)]) -> String {
+        unit_of(true, None, environment)
+    }
+
+    fn unit_of(
+        local: bool,
+        api: Option<(&str, &Path)>,
+        environment: &[(String, String)],
+    ) -> String {
         Unit {
             name: &"demo".parse().unwrap(),
             program: Path::new("/home/a b/bin/runner"),
             home: Path::new("/home/a b/.vm0-runner"),
             config: Path::new("/home/a b/100%/$x/runner.yaml"),
-            local: true,
+            local,
+            api,
             environment,
             environment_file: Some(Path::new("/home/a b/100%")),
             stop_timeout: Duration::from_secs(60),
@@ -223,6 +242,16 @@ mod tests {
         assert!(text.lines().any(|l| l == line), "{text}");
         assert!(text.lines().any(|l| l == "EnvironmentFile=/home/a b/100%%"));
         assert!(text.lines().any(|l| l == "TimeoutStopSec=90"), "{text}");
+    }
+
+    #[test]
+    fn a_unit_for_the_api_names_the_file_of_the_token() {
+        let api = ("https://api.example.com/%7e", Path::new("/etc/a b/$t"));
+        let text = unit_of(false, Some(api), &[]);
+        let line = "ExecReload=\"/home/a b/bin/runner\" --home \"/home/a b/.vm0-runner\" start --config \
+                    \"/home/a b/100%%/$$x/runner.yaml\" --api-url \"https://api.example.com/%%7e\" \
+                    --api-token-file \"/etc/a b/$$t\" --takeover";
+        assert!(text.lines().any(|l| l == line), "{text}");
     }
 
     #[test]

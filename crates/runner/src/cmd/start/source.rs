@@ -12,13 +12,13 @@ use crate::context::CliError;
 use crate::provider::api::ApiSettings;
 
 /// The variable with the runner token.
-pub(super) const TOKEN: &str = "VM0_API_TOKEN";
+pub(in crate::cmd) const TOKEN: &str = "VM0_API_TOKEN";
 /// Longest token, bytes.
 const MAX_TOKEN: u64 = 512;
 
 /// One of both.
 #[derive(Debug)]
-pub(super) enum Source {
+pub(in crate::cmd) enum Source {
     /// The file queue.
     Local,
     /// The Web API.
@@ -59,7 +59,7 @@ impl Source {
 }
 
 /// Settles it.
-pub(super) fn of(
+pub(in crate::cmd) fn of(
     local: bool,
     url: Option<String>,
     token_file: Option<&Path>,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use api_types::runner::{Heartbeat, LeaseAnswer, LeaseRef, LeaseVerdict, RunnerMode};
 use policy::Draft;
+use tokio::time::Instant;
 
 use super::Inner;
 use crate::names::RunId;
@@ -23,7 +24,13 @@ pub(super) async fn run(inner: Arc<Inner>) {
         let next = tokio::time::sleep(period);
         match inner.api.heartbeat(&heartbeat(&inner, None)).await {
             Ok(answer) => {
-                inner.lock().error = None;
+                {
+                    let mut state = inner.lock();
+                    state.error = None;
+                    state.last_contact = Some(Instant::now());
+                }
+                // An instance that we replaced may have ended while the API was away. Now it is there.
+                inner.adopt();
                 // Two may get lost.
                 period = Duration::from_secs((answer.lease_secs / 3).max(1)).min(PERIOD);
                 for lease in &answer.leases {

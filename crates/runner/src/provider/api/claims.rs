@@ -18,6 +18,7 @@ use crate::queue::{
 pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
     let run = head.run_id;
     let Some(context) = win(&inner, &head).await else {
+        inner.lock().claiming.remove(&run);
         (inner.tell)(ProviderEvent::Lost(run));
         return;
     };

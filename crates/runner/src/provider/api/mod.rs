@@ -18,8 +18,10 @@ mod discover;
 mod feed;
 mod push;
 mod spool;
+#[cfg(test)]
+mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +32,7 @@ use host::slot::Resources;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 pub(crate) use client::{ApiSettings, CallError};
 
@@ -42,7 +45,7 @@ use crate::home::Home;
 use crate::names::{GroupName, ProfileName, RunId, RunnerName};
 use crate::network::JobNetworks;
 use crate::queue::{JobHead, JobResult, QueueError};
-use crate::status::{Mode, Status};
+use crate::status::{Clock, Mode, Status, Time};
 
 /// Shortest and longest pause before a call is made again.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
@@ -75,6 +78,9 @@ pub(crate) struct ApiStatus {
     pub(crate) url: String,
     /// Who we are to it.
     pub(crate) runner_id: RunnerId,
+    /// When it last took a heartbeat.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) last_contact: Option<Time>,
     /// Why it did not take the last heartbeat.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
@@ -117,7 +123,10 @@ struct State {
     held: HashMap<RunId, Held>,
     /// Answers of ours or of processes before us that the API does not have.
     undelivered: usize,
+    /// Runs whose claim is on its way.
+    claiming: HashSet<RunId>,
     error: Option<String>,
+    last_contact: Option<Instant>,
 }
 
 struct Inner {
@@ -162,10 +171,7 @@ impl ApiProvider {
             beat: Notify::new(),
             tasks: Mutex::default(),
         });
-        for left in inner.spool.adopt() {
-            tracing::info!(run = %left.result.run_id, "bringing an answer that an earlier process left");
-            inner.take_over(left);
-        }
+        inner.adopt();
         inner.spawn(discover::run(Arc::clone(&inner)));
         inner.spawn(beat::run(Arc::clone(&inner)));
         Ok(Self(inner))
@@ -178,11 +184,12 @@ impl ApiProvider {
     }
 
     /// How it stands.
-    pub(crate) fn report(&self) -> ApiStatus {
+    pub(crate) fn report(&self, clock: &Clock) -> ApiStatus {
         let state = self.0.lock();
         ApiStatus {
             url: self.0.api.url().to_owned(),
             runner_id: self.0.id,
+            last_contact: state.last_contact.map(|at| clock.time(at.into_std())),
             error: state.error.clone(),
             undelivered: state.undelivered,
         }
@@ -231,7 +238,16 @@ pub(crate) enum StartError {
 
 impl Provider for ApiProvider {
     fn claim(&self, id: RunId) {
-        let offer = self.0.lock().offered.remove(&id);
+        let offer = {
+            let mut state = self.0.lock();
+            let offer = state.offered.remove(&id);
+            // Its last answer may have been found on disk since it was offered.
+            let offer = offer.filter(|_| !state.held.contains_key(&id));
+            if offer.is_some() {
+                state.claiming.insert(id);
+            }
+            offer
+        };
         self.0.settled.notify_one();
         match offer {
             Some(head) => self.0.spawn(claims::claim(Arc::clone(&self.0), head)),
@@ -254,8 +270,8 @@ impl Provider for ApiProvider {
         self.0.observe(status);
     }
 
-    fn api(&self) -> Option<ApiStatus> {
-        Some(self.report())
+    fn api(&self, clock: &Clock) -> Option<ApiStatus> {
+        Some(self.report(clock))
     }
 }
 
@@ -306,8 +322,26 @@ impl Inner {
             answer,
             secrets: None,
         };
-        self.lock().held.insert(lease.run_id, held);
+        {
+            let mut state = self.lock();
+            state.claiming.remove(&lease.run_id);
+            state.held.insert(lease.run_id, held);
+        }
         self.spawn(bring::run(Arc::clone(self), lease, runner, answered));
+    }
+
+    /// Brings what other processes of this runner left on disk. What is left of a run that we have (or may have in a
+    /// moment) by a later claim stays there until we have not: one run has one bringer here, and one file.
+    fn adopt(self: &Arc<Self>) {
+        let left = {
+            let state = self.lock();
+            let ours = |run| state.held.contains_key(&run) || state.claiming.contains(&run);
+            self.spool.adopt(ours)
+        };
+        for left in left {
+            tracing::info!(run = %left.result.run_id, "bringing an answer that an earlier process left");
+            self.take_over(left);
+        }
     }
 
     /// A run of a process before us, which has been answered.

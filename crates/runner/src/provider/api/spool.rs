@@ -62,8 +62,8 @@ impl Spool {
         }
     }
 
-    /// Takes over what instances that are gone have left.
-    pub(super) fn adopt(&self) -> Vec<Spooled> {
+    /// Takes over what instances that are gone have left, but for runs that are `ours`.
+    pub(super) fn adopt(&self, ours: impl Fn(RunId) -> bool) -> Vec<Spooled> {
         let entries = match self.dir.list() {
             Ok(entries) => entries,
             Err(error) => {
@@ -80,7 +80,7 @@ impl Spool {
                 continue;
             };
             let alive = self.instances.is_locked(Path::new(instance).join("lock"));
-            if instance == self.instance || alive.unwrap_or(false) {
+            if instance == self.instance || alive.unwrap_or(true) || ours(run) {
                 continue;
             }
             let bytes = self.dir.read_bounded(&entry.name, MAX_BYTES);
@@ -101,5 +101,62 @@ impl Spool {
             }
         }
         adopted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use host::fs::LockKind;
+
+    fn answer(run: RunId, epoch: Epoch) -> Spooled {
+        Spooled {
+            runner_id: RunnerId::random(),
+            epoch,
+            result: JobResult::failed(run, 1, "it ended"),
+        }
+    }
+
+    #[test]
+    fn what_is_left_is_taken_once_its_instance_is_gone_and_only_once() {
+        let top = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&top.path().join("home")).unwrap();
+        let name: RunnerName = "demo".parse().unwrap();
+        let run = RunId::random();
+        let old = Spool::open(&home, &name, "old").unwrap();
+        old.keep(&answer(run, 1)).unwrap();
+        let dir = home.ensure_dir(rel::instances(&name).join("old")).unwrap();
+        let alive = dir.lock("lock", LockKind::Exclusive, 0o600).unwrap();
+
+        let new = Spool::open(&home, &name, "new").unwrap();
+        assert_eq!(new.adopt(|_| false), [], "its instance lives");
+        drop(alive);
+        assert_eq!(new.adopt(|_| true), [], "the run is ours by a later claim");
+        let adopted = new.adopt(|_| false);
+        assert_eq!(adopted.len(), 1);
+        assert_eq!((adopted[0].result.run_id, adopted[0].epoch), (run, 1));
+        assert_eq!(new.adopt(|_| false), [], "it was taken");
+        new.remove(run);
+        let next = Spool::open(&home, &name, "next").unwrap();
+        assert_eq!(next.adopt(|_| false), [], "it was brought");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_neither_brought_nor_deleted() {
+        let top = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&top.path().join("home")).unwrap();
+        let name: RunnerName = "demo".parse().unwrap();
+        let spool = Spool::open(&home, &name, "new").unwrap();
+        let (run, other) = (RunId::random(), RunId::random());
+        let swapped = serde_json::to_vec(&answer(other, 1)).unwrap();
+        for (file, bytes) in [
+            (format!("old.{run}"), b"{".to_vec()),
+            (format!("older.{run}"), swapped),
+            ("old.no-run".to_owned(), b"{}".to_vec()),
+        ] {
+            spool.dir.write_atomic(file, 0o600, &bytes).unwrap();
+        }
+        assert_eq!(spool.adopt(|_| false), []);
+        assert_eq!(spool.dir.list().unwrap().len(), 3);
     }
 }
