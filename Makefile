@@ -1,7 +1,7 @@
 # A short name for each thing a developer does; the work is in scripts/ (a fresh machine has no make).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-api test test-fast test-slow bench soak lint fmt build
+.PHONY: help demo demo-api test test-fast test-slow bench soak lint fmt build dist
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,3 +35,6 @@ fmt: ## Format the Rust code
 
 build: ## Build the release binary with its guest programs: target/release/runner
 	scripts/build.sh
+
+dist: ## Make the release's tarball and Debian package, with checksums: target/dist
+	scripts/dist.sh

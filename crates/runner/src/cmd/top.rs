@@ -1,6 +1,7 @@
 //! `runner top`: what runs, what it takes, what ended; as a dashboard in a terminal.
 
 mod data;
+mod signals;
 mod view;
 
 use std::io::{BufRead, IsTerminal};
@@ -15,6 +16,7 @@ use crate::control::protocol::{Reply, Request};
 use crate::home::Home;
 use crate::names::RunId;
 use data::{Data, Sampler};
+use signals::Drawing;
 use view::{Overlay, View};
 
 /// How often everything is looked at.
@@ -48,8 +50,9 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         return Err(CliError::failed("`runner top` needs a terminal")
             .with_hint("`runner top --json` prints the same once"));
     }
+    let drawing = signals::watch()?;
     let mut terminal = ratatui::try_init()?;
-    let result = watch(&mut terminal, &home, context, &mut sampler);
+    let result = watch(&mut terminal, &home, context, &mut sampler, &drawing);
     ratatui::restore();
     result.map(|()| ExitCode::SUCCESS)
 }
@@ -68,13 +71,14 @@ fn watch(
     home: &Home,
     context: &Context,
     sampler: &mut Sampler,
+    drawing: &Drawing,
 ) -> Result<(), CliError> {
     let mut data = block_on(sampler.look(home))?;
     let mut looked = Instant::now();
     let mut view = View::default();
     loop {
         view.keep_selection(&data);
-        terminal.draw(|frame| view.draw(frame, &data))?;
+        drawing.undisturbed(|| terminal.draw(|frame| view.draw(frame, &data)).map(|_| ()))?;
         let left = INTERVAL.saturating_sub(looked.elapsed());
         if event::poll(left)? {
             let wish = match event::read()? {
