@@ -18,7 +18,7 @@ use crate::http::limits::Limits;
 use crate::index::{Index, Timing};
 use crate::read_model::ReadModel;
 use crate::run::{Command, Entry, State};
-use crate::tokens::{Bearers, Keyring, KeyringError, MasterKey};
+use crate::tokens::{Bearers, Keyring, KeyringError, MasterKeys};
 
 /// What an operator may set.
 #[derive(Clone, Copy, Debug)]
@@ -127,12 +127,12 @@ impl Service {
     /// Makes a replica and starts its tasks.
     pub async fn start(
         engine: Engine,
-        master: MasterKey,
+        masters: impl Into<MasterKeys>,
         clock: Clock,
         config: Config,
     ) -> Result<(Arc<Self>, Tasks), StartError> {
         let service = Arc::new(Self {
-            keyring: Keyring::open(engine.keys.clone(), master, clock.clone()).await?,
+            keyring: Keyring::open(engine.keys.clone(), masters.into(), clock.clone()).await?,
             bearers: Bearers::new(engine.tokens.clone()),
             index: Index::new(config.timing),
             read_model: Arc::new(ReadModel::open()?),

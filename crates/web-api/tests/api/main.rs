@@ -15,6 +15,8 @@ mod feeds;
 mod flow;
 mod nats;
 mod replica;
+mod rotation;
+mod tls;
 mod tokens;
 
 use std::io::Write as _;
