@@ -13,9 +13,11 @@ mod edges;
 mod faults;
 mod feeds;
 mod flow;
+mod housekeeping;
 mod nats;
 mod replica;
 mod rotation;
+mod slow;
 mod tls;
 mod tokens;
 
