@@ -137,14 +137,6 @@ in_addon() { (cd "$addon" && RUFF_CACHE_DIR=$target/ruff-cache MYPY_CACHE_DIR=$t
 
 shell_scripts() { shellcheck --external-sources scripts/*.sh tests/e2e/src/metal/*.sh .ci/run crates/runner/mitm-addon/pin.sh; }
 
-# schemathesis for a test of the API server, which says SKIP where Python is too old for it.
-need_schemathesis() {
-    local venv
-    [ -n "$addon_venv" ] || return 0
-    need_pinned schemathesis "$top/crates/web-api/tests/schemathesis/requirements.txt"
-    export VM0_TEST_SCHEMATHESIS=$venv/bin/schemathesis
-}
-
 # The examples in deploy/.
 check_deploy() {
     local venv
