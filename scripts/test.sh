@@ -7,7 +7,7 @@
 #
 # usage: scripts/test.sh [--lint | --fast | --slow | --soak ROUNDS] [-- FILTER…]
 #
-#   --lint   formatting, clippy, cargo deny, shellcheck, ruff, mypy
+#   --lint   formatting, clippy, cargo deny, shellcheck, ruff, mypy, the examples in deploy/
 #   --fast   those and the unit tests: no image, no VM, no root
 #   (none)   those and the end-to-end tests in microVMs with the small image
 #   --slow   those and the full image: the real agent CLI, Chromium, large volumes; and aarch64, emulated
@@ -137,6 +137,14 @@ in_addon() { (cd "$addon" && RUFF_CACHE_DIR=$target/ruff-cache MYPY_CACHE_DIR=$t
 
 shell_scripts() { shellcheck --external-sources scripts/*.sh tests/e2e/src/metal/*.sh .ci/run crates/runner/mitm-addon/pin.sh; }
 
+# The examples in deploy/.
+check_deploy() {
+    local venv
+    need_nats
+    need_pinned kubernetes-validate "$top/deploy/kubernetes/requirements.txt"
+    scripts/check-deploy.sh "$venv/bin/kubernetes-validate" "$VM0_TEST_NATS"
+}
+
 advisories() {
     local log=$logs/advisories-$$.log
     if timeout 60 "$cargo_deny" check advisories >"$log" 2>&1; then
@@ -154,7 +162,7 @@ advisories() {
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto} CARGO_INCREMENTAL=0
 unset RUSTFLAGS VM0_RUNNER_HOME VM0_RUNNER_RUN_DIR VM0_RUNNER_UID_BASE
 
-packages=(ca-certificates curl git build-essential pkg-config musl-tools shellcheck util-linux procps python3-venv iproute2 nftables openssl)
+packages=(ca-certificates curl git build-essential pkg-config musl-tools shellcheck util-linux procps python3-venv iproute2 nftables openssl systemd docker-compose)
 case $tier in full | slow | soak)
     need_root "scripts/test.sh (the microVM tests)"
     # A metal host is a container with systemd and an ssh server.
@@ -181,6 +189,9 @@ if [ "$tier" != soak ] && [ ${#filters[@]} = 0 ]; then
         stage "ruff format" in_addon ruff format --quiet --check .
         stage "ruff" in_addon ruff check --quiet .
         stage "mypy" in_addon mypy --no-error-summary
+        stage "deployment examples" check_deploy
+    else
+        skip "deployment examples" "kubernetes-validate wants Python 3.11"
     fi
 fi
 

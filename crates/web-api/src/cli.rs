@@ -33,11 +33,15 @@ pub struct Cli {
 pub enum Command {
     /// Serve the API until SIGTERM or SIGINT
     Serve(Box<Serve>),
-    /// Make a master key file, which every replica is to be given
+    /// Make a master key file, which every replica is to be given, or replace one
+    #[command(args_conflicts_with_subcommands = true, arg_required_else_help = true)]
     MasterKey {
-        /// Where; nothing may be there yet
+        /// What to do with it
+        #[command(subcommand)]
+        command: Option<MasterKeyCommand>,
+        /// Make one here; nothing may be there yet
         #[arg(long)]
-        out: PathBuf,
+        out: Option<PathBuf>,
     },
     /// Make, list or revoke API keys and runner tokens
     Token {
@@ -50,6 +54,26 @@ pub enum Command {
     },
     /// Print the OpenAPI description
     Openapi,
+}
+
+/// What to do with a master key.
+#[derive(Debug, Subcommand)]
+pub enum MasterKeyCommand {
+    /// Wrap all keys by another master key
+    ///
+    /// Every replica has to have been given both files before (serve --master-key OLD --other-master-key NEW). May be killed and run
+    /// again at any time. docs/api-mode.md has all steps.
+    Rotate {
+        /// The file that the keys are wrapped by
+        #[arg(long, value_name = "FILE")]
+        old: PathBuf,
+        /// The file that they are to be wrapped by
+        #[arg(long, value_name = "FILE")]
+        new: PathBuf,
+        /// Where they are
+        #[command(flatten)]
+        nats: Nats,
+    },
 }
 
 /// What a token is for.
@@ -156,6 +180,9 @@ pub struct Serve {
     /// The master key file
     #[arg(long, env = "VM0_API_MASTER_KEY", value_name = "FILE")]
     pub master_key: PathBuf,
+    /// A further master key file whose keys are understood, while the master key is being replaced
+    #[arg(long, env = "VM0_API_OTHER_MASTER_KEY", value_name = "FILE")]
+    pub other_master_key: Option<PathBuf>,
     /// How long a runner keeps a run without renewing its lease, seconds
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub lease_secs: u64,

@@ -9,11 +9,11 @@ use std::time::Duration;
 use clap::Parser as _;
 use futures_util::StreamExt as _;
 use tokio::signal::unix::{SignalKind, signal};
-use web_api::cli::{Cli, Command, Nats, Serve, TokenCommand};
+use web_api::cli::{Cli, Command, MasterKeyCommand, Nats, Serve, TokenCommand};
 use web_api::clock::Clock;
 use web_api::engine::{Engine, holds_value};
 use web_api::service::{Config, Service};
-use web_api::tokens::{BearerRecord, Bearers, MasterKey, new_bearer};
+use web_api::tokens::{BearerRecord, Bearers, MasterKey, MasterKeys, new_bearer, rotate};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -54,7 +54,19 @@ fn failed(error: &dyn std::error::Error) -> ExitCode {
 async fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Serve(serve) => serve_api(*serve).await,
-        Command::MasterKey { out } => Ok(MasterKey::write_new(&out)?),
+        Command::MasterKey { command, out } => match (command, out) {
+            (Some(MasterKeyCommand::Rotate { old, new, nats }), _) => {
+                let (old, new) = (MasterKey::read(&old)?, MasterKey::read(&new)?);
+                let engine = Engine::open(&nats.settings()).await?;
+                let done = rotate(&engine.keys, &old, &new).await?;
+                print(&format!(
+                    "rewrapped {}, already {}",
+                    done.rewrapped, done.already
+                ))
+            }
+            (None, Some(out)) => Ok(MasterKey::write_new(&out)?),
+            (None, None) => Err("say where to: vm0-api master-key --out FILE".into()),
+        },
         Command::Token { command, nats } => tokens(command, &nats).await,
         Command::Openapi => print(&serde_json::to_string_pretty(&web_api::http::openapi())?),
     }
@@ -112,7 +124,11 @@ async fn tokens(command: TokenCommand, nats: &Nats) -> Result<(), Failure> {
 }
 
 async fn serve_api(serve: Serve) -> Result<(), Failure> {
-    let master = MasterKey::read(&serve.master_key)?;
+    let others = match &serve.other_master_key {
+        Some(path) => vec![MasterKey::read(path)?],
+        None => Vec::new(),
+    };
+    let masters = MasterKeys::new(MasterKey::read(&serve.master_key)?, others);
     let engine = Engine::open(&serve.nats.settings()).await?;
     let config = Config {
         lease: Duration::from_secs(serve.lease_secs),
@@ -122,7 +138,7 @@ async fn serve_api(serve: Serve) -> Result<(), Failure> {
         ..Config::default()
     };
     let clock = Clock::skewed(serve.clock_skew_ms);
-    let (service, _tasks) = Service::start(engine, master, clock, config).await?;
+    let (service, _tasks) = Service::start(engine, masters, clock, config).await?;
     let listener = tokio::net::TcpListener::bind(serve.listen)
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", serve.listen))?;

@@ -224,30 +224,8 @@ fn parse_cursor(text: &str) -> Option<(i64, RunId)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::{SpecAt, State};
-    use api_types::client::OnRunnerLost;
-
-    fn entry(n: u64, group: &str) -> Entry {
-        Entry {
-            run: RunId::random(),
-            group: group.parse().unwrap(),
-            profile: "vm0/small".parse().unwrap(),
-            session: None,
-            title: format!("Title {n} 100%"),
-            owner: String::new(),
-            created_at: n,
-            fingerprint: String::new(),
-            spec: SpecAt::Bucket,
-            on_lost: OnRunnerLost::Answer,
-            order: None,
-            epoch: 0,
-            state: State::Queued,
-            last_holder: None,
-            policy_revision: 0,
-            inputs: 0,
-            advice: None,
-        }
-    }
+    use crate::run::State;
+    use crate::run::fixture::entry_of;
 
     fn of(group: &str) -> Filter {
         Filter {
@@ -260,9 +238,9 @@ mod tests {
     #[test]
     fn pages_hold_every_run_once_newest_first() {
         let model = ReadModel::open().unwrap();
-        let entries: Vec<_> = (0..25).map(|n| (entry(n / 3, "vm0/a"), n + 1)).collect();
+        let entries: Vec<_> = (0..25).map(|n| (entry_of("vm0/a", n / 3), n + 1)).collect();
         model.note(&entries).unwrap();
-        model.note(&[(entry(1, "vm0/b"), 99)]).unwrap();
+        model.note(&[(entry_of("vm0/b", 1), 99)]).unwrap();
         let (mut seen, mut cursor) = (Vec::new(), None);
         loop {
             let filter = Filter {
@@ -284,9 +262,9 @@ mod tests {
     #[test]
     fn filters_narrow_and_no_group_means_no_run() {
         let model = ReadModel::open().unwrap();
-        let e = entry(5, "vm0/a");
+        let e = entry_of("vm0/a", 5);
         model
-            .note(&[(e.clone(), 1), (entry(9, "vm0/a"), 2)])
+            .note(&[(e.clone(), 1), (entry_of("vm0/a", 9), 2)])
             .unwrap();
         let search = |text: &str| {
             let filter = Filter {
@@ -320,7 +298,7 @@ mod tests {
     #[test]
     fn older_news_change_nothing() {
         let model = ReadModel::open().unwrap();
-        let queued = entry(1, "vm0/a");
+        let queued = entry_of("vm0/a", 1);
         let done = Entry {
             state: State::Done {
                 result: api_types::client::RunResult {

@@ -18,7 +18,7 @@ use crate::http::limits::Limits;
 use crate::index::{Index, Timing};
 use crate::read_model::ReadModel;
 use crate::run::{Command, Entry, State};
-use crate::tokens::{Bearers, Keyring, KeyringError, MasterKey};
+use crate::tokens::{Bearers, Keyring, KeyringError, MasterKeys};
 
 /// What an operator may set.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +31,8 @@ pub struct Config {
     pub max_queued: u64,
     /// How long finished runs are kept.
     pub run_retention: Duration,
+    /// How often it is looked for what is to be removed.
+    pub housekeeping: Duration,
     /// Requests, waiters and followers at once.
     pub limits: crate::http::limits::Ceilings,
     /// Of offers.
@@ -44,6 +46,7 @@ impl Default for Config {
             default_timeout_secs: 7200,
             max_queued: 100_000,
             run_retention: Duration::from_secs(30 * 24 * 3600),
+            housekeeping: Duration::from_secs(600),
             limits: crate::http::limits::Ceilings::default(),
             timing: Timing::default(),
         }
@@ -127,12 +130,12 @@ impl Service {
     /// Makes a replica and starts its tasks.
     pub async fn start(
         engine: Engine,
-        master: MasterKey,
+        masters: impl Into<MasterKeys>,
         clock: Clock,
         config: Config,
     ) -> Result<(Arc<Self>, Tasks), StartError> {
         let service = Arc::new(Self {
-            keyring: Keyring::open(engine.keys.clone(), master, clock.clone()).await?,
+            keyring: Keyring::open(engine.keys.clone(), masters.into(), clock.clone()).await?,
             bearers: Bearers::new(engine.tokens.clone()),
             index: Index::new(config.timing),
             read_model: Arc::new(ReadModel::open()?),
@@ -355,7 +358,7 @@ impl Service {
 
     /// Removes finished runs after their time.
     async fn keep_house(self: Arc<Self>) {
-        let mut ticks = tokio::time::interval(Duration::from_secs(600));
+        let mut ticks = tokio::time::interval(self.config.housekeeping);
         loop {
             ticks.tick().await;
             if !self.is_ready() {

@@ -242,7 +242,28 @@ pub(crate) async fn connect(
     options
         .connect(addresses)
         .await
-        .map_err(|error| OpenError::Connect(error.to_string()))
+        .map_err(|error| OpenError::Connect(explained(&error)))
+}
+
+/// All that is known of why there is no connection, with what can be done where the certificate is at fault.
+fn explained(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    if text.contains("UnknownIssuer") || text.contains("BadSignature") {
+        text.push_str(
+            ". Hint: --nats-ca has to name the authority that signed the server's certificate",
+        );
+    } else if text.contains("not valid for name") {
+        text.push_str(". Hint: the address has to be a name that the server's certificate holds");
+    }
+    text
 }
 
 struct Maker<'a> {

@@ -1,28 +1,14 @@
 use api_types::ClaimId;
-use api_types::client::{Holder, OnRunnerLost};
+use api_types::client::Holder;
 
 use super::*;
-use crate::run::{Lease, SpecAt};
+use crate::run::{Lease, fixture};
 
 fn entry(profile: &str, session: Option<&str>) -> Entry {
     Entry {
-        run: RunId::random(),
-        group: "vm0/demo".parse().unwrap(),
         profile: profile.parse().unwrap(),
         session: session.map(|s| s.parse().unwrap()),
-        title: String::new(),
-        owner: String::new(),
-        created_at: 0,
-        fingerprint: String::new(),
-        spec: SpecAt::Bucket,
-        on_lost: OnRunnerLost::Answer,
-        order: None,
-        epoch: 0,
-        state: State::Queued,
-        last_holder: None,
-        policy_revision: 0,
-        inputs: 0,
-        advice: None,
+        ..fixture::entry()
     }
 }
 

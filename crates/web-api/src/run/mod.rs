@@ -17,6 +17,8 @@
 //! now: that is the fence which keeps out whoever lost it. `Done` is for good.
 
 mod entry;
+#[cfg(test)]
+pub(crate) mod fixture;
 mod transition;
 
 pub use entry::{Advice, Entry, Lease, SpecAt, State, TITLE_CHARS};

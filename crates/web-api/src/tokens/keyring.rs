@@ -10,12 +10,16 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::master::{MasterKey, open, random_key, seal};
+use super::master::{MasterKeys, open, random_key, seal};
 use crate::clock::Clock;
-use crate::engine::{Bucket, EngineError};
+use crate::engine::{Bucket, EngineError, Swap};
 
 /// A key is used for new tokens and secrets for so long; then the next one is made. Old ones stay good for what they made.
 const ROTATION_MILLIS: u64 = 24 * 3600 * 1000;
+
+/// Id of the one key that tells requests from one another. It lasts: run ids that follow from idempotency keys follow from
+/// it, too, so it is wrapped by the master key rather than being it, which may be replaced.
+const IDENTITY_KID: &str = "0000000000000000";
 
 /// Why a key cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -25,8 +29,8 @@ pub enum KeyringError {
     Engine(#[from] EngineError),
     /// Wrapped by another master key, or damaged.
     #[error(
-        "key {0} cannot be unwrapped: the replica's master key is not the one that wrapped it. Hint: give every replica \
-         the same master key file"
+        "key {0} cannot be unwrapped: the master key is not the one that wrapped it. Hint: give every replica \
+         the same master key file, and while it is being replaced the other one by --other-master-key"
     )]
     Foreign(String),
     /// No randomness, or no memory.
@@ -44,6 +48,8 @@ pub(super) enum Purpose {
     Sign,
     /// Secrets.
     Data,
+    /// Fingerprints of requests.
+    Identity,
 }
 
 impl Purpose {
@@ -51,6 +57,7 @@ impl Purpose {
         match self {
             Self::Sign => "sign",
             Self::Data => "data",
+            Self::Identity => "identity",
         }
     }
 }
@@ -64,10 +71,24 @@ pub struct Sealed {
     pub data: String,
 }
 
+/// What NATS holds of a key.
 #[derive(Serialize, Deserialize)]
-struct Record {
-    created_at: UnixMillis,
-    wrapped: String,
+pub(super) struct Record {
+    pub(super) created_at: UnixMillis,
+    /// Nonce, ciphertext and tag, base64.
+    pub(super) wrapped: String,
+}
+
+impl Record {
+    pub(super) fn read(value: &[u8]) -> Result<Self, EngineError> {
+        serde_json::from_slice(value).map_err(|error| EngineError::Corrupt(error.to_string()))
+    }
+
+    pub(super) fn bytes(&self) -> Result<Bytes, EngineError> {
+        serde_json::to_vec(self)
+            .map(Bytes::from)
+            .map_err(|error| EngineError::Corrupt(error.to_string()))
+    }
 }
 
 /// A key, unwrapped.
@@ -82,9 +103,10 @@ pub(super) struct Key {
 #[derive(Clone)]
 pub struct Keyring {
     bucket: Bucket,
-    master: MasterKey,
+    masters: MasterKeys,
     clock: Clock,
     known: Arc<RwLock<HashMap<String, Key>>>,
+    identity: Arc<Zeroizing<Vec<u8>>>,
 }
 
 impl std::fmt::Debug for Keyring {
@@ -97,15 +119,16 @@ impl Keyring {
     /// Proves the master key against the keys that are there: a replica with another one does not start.
     pub async fn open(
         bucket: Bucket,
-        master: MasterKey,
+        masters: MasterKeys,
         clock: Clock,
     ) -> Result<Self, KeyringError> {
         use futures_util::StreamExt as _;
-        let keyring = Self {
+        let mut keyring = Self {
             bucket,
-            master,
+            masters,
             clock,
             known: Arc::default(),
+            identity: Arc::default(),
         };
         if keyring.bucket.messages().await? > 0 {
             let mut watch = keyring.bucket.watch().await?;
@@ -121,16 +144,16 @@ impl Keyring {
         }
         keyring.current(Purpose::Sign).await?;
         keyring.current(Purpose::Data).await?;
+        keyring.identity = keyring.identity_key().await?;
         Ok(keyring)
     }
 
     fn learn(&self, name: &str, value: &[u8]) -> Result<Key, KeyringError> {
-        let record: Record = serde_json::from_slice(value)
-            .map_err(|error| EngineError::Corrupt(error.to_string()))?;
+        let record = Record::read(value)?;
         let bytes = STANDARD
             .decode(&record.wrapped)
             .ok()
-            .and_then(|wrapped| self.master.unwrap(name, &wrapped))
+            .and_then(|wrapped| self.masters.unwrap(name, &wrapped))
             .ok_or_else(|| KeyringError::Foreign(name.to_owned()))?;
         let key = Key {
             kid: name.rsplit('.').next().unwrap_or_default().to_owned(),
@@ -160,25 +183,45 @@ impl Keyring {
         }
     }
 
+    /// The key of fingerprints, which all replicas share for good.
+    async fn identity_key(&self) -> Result<Arc<Zeroizing<Vec<u8>>>, KeyringError> {
+        let known = self.by_id(Purpose::Identity, IDENTITY_KID);
+        if let Some(key) = known.await? {
+            return Ok(key.bytes);
+        }
+        self.make_named(Purpose::Identity, IDENTITY_KID, self.clock.now())
+            .await
+            .map(|key| key.bytes)
+    }
+
     async fn make(&self, purpose: Purpose, now: UnixMillis) -> Result<Key, KeyringError> {
-        let bytes = random_key().map_err(|()| KeyringError::Crypto)?;
         let mut kid = [0_u8; 8];
         aws_lc_rs::rand::fill(&mut kid).map_err(|_| KeyringError::Crypto)?;
-        let name = format!("{}.{}", purpose.as_str(), hex::encode(kid));
+        self.make_named(purpose, &hex::encode(kid), now).await
+    }
+
+    /// Makes a key, or learns the one that somebody else has just made under that name.
+    async fn make_named(
+        &self,
+        purpose: Purpose,
+        kid: &str,
+        now: UnixMillis,
+    ) -> Result<Key, KeyringError> {
+        let bytes = random_key().map_err(|()| KeyringError::Crypto)?;
+        let name = format!("{}.{kid}", purpose.as_str());
         let wrapped = self
-            .master
+            .masters
             .wrap(&name, &bytes[..])
             .ok_or(KeyringError::Crypto)?;
         let record = Record {
             created_at: now,
             wrapped: STANDARD.encode(wrapped),
         };
-        let value =
-            serde_json::to_vec(&record).map_err(|error| EngineError::Corrupt(error.to_string()))?;
-        self.bucket
-            .create(&name, Bytes::from(value.clone()))
-            .await?;
-        self.learn(&name, &value)
+        let value = record.bytes()?;
+        match self.bucket.create(&name, value.clone()).await? {
+            Swap::Done(_) => self.learn(&name, &value),
+            Swap::Conflict => self.by_id(purpose, kid).await?.ok_or(KeyringError::Crypto),
+        }
     }
 
     /// A key by its id, also one that another replica has just made.
@@ -204,9 +247,9 @@ impl Keyring {
         }
     }
 
-    /// A fingerprint under the master key.
+    /// A fingerprint, the same by every replica and under every master key.
     pub fn fingerprint(&self, context: &str, message: &[u8]) -> String {
-        self.master.fingerprint(context, message)
+        super::master::fingerprint(&self.identity, context, message)
     }
 
     /// Encrypts something that belongs to `context`.

@@ -89,16 +89,6 @@ impl MasterKey {
             .map_err(|error| fail(error.to_string()))
     }
 
-    /// A fingerprint that nobody can guess the message from, even if it has few possible contents.
-    pub fn fingerprint(&self, context: &str, message: &[u8]) -> String {
-        let key = hmac::Key::new(hmac::HMAC_SHA256, &self.0[..]);
-        let mut signing = hmac::Context::with_key(&key);
-        signing.update(context.as_bytes());
-        signing.update(&[0]);
-        signing.update(message);
-        hex::encode(signing.sign())
-    }
-
     pub(super) fn wrap(&self, purpose: &str, key: &[u8]) -> Option<Vec<u8>> {
         seal(&self.0[..], purpose.as_bytes(), key)
     }
@@ -106,6 +96,46 @@ impl MasterKey {
     pub(super) fn unwrap(&self, purpose: &str, wrapped: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         open(&self.0[..], purpose.as_bytes(), wrapped)
     }
+}
+
+/// The master keys that a replica was given: one wraps new keys, and what any of them wrapped is understood.
+#[derive(Clone, Debug)]
+pub struct MasterKeys {
+    first: MasterKey,
+    others: Vec<MasterKey>,
+}
+
+impl From<MasterKey> for MasterKeys {
+    fn from(first: MasterKey) -> Self {
+        Self::new(first, Vec::new())
+    }
+}
+
+impl MasterKeys {
+    /// `first` wraps.
+    pub fn new(first: MasterKey, others: Vec<MasterKey>) -> Self {
+        Self { first, others }
+    }
+
+    pub(super) fn wrap(&self, purpose: &str, key: &[u8]) -> Option<Vec<u8>> {
+        self.first.wrap(purpose, key)
+    }
+
+    pub(super) fn unwrap(&self, purpose: &str, wrapped: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+        std::iter::once(&self.first)
+            .chain(&self.others)
+            .find_map(|master| master.unwrap(purpose, wrapped))
+    }
+}
+
+/// A fingerprint that nobody can guess the message from, even if it has few possible contents.
+pub(super) fn fingerprint(key: &[u8], context: &str, message: &[u8]) -> String {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, key);
+    let mut signing = hmac::Context::with_key(&key);
+    signing.update(context.as_bytes());
+    signing.update(&[0]);
+    signing.update(message);
+    hex::encode(signing.sign())
 }
 
 /// A new key.

@@ -7,9 +7,11 @@
 mod bearer;
 mod keyring;
 mod master;
+mod rotate;
 mod sandbox;
 
 pub use bearer::{Bearer, BearerKind, BearerRecord, Bearers, new_bearer};
 pub use keyring::{Keyring, KeyringError, Sealed};
-pub use master::{MasterKey, MasterKeyError};
+pub use master::{MasterKey, MasterKeyError, MasterKeys};
+pub use rotate::{Rotated, rotate};
 pub use sandbox::{AUDIENCE, SandboxClaims, SandboxRefusal, leeway_secs, mint, read};

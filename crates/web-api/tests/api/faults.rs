@@ -50,13 +50,13 @@ async fn insist(
     unreachable!()
 }
 
-struct Tokens {
+pub(crate) struct Tokens {
     client: String,
     runner: String,
 }
 
 impl Tokens {
-    fn of(world: &World) -> Self {
+    pub(crate) fn of(world: &World) -> Self {
         Self {
             client: world.client.clone(),
             runner: world.runner.clone(),
@@ -66,7 +66,7 @@ impl Tokens {
 
 /// A client makes runs and runners take and answer them, through whatever replicas live, for as long as `disturb` does
 /// its worst and a little longer. Afterwards every accepted run is answered, each exactly once.
-async fn survives<F: Future<Output = ()>>(
+pub(crate) async fn survives<F: Future<Output = ()>>(
     tokens: &Tokens,
     urls: Vec<String>,
     disturb: impl FnOnce() -> F,

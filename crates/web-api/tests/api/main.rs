@@ -14,8 +14,12 @@ mod faults;
 mod feeds;
 mod flow;
 mod guest_agent;
+mod housekeeping;
 mod nats;
 mod replica;
+mod rotation;
+mod slow;
+mod tls;
 mod tokens;
 
 use std::io::Write as _;

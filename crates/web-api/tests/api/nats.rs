@@ -142,6 +142,49 @@ pub(crate) struct Kind {
     pub(crate) max_file: &'static str,
     /// Most of these for feeds; NATS sets them aside at once.
     pub(crate) feed_bytes: i64,
+    /// Whether it speaks TLS, and what name its certificate holds.
+    pub(crate) tls: Option<Certified>,
+}
+
+/// The name in a server's certificate.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Certified {
+    /// The server's own.
+    Itself,
+    /// Another's.
+    Another,
+}
+
+/// Makes an authority and a certificate by it: `ca.pem`, `server.pem`, `server.key`.
+pub(crate) fn certify(dir: &Path, name: &str) {
+    let openssl = |args: &[&str]| {
+        let output = Command::new("openssl").args(args).current_dir(dir).output();
+        let output = output.expect("openssl is there");
+        assert!(output.status.success(), "{output:?}");
+    };
+    let key = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+    ];
+    let subject = format!("/CN=Authority for {name}");
+    let mut ca = vec!["req", "-x509", "-days", "2", "-subj", &subject];
+    ca.extend(key);
+    openssl(&[&ca[..], &["-keyout", "ca.key", "-out", "ca.pem"]].concat());
+    let mut server = vec!["req", "-x509", "-days", "2", "-subj", "/CN=nats"];
+    server.extend(key);
+    let san = format!("subjectAltName={name}");
+    server.extend(["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", &san]);
+    server.extend(["-addext", "basicConstraints=critical,CA:FALSE"]);
+    openssl(
+        &[
+            &server[..],
+            &["-keyout", "server.key", "-out", "server.pem"],
+        ]
+        .concat(),
+    );
 }
 
 impl Default for Kind {
@@ -151,6 +194,7 @@ impl Default for Kind {
             sync_always: true,
             max_file: "4G",
             feed_bytes: 256 << 20,
+            tls: None,
         }
     }
 }
@@ -162,6 +206,7 @@ pub(crate) struct Nats {
     address: String,
     ports: Vec<u16>,
     feed_bytes: i64,
+    tls: bool,
     // Dropped before the janitor.
     nodes: Vec<Option<Running>>,
     _janitor: Janitor,
@@ -175,6 +220,11 @@ impl Nats {
         let address = address();
         let ports: Vec<u16> = (0..kind.nodes).map(|_| port()).collect();
         let routes: Vec<u16> = (0..kind.nodes).map(|_| port()).collect();
+        match kind.tls {
+            Some(Certified::Itself) => certify(dir.path(), &format!("IP:{address}")),
+            Some(Certified::Another) => certify(dir.path(), "DNS:nats.example.com"),
+            None => {}
+        }
         for node in 0..kind.nodes {
             let sync = if kind.sync_always { "always" } else { "2m" };
             let mut config = format!(
@@ -185,6 +235,13 @@ impl Nats {
                 dir.path().join(format!("n{node}")),
                 kind.max_file,
             );
+            if kind.tls.is_some() {
+                config.push_str(&format!(
+                    "tls {{ cert_file: {:?}, key_file: {:?} }}\n",
+                    dir.path().join("server.pem"),
+                    dir.path().join("server.key")
+                ));
+            }
             if kind.nodes > 1 {
                 let others: Vec<String> = routes
                     .iter()
@@ -205,6 +262,7 @@ impl Nats {
             address,
             ports,
             feed_bytes: kind.feed_bytes,
+            tls: kind.tls.is_some(),
             nodes: (0..kind.nodes).map(|_| None).collect(),
             _janitor: janitor,
         };
@@ -262,10 +320,11 @@ impl Nats {
     }
 
     fn urls(&self, who: &str) -> String {
+        let scheme = if self.tls { "tls" } else { "nats" };
         let urls: Vec<String> = self
             .ports
             .iter()
-            .map(|port| format!("nats://{who}@{}:{port}", self.address))
+            .map(|port| format!("{scheme}://{who}@{}:{port}", self.address))
             .collect();
         urls.join(",")
     }
@@ -276,6 +335,7 @@ impl Nats {
             system_url: Some(self.system_url()),
             replicas: self.ports.len(),
             feed_max_bytes: self.feed_bytes,
+            root_certificates: self.tls.then(|| self.dir.join("ca.pem")),
             ..Settings::default()
         }
     }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use web_api::clock::Clock;
 use web_api::engine::Engine;
 use web_api::service::{Config, Service, Tasks};
-use web_api::tokens::{BearerKind, Bearers, MasterKey, new_bearer};
+use web_api::tokens::{BearerKind, Bearers, MasterKey, MasterKeys, new_bearer};
 
 use crate::nats::{GUARD, Kind, Nats, address};
 
@@ -95,10 +95,19 @@ impl World {
     }
 
     pub(crate) async fn skewed_replica(&self, config: Config, skew_ms: i64) -> Replica {
+        let master = MasterKey::read(&self.key_file).unwrap();
+        self.replica_with(master, config, skew_ms).await
+    }
+
+    pub(crate) async fn replica_with(
+        &self,
+        masters: impl Into<MasterKeys>,
+        config: Config,
+        skew_ms: i64,
+    ) -> Replica {
         let engine = open(&self.nats).await;
         let clock = Clock::skewed(skew_ms);
-        let master = MasterKey::read(&self.key_file).unwrap();
-        let (service, tasks) = Service::start(engine, master, clock.clone(), config)
+        let (service, tasks) = Service::start(engine, masters, clock.clone(), config)
             .await
             .unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

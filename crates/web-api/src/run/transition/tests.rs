@@ -1,30 +1,15 @@
 //! Whatever is tried on a run, in whatever order, keeps these promises.
 
-use api_types::{RunId, RunnerName};
+use api_types::RunnerName;
 use proptest::prelude::*;
 
 use super::*;
-use crate::run::SpecAt;
+use crate::run::fixture;
 
 fn entry(on_lost: OnRunnerLost) -> Entry {
     Entry {
-        run: RunId::random(),
-        group: "vm0/demo".parse().unwrap(),
-        profile: "vm0/small".parse().unwrap(),
-        session: None,
-        title: "true".to_owned(),
-        owner: "k".to_owned(),
-        created_at: 1,
-        fingerprint: String::new(),
-        spec: SpecAt::Bucket,
         on_lost,
-        order: None,
-        epoch: 0,
-        state: State::Queued,
-        last_holder: None,
-        policy_revision: 0,
-        inputs: 0,
-        advice: None,
+        ..fixture::entry()
     }
 }
 
