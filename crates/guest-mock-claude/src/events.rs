@@ -268,7 +268,6 @@ mod tests {
             earlier: Vec::new(),
             lines: Vec::new(),
             printed: 0,
-            earlier: Vec::new(),
         }
     }
 
