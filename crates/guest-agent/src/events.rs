@@ -180,7 +180,10 @@ mod tests {
         assert_eq!(
             events,
             [
-                Event::Other,
+                Event::Begin {
+                    session: "add44d27-639f-41a2-b872-386599708b5c".into(),
+                    cwd: "/home/user/workspace".into()
+                },
                 Event::ToolCalls(vec![]),
                 Event::ToolCalls(vec![call]),
                 Event::ToolResults(vec!["toolu_1".into()]),

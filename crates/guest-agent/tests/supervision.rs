@@ -146,6 +146,31 @@ fn the_log_of_a_good_run_reads_like_this() {
 }
 
 #[test]
+fn without_a_token_no_connection_is_made() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    Run::of("echo hi")
+        .with("VM0_API_URL", &url)
+        .end()
+        .assert(0, &["hi\n"]);
+    let nobody = listener.accept().unwrap_err();
+    assert_eq!(nobody.kind(), std::io::ErrorKind::WouldBlock);
+    // Nor could this test fail to see one.
+    let token = Run::of("echo hi")
+        .with("VM0_API_URL", &url)
+        .with("VM0_API_TOKEN", "t");
+    let (mut agent, _home) = token.spawn();
+    listener.set_nonblocking(false).unwrap();
+    let (connection, _) = listener.accept().unwrap();
+    let mut request = String::new();
+    BufReader::new(connection).read_line(&mut request).unwrap();
+    assert_eq!(request, "POST /api/webhooks/agent/heartbeat HTTP/1.1\r\n");
+    kill_process(Pid::from_child(&agent), Signal::TERM).unwrap();
+    assert_eq!(agent.wait().unwrap().signal(), Some(15));
+}
+
+#[test]
 fn the_exit_code_is_the_prompts_and_the_reason_its_last_words() {
     let ended = Run::of("echo some; echo no >&2; exit 9").end().assert(
         9,
