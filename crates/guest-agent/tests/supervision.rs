@@ -259,7 +259,7 @@ fn an_incomplete_environment_is_refused() {
     Run::of("x")
         .with("VM0_API_TOKEN", "secret-token")
         .end()
-        .assert(1, &["no webhook client"]);
+        .assert(1, &["VM0_API_URL is missing"]);
 }
 
 #[test]

@@ -48,7 +48,7 @@ fn a_prompt_gives_five_lines_its_exit_code_and_a_history() {
     let history = home
         .path()
         .join(".claude/projects")
-        .join(cwd.replace('/', "-"))
+        .join(cwd.replace(|c: char| !c.is_ascii_alphanumeric(), "-"))
         .join(format!("{sid}.jsonl"));
     assert_eq!(fs::read(history).unwrap(), output.stdout);
 }
