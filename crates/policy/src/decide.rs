@@ -113,9 +113,20 @@ impl Policy {
             .filter(|rule| rule.is_about(&host, request.port))
             .find_map(|rule| rule.decide(request.method, &path))
             .map_or_else(
-                || self.decision(self.default_effect(), By::Default),
+                || self.by_default(request.port),
                 |(effect, by)| self.decision(effect, by),
             )
+    }
+
+    /// Where no rule decides: ports that are not the web's are opened by rules only, neither by default nor by audit.
+    fn by_default(&self, port: u16) -> Decision<'_> {
+        if WEB_PORTS.contains(&port) {
+            return self.decision(self.default_effect(), By::Default);
+        }
+        Decision {
+            action: Action::Deny,
+            by: By::Default,
+        }
     }
 
     /// Decides what to do with a TLS connection that names this server.

@@ -1,5 +1,5 @@
 //! A Web API of a test's own: a NATS server and replicas of `vm0-api` in a [`World`], whose VMs reach them as
-//! `http://runs.example.com`.
+//! `http://runs.example.com:8090`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -48,7 +48,7 @@ impl Api {
     pub const GROUP: &'static str = "vm0/e2e";
 
     /// The address of the API, as runners and VMs know it: the first replica's.
-    pub const URL: &'static str = "http://runs.example.com";
+    pub const URL: &'static str = "http://runs.example.com:8090";
 
     /// NATS and one replica. `None`, with the reason reported, where that is impossible.
     pub fn start(world: &World) -> Option<Self> {
@@ -147,7 +147,7 @@ impl Api {
 
     /// Where a replica listens.
     fn address(replica: u16) -> String {
-        format!("198.18.0.{}:80", 5 + replica)
+        format!("198.18.0.{}:8090", 5 + replica)
     }
 
     /// Starts a replica that does not run, and waits until it is ready.
@@ -180,11 +180,25 @@ impl Api {
         self.replicas[index] = Some(child);
         let ready = format!("http://{listen}/readyz");
         eventually("the replica is ready", LONG, || {
-            let mut curl = Command::new("curl");
+            let ended = self.replicas[index]
+                .as_mut()
+                .and_then(|child| child.try_wait().ok().flatten());
+            assert!(
+                ended.is_none(),
+                "vm0-api ended at once: {}",
+                self.log(replica)
+            );
+            let mut curl = bound(&self.namespace, Path::new("curl"));
             curl.args(["-fsS", "-o", "/dev/null", &ready])
                 .stderr(Stdio::null());
             curl.status().is_ok_and(|status| status.success())
         });
+    }
+
+    /// What a replica logged.
+    pub fn log(&self, replica: u16) -> String {
+        let log = self.directory.path().join(format!("api-{replica}.log"));
+        fs::read_to_string(log).unwrap_or_default()
     }
 
     /// kill -9.
@@ -203,7 +217,7 @@ impl Api {
 
     /// What `path` answers to this token: the status and the body.
     pub fn ask(&self, token: &str, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
-        let mut curl = Command::new("curl");
+        let mut curl = bound(&self.namespace, Path::new("curl"));
         curl.args([
             "-sS",
             "--max-time",
@@ -270,6 +284,18 @@ impl Api {
         );
         assert_eq!(status, 200, "{text}");
         text.as_str().unwrap_or_default().to_owned()
+    }
+}
+
+impl Api {
+    /// What a run that has ended said, as its events tell it.
+    pub fn output(&self, run: &str) -> String {
+        let feed = self.feed(run, "output");
+        let data = feed.lines().filter_map(|line| line.strip_prefix("data: "));
+        let pieces = data.filter_map(|data| serde_json::from_str::<Value>(data).ok());
+        pieces
+            .filter_map(|piece| piece["text"].as_str().map(str::to_owned))
+            .collect()
     }
 }
 

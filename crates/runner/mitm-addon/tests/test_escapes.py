@@ -214,3 +214,17 @@ def test_two_hosts_on_one_plain_connection_get_a_server_connection_each(world: W
             sock.sendall(b"GET /echo HTTP/1.1\r\nHost: %s\r\n\r\n" % host)
             assert status(read_response(sock)) == 200
     assert world.internet.wait_for("request")["connection"] != world.internet.wait_for("request")["connection"]
+
+
+def test_a_port_that_a_rule_lists_requests_for_is_spoken_on_and_no_other(world: World) -> None:
+    """As the runner's own API's is: only that host, only those requests, however open the policy is."""
+    listed = {"action": "allow", "method": "POST", "path": "/hook"}
+    run = world.register(policy(rule("a.test", port=8080, requests=[listed]), default="allow"))
+    with world.guest.namespace.connect("100.96.0.0", 8080) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: b.test:8080\r\nConnection: close\r\n\r\n")
+        assert status(received_until_close(sock)) == 403
+    assert run.line()["rule"] == "default"
+    with world.guest.namespace.connect("100.96.0.0", 8080) as sock:
+        sock.sendall(b"GET /other HTTP/1.1\r\nHost: a.test:8080\r\nConnection: close\r\n\r\n")
+        assert status(received_until_close(sock)) == 403
+    assert reached(world) == []

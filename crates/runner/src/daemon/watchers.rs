@@ -60,6 +60,7 @@ pub(crate) fn forward(mailbox: &Mailbox, event: ProviderEvent) {
         // The log's, not ours.
         ProviderEvent::Marked { .. } => return,
         ProviderEvent::Completed(run) => Event::Completed(run),
+        ProviderEvent::Changed => Event::Time,
         ProviderEvent::Broken(reason) => Event::ProviderBroken(reason),
     });
 }

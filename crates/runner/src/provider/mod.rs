@@ -43,6 +43,8 @@ pub(crate) enum ProviderEvent {
     },
     /// The result is durable, and its submitter has been told.
     Completed(RunId),
+    /// What the provider tells of itself is not what it was.
+    Changed,
     /// The provider has stopped working; the reason is for people.
     Broken(String),
 }

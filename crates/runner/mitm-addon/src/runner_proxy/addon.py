@@ -24,7 +24,7 @@ from .limits import (
     Patience,
 )
 from .lines import Line, Verdict, http_line, tcp_line
-from .policy import WEB_PORTS, Action, Scheme
+from .policy import Action, Scheme
 from .registry import Link, Registry, Slot
 from .sessions import Exchange, Session
 from .targets import BadRequestError, find_target, parse_server_name, remove_upgrades
@@ -62,7 +62,7 @@ class RunnerAddon:
             client.error = "its address is not registered"
             return
         port = client.sockname[1]
-        if port not in WEB_PORTS:
+        if not slot.policy.speaks_http_on(port):
             client.error = "it spoke to the proxy's own port"
             await self._log_refused(slot, client, "The proxy's own port was spoken to, which nobody may do.")
         elif len(slot.links) >= CONNECTIONS_PER_SLOT:

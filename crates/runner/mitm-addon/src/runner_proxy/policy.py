@@ -126,7 +126,14 @@ class Policy:
             decided = rule.decide(method, segments)
             if decided is not None:
                 return self._decision(decided[0], decided[1], rule)
+        if port not in WEB_PORTS:
+            # Opened by rules only: neither by default nor by audit.
+            return Decision(Action.DENY, "default", None)
         return self._decision(self.allows_by_default, "default", None)
+
+    def speaks_http_on(self, port: int) -> bool:
+        """Whether requests on this port are decided here: on others only where a rule lists some, as the API's does."""
+        return port in WEB_PORTS or any(rule.port == port and rule.permits for rule in self.rules)
 
     def decide_text(self, scheme: Scheme, host: str, port: int, method: str, path: str) -> Decision:
         """The same for a Host header as it was sent."""

@@ -24,10 +24,13 @@ pub(super) async fn run(inner: Arc<Inner>) {
         let next = tokio::time::sleep(period);
         match inner.api.heartbeat(&heartbeat(&inner, None)).await {
             Ok(answer) => {
-                {
+                let recovered = {
                     let mut state = inner.lock();
-                    state.error = None;
                     state.last_contact = Some(Instant::now());
+                    state.error.take().is_some()
+                };
+                if recovered {
+                    (inner.tell)(ProviderEvent::Changed);
                 }
                 // An instance that we replaced may have ended while the API was away. Now it is there.
                 inner.adopt();
@@ -42,6 +45,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
                 let before = inner.lock().error.replace(text.clone());
                 if before.as_ref() != Some(&text) {
                     tracing::warn!(%error, "the heartbeat was not taken; runs go on, and their answers are kept");
+                    (inner.tell)(ProviderEvent::Changed);
                 }
             }
         }

@@ -418,6 +418,7 @@ impl Inner {
         state.undelivered = state.undelivered.saturating_sub(1);
         drop(state);
         self.settled.notify_waiters();
+        (self.tell)(ProviderEvent::Changed);
     }
 }
 
