@@ -4,8 +4,10 @@
 #   scripts/build.sh [--debug] [--target ARCH]
 #
 #   --debug         the runner unoptimized, for a quick try
-#   --target ARCH   a static runner for other hosts of this architecture: x86_64 or aarch64. Nothing of it is C, so
-#                   the linker that comes with Rust is enough, whatever this host is.
+#   --target ARCH   a static runner for other hosts of this architecture: x86_64 or aarch64. The linker is
+#                   the one that comes with Rust; the cryptography is C and assembler, so another architecture than
+#                   this host's needs a C compiler for it (Debian: gcc-aarch64-linux-gnu), or the variable
+#                   CC_<arch>_unknown_linux_musl.
 #
 # Prints the path of the runner on stdout; everything else goes to stderr. Does nothing that is already done.
 set -eu
@@ -56,6 +58,11 @@ if [ -n "$arch" ] && [ "$arch" != "$host_arch" ]; then
   CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld
   CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld
   export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_LINKER
+  if ! printenv "CC_${arch}_unknown_linux_musl" >/dev/null; then
+    command -v "$arch-linux-gnu-gcc" >/dev/null || fail "there is no C compiler for $arch" \
+      "install $arch-linux-gnu-gcc (Debian: gcc-$(printf %s "$arch" | tr _ -)-linux-gnu), or set CC_${arch}_unknown_linux_musl"
+    export "CC_${arch}_unknown_linux_musl=$arch-linux-gnu-gcc"
+  fi
 fi
 
 say "building the guest's binaries for $guest_target"

@@ -171,14 +171,20 @@ for n in 1 2 3 4 5 6; do
     runs+=("$(create "for i in \$(seq $seconds); do echo \"run $n: step \$i of $seconds\"; sleep 1; done; exit $((n == 6 ? 7 : 0))")")
 done
 
+# The text of server-sent events, as it comes.
+show='import json, sys
+for line in iter(sys.stdin.readline, ""):
+    if line.startswith("data:"):
+        for text in json.loads(line[5:]).get("text", "").splitlines():
+            print("          |", text, flush=True)'
 say "Following run ${runs[0]%%-*} live (server-sent events, resumed where it broke off)"
 (
     last=
     while :; do
         # Ends when the run does, or with the replica.
-        call GET "/api/runs/${runs[0]}/output" -N --max-time 120 ${last:+-H "Last-Event-ID: $last"} 2>/dev/null >"$work/feed" || true
+        { call GET "/api/runs/${runs[0]}/output" -N --max-time 120 ${last:+-H "Last-Event-ID: $last"} 2>/dev/null || true; } | tee "$work/feed" |
+            python3 -uc "$show" >&2 || true
         last=$(sed -n 's/^id: *//p' "$work/feed" | tail -n 1)
-        sed -n 's/^data: *//p' "$work/feed" | grep -o 'run 1: step [0-9]* of [0-9]*' | sed 's/^/           /' >&2 || true
         ! grep -q '^event: *end' "$work/feed" || break
     done
 ) 9>&- &
