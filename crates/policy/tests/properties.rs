@@ -37,11 +37,13 @@ proptest! {
             let request = HttpRequest { scheme, host: &host, port, method: &method, path: &path };
             let decision = policy.decide(&request);
             prop_assert_eq!(decision, policy.decide(&request));
-            // Nothing passes that has no name, and nothing is denied by an audit but that.
+            // Nothing passes that has no name, and nothing is denied by an audit but that and what is not the web.
             let valid = Host::parse_authority(&host, port).is_ok();
             prop_assert_eq!(decision.by == By::Invalid, !valid);
             prop_assert!(valid || decision.action == Action::Deny);
-            prop_assert!(policy.mode() == Mode::Enforce || !valid || decision.action != Action::Deny);
+            let web = [80, 443].contains(&port);
+            prop_assert!(policy.mode() == Mode::Enforce || !valid || !web || decision.action != Action::Deny);
+            prop_assert!(web || decision.by != By::Default || decision.action == Action::Deny);
             // What passes was allowed by somebody.
             if decision.action == Action::Allow {
                 prop_assert!(decision.by.rule().is_some() || policy.default_effect() == Effect::Allow);

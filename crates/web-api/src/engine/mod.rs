@@ -215,6 +215,9 @@ pub(crate) async fn connect(
     url: &str,
     settings: &Settings,
 ) -> Result<async_nats::Client, OpenError> {
+    // Where another crate of the same build brings another provider, rustls does not choose by itself. An error says that
+    // it was chosen already.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let mut options = async_nats::ConnectOptions::new()
         .name("vm0-api")
         .ping_interval(Duration::from_secs(5))
