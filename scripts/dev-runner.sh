@@ -186,7 +186,7 @@ deploy() {
 environment() {
     if [ "$1" = api ]; then
         case $VM0_API_URL$VM0_RUNNER_TOKEN in *[[:cntrl:]]*) die "VM0_API_URL or VM0_RUNNER_TOKEN has a control character in it" ;; esac
-        printf 'VM0_API_URL=%s\nVM0_RUNNER_TOKEN=%s\n' "$(env_value "$VM0_API_URL")" "$(env_value "$VM0_RUNNER_TOKEN")"
+        printf 'VM0_API_URL=%s\nVM0_API_TOKEN=%s\n' "$(env_value "$VM0_API_URL")" "$(env_value "$VM0_RUNNER_TOKEN")"
     fi
     echo '# end'
 }

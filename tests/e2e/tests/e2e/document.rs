@@ -106,10 +106,10 @@ fn follow(metal: &Metal, profile: &str, slow: bool) {
         };
         let output = typed(metal, &text);
         if block.kind == "sh api" {
-            // One clear error, until there is an API mode; what ran goes on. The token is nobody's to read.
+            // What is no runner token is one clear error; what ran goes on. The token is nobody's to read.
             let told = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(!output.status.success(), "{output:?}");
-            assert!(told.contains("local file queue only"), "{told}");
+            assert!(told.contains("the token is no runner token"), "{told}");
             assert_eq!(metal.property("MainPID"), main);
         } else {
             assert!(output.status.success(), "{text}: {output:?}");
