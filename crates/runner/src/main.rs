@@ -15,6 +15,7 @@ mod executor;
 mod firecracker;
 mod gc;
 mod home;
+mod http;
 mod image;
 mod metrics;
 mod names;
@@ -28,6 +29,7 @@ mod queue;
 mod resource_budget;
 mod run_log;
 mod status;
+mod sync;
 mod terminal;
 mod vms;
 

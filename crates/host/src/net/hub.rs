@@ -142,10 +142,8 @@ pub(crate) fn admit_api(
     at: &[SocketAddrV4],
     seconds: u32,
 ) -> Result<(), String> {
-    let host = nft::Transaction::start(&rules::admit_api_on_host(number, at, seconds))?;
-    namespace::enter(hub).map_err(|e| format!("enter the hub: {e}"))?;
-    nft::apply(&rules::admit_api_in_hub(at, seconds))?;
-    host.finish()
+    let on_host = rules::admit_api_on_host(number, at, seconds);
+    apply_to_both(hub, &on_host, &rules::admit_api_in_hub(at, seconds))
 }
 
 /// Opens addresses of refused ranges for a while, in the hub and, should they be the host's own, there.
@@ -155,8 +153,14 @@ pub(crate) fn allow(
     addresses: &[Ipv4Addr],
     seconds: u32,
 ) -> Result<(), String> {
-    let host = nft::Transaction::start(&rules::allow_on_host(number, addresses, seconds))?;
+    let on_host = rules::allow_on_host(number, addresses, seconds);
+    apply_to_both(hub, &on_host, &rules::allow_in_hub(addresses, seconds))
+}
+
+/// Applies rules on the host and in the hub, at the same time. The caller's thread is in the hub afterwards.
+fn apply_to_both(hub: &OwnedFd, on_host: &str, in_hub: &str) -> Result<(), String> {
+    let host = nft::Transaction::start(on_host)?;
     namespace::enter(hub).map_err(|e| format!("enter the hub: {e}"))?;
-    nft::apply(&rules::allow_in_hub(addresses, seconds))?;
+    nft::apply(in_hub)?;
     host.finish()
 }

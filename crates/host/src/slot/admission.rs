@@ -17,10 +17,20 @@ pub fn admit<'a>(
         return Ok(());
     }
     let sum = usage.firm + wanted.resources;
-    let fits = sum.vcpu <= limits.total.vcpu
-        && sum.memory_mb <= limits.total.memory_mb
-        && sum.disk_mb <= limits.total.disk_mb;
-    if fits { Ok(()) } else { Err(usage) }
+    if sum.fits_in(limits.total) {
+        Ok(())
+    } else {
+        Err(usage)
+    }
+}
+
+impl Resources {
+    /// Whether it is no more than `total` in any dimension.
+    pub fn fits_in(self, total: Resources) -> bool {
+        self.vcpu <= total.vcpu
+            && self.memory_mb <= total.memory_mb
+            && self.disk_mb <= total.disk_mb
+    }
 }
 
 impl HostUsage {

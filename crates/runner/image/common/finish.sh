@@ -19,7 +19,8 @@ for dir in var/log var/cache/apt var/cache/debconf var/cache/ldconfig var/lib/ap
   [ -d "$root/$dir" ] || continue
   find "$root/$dir" -xdev -mindepth 1 ! -type d -delete
 done
-rm -rf --one-file-system "$root/root/.npm" "$root/root/.cache" "$root/var/lib/apt/lists/partial"
+home=$root/root
+rm -rf --one-file-system "$home/.npm" "$home/.cache" "$root/var/lib/apt/lists/partial"
 rm -f "$root"/etc/passwd- "$root"/etc/group- "$root"/etc/shadow- "$root"/etc/gshadow- "$root"/etc/subuid- "$root"/etc/subgid- \
   "$root"/var/lib/dpkg/*-old "$root/etc/apt/apt.conf.d/99mmdebstrap" "$root/.dockerenv"
 chmod 0755 "$root"

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::FirecrackerError;
 use super::pins::Sha256Hex;
+use crate::http::causes;
 use crate::image::Steps;
 
 /// How patient a download is.
@@ -334,27 +335,6 @@ fn starts_at(answer: &Response, offset: u64) -> bool {
     value
         .and_then(|value| value.to_str().ok()?.strip_prefix("bytes ")?.split_once('-'))
         .is_some_and(|(start, _)| start.parse() == Ok(offset))
-}
-
-/// An HTTP error with what is below it, which says more than its own words, and without the URL, which is told anyway.
-fn causes(error: &reqwest::Error) -> String {
-    let mut text = match error {
-        error if error.is_connect() => "no connection".to_owned(),
-        error if error.is_redirect() => "the redirection cannot be followed".to_owned(),
-        error if error.is_timeout() => "the time ran out".to_owned(),
-        error if error.is_body() || error.is_decode() => "the connection was cut".to_owned(),
-        _ => "the request failed".to_owned(),
-    };
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        let words = cause.to_string();
-        if !text.contains(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

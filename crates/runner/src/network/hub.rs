@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use host::fs::{Dir, FsError};
@@ -29,6 +29,7 @@ use crate::metrics::Counters;
 use crate::names::{ProfileName, RunId};
 use crate::proxy::{Proxy, ProxyConfig, ProxyError};
 use crate::queue::{ApiSide, Job, SecretsError, handover_name, receive};
+use crate::sync::lock;
 
 /// How long a destination named by address stays open: longer than any job.
 const FOR_THE_JOB: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -106,11 +107,6 @@ impl Operators {
         let operators: Vec<&Draft> = self.profile.iter().chain(&self.group).collect();
         merge_under(&operators, wanted)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Whole between any two operations.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl JobNetworks {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt;
 use policy::wire::{FromProxy, MAX_MESSAGE, Request};
@@ -13,6 +13,8 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::codec::{FramedRead, LinesCodec};
 use zeroize::Zeroizing;
+
+use crate::sync::lock;
 
 /// Why a request came to nothing.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -113,11 +115,6 @@ impl Drop for Forget<'_> {
     fn drop(&mut self) {
         lock(self.0).remove(&self.1);
     }
-}
-
-fn lock(waiting: &Mutex<Waiting>) -> MutexGuard<'_, Waiting> {
-    // The map is whole between any two of its operations.
-    waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn write_all(mut socket: OwnedWriteHalf, mut outbox: mpsc::Receiver<Line>) {

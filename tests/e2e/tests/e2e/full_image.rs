@@ -109,7 +109,7 @@ fn a_page_of_the_world_is_shown_by_a_browser_that_believes_the_proxy() {
     // Whoever else asks for the list finds it in root's home too.
     let prompt = "agent-browser navigate https://www.example.com/page --screenshot /tmp/test.png
 certutil -L -d sql:$HOME/.pki/nssdb -n vm0-runner-proxy > /dev/null && echo in my list
-sudo certutil -L -d sql:/root/.pki/nssdb -n vm0-runner-proxy > /dev/null && echo in the list of root";
+sudo -H sh -c 'certutil -L -d sql:$HOME/.pki/nssdb -n vm0-runner-proxy > /dev/null' && echo in the list of root";
     let outcome = host
         .submit(prompt)
         .allow("www.example.com")

@@ -20,6 +20,7 @@ use tokio_tungstenite::tungstenite::protocol::Role;
 use zeroize::Zeroizing;
 
 use crate::cli::VERSION;
+use crate::http::causes;
 
 /// Limit on one request that does not wait: the server's own is 30 s.
 const REQUEST_LIMIT: Duration = Duration::from_secs(40);
@@ -275,18 +276,6 @@ async fn body(mut response: Response) -> Result<Vec<u8>, CallError> {
 
 fn unreachable(error: reqwest::Error) -> CallError {
     CallError::Unreachable(causes(&error))
-}
-
-/// An error and what caused it: the outermost says only that a request failed.
-fn causes(error: &reqwest::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -74,13 +74,8 @@ fn startable(inner: &Inner, view: &View) -> Vec<ProfileName> {
     if view.mode != Some(Mode::Running) || (max != 0 && view.active >= max) {
         return Vec::new();
     }
-    let fits = |shape: &Resources| {
-        let sum = view.allocated + *shape;
-        view.active == 0
-            || (sum.vcpu <= view.total.vcpu
-                && sum.memory_mb <= view.total.memory_mb
-                && sum.disk_mb <= view.total.disk_mb)
-    };
+    let fits =
+        |shape: &Resources| view.active == 0 || (view.allocated + *shape).fits_in(view.total);
     let profiles = inner.runner.profiles.iter();
     profiles
         .filter(|(_, shape)| fits(shape))

@@ -22,7 +22,7 @@ mod spool;
 mod tests;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use api_types::runner::LeaseRef;
@@ -46,6 +46,7 @@ use crate::names::{GroupName, ProfileName, RunId, RunnerName};
 use crate::network::JobNetworks;
 use crate::queue::{JobHead, JobResult, QueueError};
 use crate::status::{Clock, Mode, Status, Time};
+use crate::sync::lock;
 
 /// Shortest and longest pause before a call is made again.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
@@ -273,11 +274,6 @@ impl Provider for ApiProvider {
     fn api(&self, clock: &Clock) -> Option<ApiStatus> {
         Some(self.report(clock))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Whole between any two operations.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Inner {

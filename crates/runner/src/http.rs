@@ -1,0 +1,22 @@
+//! What `setup` and the Web API's provider say of HTTP.
+
+/// An HTTP error with what is below it, which says more than its own words, and without the URL, which is told anyway.
+pub(crate) fn causes(error: &reqwest::Error) -> String {
+    let mut text = match error {
+        error if error.is_connect() => "no connection".to_owned(),
+        error if error.is_redirect() => "the redirection cannot be followed".to_owned(),
+        error if error.is_timeout() => "the time ran out".to_owned(),
+        error if error.is_body() || error.is_decode() => "the connection was cut".to_owned(),
+        _ => "the request failed".to_owned(),
+    };
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        source = cause.source();
+    }
+    text
+}
