@@ -8,13 +8,24 @@ fn active(status: &Value) -> usize {
     status["active_runs"].as_array().map_or(0, Vec::len)
 }
 
+/// A world with an API in it and a runner that takes its runs.
+fn scene() -> Option<(World, Api, Host)> {
+    let world = World::new()?;
+    let api = Api::start(&world)?;
+    let host = Host::new().world(&world).api(&api).start()?;
+    Some((world, api, host))
+}
+
+/// Waits until the runner's first run runs.
+fn until_it_runs(host: &Host) {
+    host.until_status("the run runs", |status| {
+        status["active_runs"][0]["phase"] == "running"
+    });
+}
+
 #[test]
 fn a_run_of_the_api_runs_in_a_vm_and_is_answered_there() {
-    let Some(world) = World::new() else { return };
-    let Some(api) = Api::start(&world) else {
-        return;
-    };
-    let Some(host) = Host::new().world(&world).api(&api).start() else {
+    let Some((_world, api, host)) = scene() else {
         return;
     };
     let prompt = "echo \"hello $WHO from $(uname -n)\"; test -z \"$VM0_API_TOKEN\" && echo without-token; exit 3";
@@ -54,17 +65,11 @@ fn a_run_of_the_api_runs_in_a_vm_and_is_answered_there() {
 
 #[test]
 fn a_run_is_cancelled_through_the_api() {
-    let Some(world) = World::new() else { return };
-    let Some(api) = Api::start(&world) else {
-        return;
-    };
-    let Some(host) = Host::new().world(&world).api(&api).start() else {
+    let Some((_world, api, host)) = scene() else {
         return;
     };
     let run = api.create("sleep 1000", json!({}));
-    host.until_status("the run runs", |status| {
-        status["active_runs"][0]["phase"] == "running"
-    });
+    until_it_runs(&host);
     let (status, _) = api.ask(
         &api.client,
         "POST",
@@ -78,11 +83,7 @@ fn a_run_is_cancelled_through_the_api() {
 
 #[test]
 fn an_outage_of_the_api_loses_neither_a_run_nor_its_output() {
-    let Some(world) = World::new() else { return };
-    let Some(mut api) = Api::start(&world) else {
-        return;
-    };
-    let Some(host) = Host::new().world(&world).api(&api).start() else {
+    let Some((_world, mut api, host)) = scene() else {
         return;
     };
     let first = api.create(
@@ -121,18 +122,12 @@ fn an_outage_of_the_api_loses_neither_a_run_nor_its_output() {
 
 #[test]
 fn a_runner_that_was_lost_is_not_heard_any_more() {
-    let Some(world) = World::new() else { return };
-    let Some(api) = Api::start(&world) else {
-        return;
-    };
-    let Some(host) = Host::new().world(&world).api(&api).start() else {
+    let Some((world, api, host)) = scene() else {
         return;
     };
     let retry = json!({"onRunnerLost": {"do": "retry", "maxAttempts": 3}});
     let run = api.create("sleep 4; echo \"attempt over\"", retry);
-    host.until_status("the run runs", |status| {
-        status["active_runs"][0]["phase"] == "running"
-    });
+    until_it_runs(&host);
     let daemon = host.daemon();
     daemon.signal(rustix::process::Signal::STOP);
     api.until(&run, "the lease is over", |run| run["state"] == "queued");

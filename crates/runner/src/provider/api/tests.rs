@@ -130,10 +130,16 @@ async fn next(completions: &mut mpsc::UnboundedReceiver<Value>) -> Value {
     next.await.unwrap().unwrap()
 }
 
-#[tokio::test]
-async fn an_answer_of_an_instance_that_ends_later_is_brought_in_its_name() {
+/// A home that goes with its directory.
+fn home() -> (tempfile::TempDir, Home) {
     let top = tempfile::tempdir().unwrap();
     let home = Home::open_or_create(&top.path().join("home")).unwrap();
+    (top, home)
+}
+
+#[tokio::test]
+async fn an_answer_of_an_instance_that_ends_later_is_brought_in_its_name() {
+    let (_top, home) = home();
     let (answer, old) = left(&home);
     let alive = old.lock("lock", LockKind::Exclusive, 0o600).unwrap();
     let (settings, mut completions) = api(|_| None).await;
@@ -161,8 +167,7 @@ async fn an_answer_of_an_instance_that_ends_later_is_brought_in_its_name() {
 
 #[tokio::test]
 async fn an_answer_is_brought_again_until_it_is_taken() {
-    let top = tempfile::tempdir().unwrap();
-    let home = Home::open_or_create(&top.path().join("home")).unwrap();
+    let (_top, home) = home();
     left(&home);
     let (settings, mut completions) = api(|n| (n < 2).then_some(ProblemKind::Unavailable)).await;
     let provider = ApiProvider::start(settings, &home, runner("new"), |_| {}).unwrap();
@@ -179,8 +184,7 @@ async fn an_answer_is_brought_again_until_it_is_taken() {
 
 #[tokio::test]
 async fn an_answer_of_a_lease_that_was_lost_is_dropped() {
-    let top = tempfile::tempdir().unwrap();
-    let home = Home::open_or_create(&top.path().join("home")).unwrap();
+    let (_top, home) = home();
     left(&home);
     let (settings, mut completions) = api(|_| Some(ProblemKind::LeaseLost)).await;
     let provider = ApiProvider::start(settings, &home, runner("new"), |_| {}).unwrap();
@@ -193,8 +197,7 @@ async fn an_answer_of_a_lease_that_was_lost_is_dropped() {
 
 #[tokio::test]
 async fn a_run_is_not_claimed_while_an_answer_of_it_is_on_its_way() {
-    let top = tempfile::tempdir().unwrap();
-    let home = Home::open_or_create(&top.path().join("home")).unwrap();
+    let (_top, home) = home();
     let (answer, old) = left(&home);
     let alive = old.lock("lock", LockKind::Exclusive, 0o600).unwrap();
     let (settings, mut completions) = api(|_| Some(ProblemKind::Unavailable)).await;
