@@ -16,7 +16,7 @@ use guest_control::{
 };
 use host::fs::Dir;
 use host::net::NetworkId;
-use sandbox::{BalloonStats, Place, Sandbox, SandboxError, Template};
+use sandbox::{BalloonStats, DeviceStats, Place, Sandbox, SandboxError, Template};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -85,6 +85,8 @@ pub(crate) trait Progress: Send + Sync {
     fn phase(&self, phase: Phase);
     /// The VM is up and answers.
     fn vm(&self, sandbox: &Sandbox);
+    /// What the VM's devices did for it, where its engine counts that.
+    fn devices(&self, stats: DeviceStats);
 }
 
 /// How a job ended.
@@ -196,7 +198,14 @@ async fn attempt(
             }
         }
     }
-    let mut ended = match agent(setting, job, env, &sandbox, log, progress).await {
+    let ended = agent(setting, job, env, &sandbox, log, progress).await;
+    // A VM that died has nobody left to ask, and a refusal is no reason to fail a job.
+    match sandbox.take_device_stats().await {
+        Ok(stats) => progress.devices(stats),
+        Err(SandboxError::Unavailable { .. } | SandboxError::Died(_)) => {}
+        Err(error) => tracing::warn!(%run, %error, "what the VM's devices did is not known"),
+    }
+    let mut ended = match ended {
         Ok(ended) => ended,
         Err(error) => {
             let why = explain(&sandbox, error).await;

@@ -39,13 +39,19 @@ impl Provider for Collecting {
 
 /// What the executor told.
 #[derive(Default)]
-struct Heard(Mutex<Vec<Phase>>);
+struct Heard {
+    phases: Mutex<Vec<Phase>>,
+    devices: Mutex<DeviceStats>,
+}
 
 impl Progress for Heard {
     fn phase(&self, phase: Phase) {
-        self.0.lock().unwrap().push(phase);
+        self.phases.lock().unwrap().push(phase);
     }
     fn vm(&self, _: &Sandbox) {}
+    fn devices(&self, stats: DeviceStats) {
+        *self.devices.lock().unwrap() += stats;
+    }
 }
 
 impl Bench {
@@ -79,6 +85,11 @@ impl Bench {
 
     async fn run(&self, job: &Job) -> (Ended, Vec<Phase>) {
         let heard = Heard::default();
+        let ended = self.run_heard(job, &heard).await;
+        (ended, heard.phases.into_inner().unwrap())
+    }
+
+    async fn run_heard(&self, job: &Job, heard: &Heard) -> Ended {
         let cancel = self.cancel.subscribe();
         let work = Work {
             job,
@@ -87,9 +98,7 @@ impl Bench {
             source: self.source(),
             network: None,
         };
-        let ended = execute(&self.setting, work, cancel, &heard).await;
-        let phases = heard.0.into_inner().unwrap();
-        (ended, phases)
+        execute(&self.setting, work, cancel, heard).await
     }
 
     fn log(&self, job: &Job) -> String {
@@ -136,6 +145,31 @@ async fn a_job_s_output_is_in_its_log_before_its_result_is_there() {
     assert_eq!(phases, [Phase::Running]);
     let log = bench.log(&job);
     assert!(log.contains("out\n") && log.contains("err\n"), "{log}");
+}
+
+#[tokio::test]
+async fn what_a_vm_s_devices_did_is_told_with_the_job_also_of_a_failed_one() {
+    let (executions, mut seen) = mpsc::unbounded_channel();
+    let mut bench = Bench::new(move |exec| {
+        let _ = executions.send(exec);
+    });
+    let mut guests = std::mem::replace(&mut bench.guests, mpsc::unbounded_channel().1);
+    let did = DeviceStats {
+        disk_written_bytes: 7,
+        network_throttled: 2,
+        ..DeviceStats::default()
+    };
+    let heard = Heard::default();
+    let job = job(|_| ());
+    let guest = async {
+        let guest = guests.recv().await.unwrap();
+        let exec: FakeExec = seen.recv().await.unwrap();
+        guest.count(did);
+        exec.exit(3);
+    };
+    let (ended, ()) = tokio::join!(bench.run_heard(&job, &heard), guest);
+    assert_eq!(ended.result.exit_code, 3);
+    assert_eq!(*heard.devices.lock().unwrap(), did);
 }
 
 #[tokio::test]

@@ -135,6 +135,7 @@ impl Engine for FirecrackerEngine {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             balloon: true,
+            device_stats: true,
             pause: true,
         }
     }

@@ -5,6 +5,7 @@
 //! - `machine`: the requests that describe a machine, pure functions of its size;
 //! - `api`: the typed client of Firecracker's socket;
 //! - `process`: one jailed process, started by the launcher, its sockets awaited, its death put into a sentence;
+//! - `metrics`: what Firecracker counts of its devices, over a pipe;
 //! - `vm`: its guest, over vsock: brought up, paused, its memory reclaimed;
 //! - `snapshot`: cold boot, warm-up, save; `template`: the saved files, shown read-only to every clone.
 //!
@@ -21,6 +22,7 @@ mod api;
 mod death;
 mod engine;
 mod machine;
+mod metrics;
 mod process;
 mod programs;
 mod snapshot;

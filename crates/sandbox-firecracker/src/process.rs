@@ -12,7 +12,7 @@ use host::slot::SlotId;
 use rustix::fs::inotify;
 use sandbox::parts::console::Console;
 use sandbox::parts::{reaped, watch};
-use sandbox::{Death, Place, SandboxError, Shape, StepTimes};
+use sandbox::{Death, DeviceStats, Place, SandboxError, Shape, StepTimes};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -20,6 +20,7 @@ use tokio::net::UnixStream;
 use crate::api::{Api, ApiError, FirecrackerVersion, Request};
 use crate::death::death;
 use crate::machine::{API_PATH, API_SOCKET};
+use crate::metrics::{METRICS_PATH, Metrics};
 use crate::programs::{Programs, Version};
 
 /// How long a process whose socket broke may take to be reaped, and a reaped one's last words to be read.
@@ -53,6 +54,8 @@ pub(crate) struct Process {
     /// Its directory of sockets.
     control: OwnedFd,
     console: Console,
+    /// Until they cannot be read any more.
+    metrics: Option<Metrics>,
     pub(crate) steps: StepTimes,
     since: Instant,
     death: Option<Death>,
@@ -99,9 +102,16 @@ impl Process {
                 slot: plan.place.slot,
                 jailer: lend(&plan.programs.jailer)?,
                 program: lend(&plan.programs.firecracker)?,
-                args: ["--api-sock", API_PATH, "--level", "Warning"]
-                    .map(OsString::from)
-                    .to_vec(),
+                args: [
+                    "--api-sock",
+                    API_PATH,
+                    "--level",
+                    "Warning",
+                    "--metrics-path",
+                    METRICS_PATH,
+                ]
+                .map(OsString::from)
+                .to_vec(),
                 files: plan.files,
                 console: their_console,
                 network: plan.place.network,
@@ -112,6 +122,8 @@ impl Process {
                 },
             })
             .await?;
+        let metrics =
+            Metrics::open(&jailed.control).map_err(io_error("open the VM's metrics pipe"))?;
         let mut process = Process {
             launcher: plan.launcher.clone(),
             slot: plan.place.slot,
@@ -119,6 +131,7 @@ impl Process {
             pidfd: watch(jailed.process.pidfd).map_err(io_error("watch the VM's process"))?,
             control: jailed.control,
             console: Console::start(console),
+            metrics: Some(metrics),
             steps: StepTimes::default(),
             since,
             death: None,
@@ -188,6 +201,15 @@ impl Process {
         }
     }
 
+    /// What it has written of its devices since this was last called.
+    pub(crate) fn take_device_stats(&mut self) -> Result<DeviceStats, SandboxError> {
+        let Some(metrics) = &mut self.metrics else {
+            return Ok(DeviceStats::default());
+        };
+        metrics.drain().map_err(io_error("read the VM's metrics"))?;
+        Ok(metrics.take())
+    }
+
     /// What the console says, for an error.
     pub(crate) fn console_detail(&self) -> String {
         let tail = self.console.tail();
@@ -242,7 +264,20 @@ impl Process {
         if let Some(death) = &self.death {
             return death.clone();
         }
-        let reaped = match reaped(&self.pidfd, &self.launcher, self.slot).await {
+        let end = reaped(&self.pidfd, &self.launcher, self.slot);
+        let reaped = match &mut self.metrics {
+            // A pipe that nobody empties is full after some minutes.
+            Some(metrics) => tokio::select! {
+                reaped = end => reaped,
+                error = metrics.follow() => {
+                    tracing::warn!(slot = self.slot.0, %error, "a VM's metrics cannot be read any more");
+                    self.metrics = None;
+                    reaped(&self.pidfd, &self.launcher, self.slot).await
+                }
+            },
+            None => end.await,
+        };
+        let reaped = match reaped {
             Ok(reaped) => reaped,
             Err(unknown) => return unknown,
         };

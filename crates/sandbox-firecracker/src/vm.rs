@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use guest_control::{Client, MountSource, VSOCK_PORT};
 use sandbox::parts::{memory_of, within};
-use sandbox::{BalloonStats, Death, IoLimits, MemoryStats, SandboxError, StepTimes, Vm};
+use sandbox::{
+    BalloonStats, Death, DeviceStats, IoLimits, MemoryStats, SandboxError, StepTimes, Vm,
+};
 
 use crate::api::{
     Action, ActionType, Api, BalloonState, BalloonUpdate, Request, RunState, VmState,
@@ -285,6 +287,19 @@ impl Vm for FirecrackerVm {
         let inflated = self.inflate().await;
         self.process.launcher.freeze(self.process.slot).await?;
         inflated
+    }
+
+    async fn take_device_stats(&mut self) -> Result<DeviceStats, SandboxError> {
+        // One that stands still cannot write, and does nothing that it would write of.
+        if !self.paused {
+            let flush = Request::PutAction(Action {
+                action_type: ActionType::FlushMetrics,
+            });
+            // Written when it is answered.
+            let flushed = self.api.send(&flush, SHORT).await;
+            flushed.map_err(api_error("flush metrics"))?;
+        }
+        self.process.take_device_stats()
     }
 
     fn steps(&self) -> StepTimes {

@@ -176,6 +176,7 @@ impl Engine for QemuEngine {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             balloon: false,
+            device_stats: false,
             pause: true,
         }
     }

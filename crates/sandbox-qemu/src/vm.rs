@@ -12,7 +12,7 @@ use host::slot::SlotId;
 use sandbox::parts::console::Console;
 use sandbox::parts::image::OpenImage;
 use sandbox::parts::{memory_of, reaped, watch, within};
-use sandbox::{BalloonStats, Death, MemoryStats, Place, SandboxError, StepTimes, Vm};
+use sandbox::{BalloonStats, Death, DeviceStats, MemoryStats, Place, SandboxError, StepTimes, Vm};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
@@ -403,6 +403,13 @@ impl Vm for QemuVm {
             engine: "QEMU",
             reason: "a clone has no balloon: QEMU's would discard memory of the template"
                 .to_owned(),
+        })
+    }
+
+    async fn take_device_stats(&mut self) -> Result<DeviceStats, SandboxError> {
+        Err(SandboxError::Unavailable {
+            engine: "QEMU",
+            reason: "its block and network counters are not read".to_owned(),
         })
     }
 

@@ -41,6 +41,7 @@ async fn suite(fixture: Fixture) -> Result<bool, Box<dyn std::error::Error + Sen
         real_guest: true,
         patience: PATIENCE,
         balloon: false,
+        device_stats: false,
     };
     let mut report = Report::default();
     let descriptors = harness::open_descriptors()?;

@@ -49,6 +49,8 @@ pub struct Subject {
     pub patience: Duration,
     /// Whether parked VMs give memory back.
     pub balloon: bool,
+    /// Whether what devices do is counted.
+    pub device_stats: bool,
 }
 
 /// How a case ended.

@@ -9,8 +9,8 @@ use host::slot::SlotId;
 
 use crate::error::SandboxError;
 use crate::types::{
-    BalloonStats, Capabilities, Death, EngineKind, ImageFiles, IoLimits, MemoryStats, Place, Shape,
-    SnapshotInputs, SnapshotOutcome, StepTimes,
+    BalloonStats, Capabilities, Death, DeviceStats, EngineKind, ImageFiles, IoLimits, MemoryStats,
+    Place, Shape, SnapshotInputs, SnapshotOutcome, StepTimes,
 };
 
 /// Progress of a long step, for a person.
@@ -91,6 +91,8 @@ pub trait Vm: Send + Sync {
     /// May be dropped at any point, after which only [`Vm::pause`], [`Vm::resume`] and [`Vm::destroy`] tell what state the
     /// virtual CPUs are in.
     async fn reclaim_memory(&mut self) -> Result<BalloonStats, SandboxError>;
+    /// What its devices did since this was last asked, or since it was started; `Unavailable` without the capability.
+    async fn take_device_stats(&mut self) -> Result<DeviceStats, SandboxError>;
     /// Where the time of its start went.
     fn steps(&self) -> StepTimes;
 }

@@ -140,6 +140,7 @@ impl Engine for FakeEngine {
         Capabilities {
             balloon: false,
             pause: true,
+            device_stats: true,
         }
     }
 

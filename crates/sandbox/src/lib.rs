@@ -18,6 +18,6 @@ pub use error::SandboxError;
 pub use proof::{PROOF_SHAPE, Proof, prove};
 pub use sandbox::{Limits, PausedAs, Sandbox, State};
 pub use types::{
-    BalloonStats, Capabilities, Death, EngineKind, ImageFiles, IoLimits, MemoryStats, Place, Shape,
-    SnapshotInputs, SnapshotOutcome, StepTimes,
+    BalloonStats, Capabilities, Death, DeviceStats, EngineKind, ImageFiles, IoLimits, MemoryStats,
+    Place, Shape, SnapshotInputs, SnapshotOutcome, StepTimes,
 };

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use crate::engine::Vm;
 use crate::error::SandboxError;
 use crate::sandbox::{Limits, PausedAs, State};
-use crate::types::{BalloonStats, Death, MemoryStats};
+use crate::types::{BalloonStats, Death, DeviceStats, MemoryStats};
 
 type Reply<T> = oneshot::Sender<Result<T, SandboxError>>;
 
@@ -21,6 +21,7 @@ pub(crate) enum Request {
     Resume(Reply<()>),
     Memory(Reply<MemoryStats>),
     ReclaimMemory(Reply<BalloonStats>),
+    DeviceStats(Reply<DeviceStats>),
 }
 
 /// Everything the task knows beside the VM itself, which it borrows again for every wait.
@@ -142,6 +143,19 @@ impl Owner {
             Request::Memory(reply) => {
                 let _ = reply.send(vm.memory());
                 Outcome::Done
+            }
+            Request::DeviceStats(reply) => {
+                match self
+                    .bounded("count the work of", vm.take_device_stats(), kill)
+                    .await
+                {
+                    // Without the capability, or refused: the VM is as it was.
+                    Ok(stats) => {
+                        let _ = reply.send(stats);
+                        Outcome::Done
+                    }
+                    Err(death) => Outcome::Fatal(death),
+                }
             }
             // Served by `reclaim`, which needs the other requests.
             Request::ReclaimMemory(_) => Outcome::Done,

@@ -35,7 +35,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::engine::Vm;
 use crate::error::SandboxError;
 use crate::owner::{Owner, Request};
-use crate::types::{BalloonStats, Death, MemoryStats, StepTimes};
+use crate::types::{BalloonStats, Death, DeviceStats, MemoryStats, StepTimes};
 
 /// Why a VM is paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,6 +182,11 @@ impl Sandbox {
     /// the VM. Gives up at once when something else is asked of the VM: a job that wants it does not wait for this.
     pub async fn reclaim_memory(&self) -> Result<BalloonStats, SandboxError> {
         self.ask(Request::ReclaimMemory).await
+    }
+
+    /// What its devices did since this was last asked, or since it was started, where the engine counts it.
+    pub async fn take_device_stats(&self) -> Result<DeviceStats, SandboxError> {
+        self.ask(Request::DeviceStats).await
     }
 
     /// Resolves when the VM is dead and reaped, at once if it is. Any number of callers may wait.

@@ -29,6 +29,8 @@ pub struct Capabilities {
     pub balloon: bool,
     /// Pausing and resuming.
     pub pause: bool,
+    /// It counts what a VM's devices do.
+    pub device_stats: bool,
 }
 
 /// Where a VM is on this host: what its process runs as, and what its network card leads to.
@@ -127,6 +129,47 @@ pub struct BalloonStats {
     /// What the guest could still use when it last told, MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_available_mb: Option<u64>,
+}
+
+/// What a VM's devices did, as its engine counted it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceStats {
+    /// Bytes the guest read from its disks, the read-only one included.
+    pub disk_read_bytes: u64,
+    /// Bytes it wrote.
+    pub disk_written_bytes: u64,
+    /// Times a disk made it wait for [`IoLimits`].
+    pub disk_throttled: u64,
+    /// Bytes its network card sent.
+    pub network_sent_bytes: u64,
+    /// Bytes it received.
+    pub network_received_bytes: u64,
+    /// Times the card made it, or whoever sends to it, wait for [`IoLimits`].
+    pub network_throttled: u64,
+}
+
+impl std::ops::AddAssign for DeviceStats {
+    fn add_assign(&mut self, more: DeviceStats) {
+        // By name: a figure that is added to the type is missed here otherwise.
+        let DeviceStats {
+            disk_read_bytes,
+            disk_written_bytes,
+            disk_throttled,
+            network_sent_bytes,
+            network_received_bytes,
+            network_throttled,
+        } = more;
+        for (sum, more) in [
+            (&mut self.disk_read_bytes, disk_read_bytes),
+            (&mut self.disk_written_bytes, disk_written_bytes),
+            (&mut self.disk_throttled, disk_throttled),
+            (&mut self.network_sent_bytes, network_sent_bytes),
+            (&mut self.network_received_bytes, network_received_bytes),
+            (&mut self.network_throttled, network_throttled),
+        ] {
+            *sum = sum.saturating_add(more);
+        }
+    }
 }
 
 /// How much a VM may read, write, send and receive in a second; no limit where there is none. What was not used for a

@@ -38,6 +38,7 @@ async fn the_fake_engine_conforms() {
         real_guest: false,
         patience: PATIENCE,
         balloon: false,
+        device_stats: true,
     };
     let cases = cases(&subject);
     assert!(cases.len() >= 4);

@@ -14,6 +14,8 @@ use crate::slot::SlotId;
 
 /// Directory in every jail in which the process makes its sockets; see [`Jailed::control`].
 pub const CONTROL_DIR: &str = "control";
+/// A named pipe in it, for figures that the process writes and whoever has the directory may read.
+pub const METRICS_PIPE: &str = "metrics";
 
 /// A VM's process to start under Firecracker's jailer, in a slot we hold: own uid and gid, a root directory of its own
 /// that holds what is listed here and nothing else, a process namespace, a network namespace that is empty or its

@@ -12,13 +12,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags};
 use rustix::process::Resource;
 use rustix::thread::LinkNameSpaceType;
 
 use super::child::{self, At, Step};
-use super::jailed::{CONTROL_DIR, JailName};
+use super::jailed::{CONTROL_DIR, JailName, METRICS_PIPE};
 use super::wire;
 use crate::cgroup::Cgroups;
 use crate::net;
@@ -158,6 +158,14 @@ fn furnish(plan: &Plan<'_>, copies: &[OwnedFd]) -> Step<()> {
         .and_then(|()| fs::set_permissions(&control, fs::Permissions::from_mode(0o755)))
         .and_then(|()| chown(&control, Some(plan.uid), Some(plan.uid)))
         .at("make the control directory")?;
+    // For everybody who gets into the directory, which is the process and who is sent it.
+    let everybody = fs::Permissions::from_mode(0o666);
+    let pipe = control.join(METRICS_PIPE);
+    rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+        .map_err(io::Error::from)
+        .and_then(|()| fs::set_permissions(&pipe, everybody))
+        .and_then(|()| chown(&pipe, Some(plan.uid), Some(plan.uid)))
+        .at("make the pipe for its metrics")?;
 
     let mut copies = copies.iter();
     if let Some(copy) = copies.next() {

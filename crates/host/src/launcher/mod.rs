@@ -33,7 +33,7 @@ use crate::net::NetworkId;
 use crate::process::{ProcessMemory, come_before_vms};
 use crate::slot::{DEFAULT_UID_BASE, HostLimits, HostUsage, SlotId, SlotRecord};
 use fork::Forked;
-pub use jailed::{CONTROL_DIR, JailFile, JailName, JailSpec, Jailed};
+pub use jailed::{CONTROL_DIR, JailFile, JailName, JailSpec, Jailed, METRICS_PIPE};
 pub use network::Hub;
 pub use service::{SERVICES, ServiceId, ServiceSpec};
 use wire::{LaunchKind, LaunchOrder, Op, Refusal, Reply, Unit};

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use host::fs::Lock;
 use host::slot::{Resources, SlotId};
 use jiff::Timestamp;
-use sandbox::{BalloonStats, EngineKind, Sandbox, Template};
+use sandbox::{BalloonStats, DeviceStats, EngineKind, Sandbox, Template};
 use tokio::sync::watch;
 
 use super::directory::Directory;
@@ -392,6 +392,7 @@ impl Owner {
         let setting = self.setting.clone();
         let told = Told {
             mailbox: self.mailbox.clone(),
+            metrics: Arc::clone(&self.metrics),
             run,
         };
         let network = self.vm_place(slot).network;
@@ -503,6 +504,7 @@ impl Owner {
 /// An executor's way of telling the owner how far it is.
 struct Told {
     mailbox: Mailbox,
+    metrics: Arc<Metrics>,
     run: RunId,
 }
 
@@ -518,6 +520,9 @@ impl Progress for Told {
             run: self.run,
             sandbox: sandbox.clone(),
         });
+    }
+    fn devices(&self, stats: DeviceStats) {
+        self.metrics.devices(stats);
     }
 }
 

@@ -15,6 +15,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use sandbox::DeviceStats;
 
 pub(crate) use http::{bind, serve};
 pub(crate) use meter::Meter;
@@ -51,6 +52,8 @@ pub(crate) struct Metrics {
     waiting: Gauge,
     vms: Gauges,
     balloons: Gauge,
+    io_bytes: Counters,
+    throttled: Counters,
     warm_target: Gauges,
     budget: Gauges,
     proxy: Gauges,
@@ -76,6 +79,8 @@ impl Metrics {
             waiting: Gauge::default(),
             vms: Gauges::default(),
             balloons: Gauge::default(),
+            io_bytes: Counters::default(),
+            throttled: Counters::default(),
             warm_target: Gauges::default(),
             budget: Gauges::default(),
             proxy: Gauges::default(),
@@ -129,6 +134,16 @@ impl Metrics {
             "balloon_bytes",
             "Memory that idle VMs have given back, in bytes",
             m.balloons.clone(),
+        );
+        r.register(
+            "vm_io_bytes",
+            "What jobs read, wrote, received and sent through their VMs' devices, in bytes; absent where the engine does not count it",
+            m.io_bytes.clone(),
+        );
+        r.register(
+            "vm_throttled",
+            "Times a VM's device waited because of the profile's io limits; absent where the engine does not count it",
+            m.throttled.clone(),
         );
         r.register(
             "warm_target",
@@ -205,6 +220,29 @@ impl Metrics {
     pub(crate) fn started(&self, source: &'static str) {
         let labels = vec![("source", source.to_owned())];
         self.starts.get_or_create(&labels).inc();
+    }
+
+    /// A job's VM did this much.
+    pub(crate) fn devices(&self, stats: DeviceStats) {
+        for (device, direction, bytes) in [
+            ("disk", "read", stats.disk_read_bytes),
+            ("disk", "write", stats.disk_written_bytes),
+            ("network", "receive", stats.network_received_bytes),
+            ("network", "send", stats.network_sent_bytes),
+        ] {
+            let labels = vec![
+                ("device", device.to_owned()),
+                ("direction", direction.to_owned()),
+            ];
+            self.io_bytes.get_or_create(&labels).inc_by(bytes);
+        }
+        for (device, times) in [
+            ("disk", stats.disk_throttled),
+            ("network", stats.network_throttled),
+        ] {
+            let labels = vec![("device", device.to_owned())];
+            self.throttled.get_or_create(&labels).inc_by(times);
+        }
     }
 
     /// Something was cleaned up.
@@ -307,4 +345,40 @@ impl Metrics {
 
 fn signed(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_vms_did_adds_up_and_is_absent_where_nothing_is_counted() {
+        let metrics = Metrics::new(None, "1.0.0");
+        let text = || {
+            let mut text = String::new();
+            encode(&mut text, &metrics.registry.lock().unwrap()).unwrap();
+            text
+        };
+        assert!(!text().contains("vm_io_bytes_total{"), "{}", text());
+        let did = DeviceStats {
+            disk_read_bytes: 1,
+            disk_written_bytes: 2,
+            disk_throttled: 3,
+            network_sent_bytes: 4,
+            network_received_bytes: 5,
+            network_throttled: 6,
+        };
+        metrics.devices(did);
+        metrics.devices(did);
+        for line in [
+            "vm0_runner_vm_io_bytes_total{device=\"disk\",direction=\"read\"} 2\n",
+            "vm0_runner_vm_io_bytes_total{device=\"disk\",direction=\"write\"} 4\n",
+            "vm0_runner_vm_io_bytes_total{device=\"network\",direction=\"send\"} 8\n",
+            "vm0_runner_vm_io_bytes_total{device=\"network\",direction=\"receive\"} 10\n",
+            "vm0_runner_vm_throttled_total{device=\"disk\"} 6\n",
+            "vm0_runner_vm_throttled_total{device=\"network\"} 12\n",
+        ] {
+            assert!(text().contains(line), "{line}: {}", text());
+        }
+    }
 }

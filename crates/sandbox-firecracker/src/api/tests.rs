@@ -29,6 +29,9 @@ fn all_requests() -> Vec<Request> {
         Request::PutAction(Action {
             action_type: ActionType::InstanceStart,
         }),
+        Request::PutAction(Action {
+            action_type: ActionType::FlushMetrics,
+        }),
         Request::PatchVm(VmState {
             state: RunState::Paused,
         }),

@@ -132,6 +132,7 @@ pub(crate) struct Action {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) enum ActionType {
     InstanceStart,
+    FlushMetrics,
 }
 
 /// `PATCH /vm`.

@@ -203,6 +203,7 @@ impl Suite {
             real_guest: true,
             patience: self.patience,
             balloon: true,
+            device_stats: true,
         };
         let mut report = Report::default();
         let filters = harness::filters();
@@ -216,22 +217,29 @@ impl Suite {
             let error = self.boots().await.err().map(|error| error.to_string());
             report.note(BOOTS, error, start);
         }
-        const NETWORKS: &str = "two clones in networks of their own are told apart";
-        if harness::wanted(NETWORKS, &filters) {
-            let start = Instant::now();
-            match networks::missing() {
-                Some(reason) => harness::skipped(NETWORKS, reason, &mut report),
-                None => {
-                    let error = networks::apart(&self).await.err();
-                    report.note(NETWORKS, error.map(|error| error.to_string()), start);
-                }
+        const APART: &str = "two clones in networks of their own are told apart";
+        const NETWORK: &str = "a clone's network is held to the limits of its profile";
+        for name in [APART, NETWORK] {
+            if !harness::wanted(name, &filters) {
+                continue;
             }
-        }
-        const LIMITS: &str = "a clone is held to the limits of its profile";
-        if harness::wanted(LIMITS, &filters) {
             let start = Instant::now();
-            let error = limits::held(&self).await.err();
-            report.note(LIMITS, error.map(|error| error.to_string()), start);
+            if let Some(reason) = networks::missing() {
+                harness::skipped(name, reason, &mut report);
+                continue;
+            }
+            let outcome = match name {
+                APART => networks::apart(&self).await,
+                _ => limits::network(&self).await,
+            };
+            let error = outcome.err().map(|error| error.to_string());
+            report.note(name, error, start);
+        }
+        const DISK: &str = "a clone's disk is held to the limits of its profile";
+        if harness::wanted(DISK, &filters) {
+            let start = Instant::now();
+            let error = limits::disk(&self).await.err();
+            report.note(DISK, error.map(|error| error.to_string()), start);
         }
         for (name, case) in faults::CASES {
             if harness::wanted(name, &filters) {

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
 
+use host::launcher::Hub;
 use host::net::{HubConfig, NetworkLimits, NetworkPool, standard_refused};
 use sandbox::conformance::harness::output;
 use sandbox::{Place, Vm};
@@ -26,7 +27,8 @@ pub(crate) fn missing() -> Option<&'static str> {
     }
 }
 
-pub(crate) async fn apart(suite: &Suite) -> Result<(), Failure> {
+/// A hub, and where its guests' DNS over TCP arrives.
+pub(crate) async fn hub(suite: &Suite) -> Result<(Hub, TcpListener), Failure> {
     let config = HubConfig {
         networks: 8,
         workers: vec![8080],
@@ -37,6 +39,11 @@ pub(crate) async fn apart(suite: &Suite) -> Result<(), Failure> {
     let hub = suite.launcher.make_hub(config).await?;
     let resolver = TcpListener::from(hub.dns_tcp.try_clone()?);
     resolver.set_nonblocking(false)?;
+    Ok((hub, resolver))
+}
+
+pub(crate) async fn apart(suite: &Suite) -> Result<(), Failure> {
+    let (_hub, resolver) = hub(suite).await?;
     let listening = std::thread::spawn(move || -> std::io::Result<BTreeSet<IpAddr>> {
         let mut peers = BTreeSet::new();
         // Two clones, two rounds.

@@ -36,6 +36,11 @@ pub(super) const CASES: &[Entry] = &[
         true,
         |room| Box::pin(gives_memory_back(room)),
     ),
+    (
+        "what a VM's devices do is counted once, or its engine says that it is not",
+        true,
+        |room| Box::pin(counts_devices(room)),
+    ),
     ("a guest that powers off is reported so", true, |room| {
         Box::pin(powers_off(room))
     }),
@@ -127,6 +132,28 @@ async fn killed_while_paused(room: Room) -> Outcome {
     let death = sandbox.died().await;
     ensure!(death.reason.contains("signal 9"), "{death:?}");
     ensure!(sandbox.resume().await.is_err(), "a dead VM was resumed");
+    Ok(())
+}
+
+async fn counts_devices(room: Room) -> Outcome {
+    let sandbox = room.restore().await?;
+    let before = sandbox.take_device_stats().await;
+    if !room.subject.device_stats {
+        ensure!(
+            matches!(before, Err(SandboxError::Unavailable { .. })),
+            "{before:?}"
+        );
+        return Ok(());
+    }
+    let written = 256 * 1024;
+    let write = format!("head -c {written} /dev/zero > /written && sync /written");
+    super::stdout_of(&sandbox, &write).await?;
+    let stats = sandbox.take_device_stats().await?;
+    ensure!(stats.disk_written_bytes >= written, "{stats:?}");
+    // The same again while it stands still, when there is nothing new.
+    sandbox.pause(PausedAs::Parked).await?;
+    let stats = sandbox.take_device_stats().await?;
+    ensure!(stats.disk_written_bytes < written, "{stats:?}");
     Ok(())
 }
 

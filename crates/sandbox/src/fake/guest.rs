@@ -14,7 +14,7 @@ use super::os::FakeOs;
 use super::{Gate, Program, pass};
 use crate::engine::Vm;
 use crate::error::SandboxError;
-use crate::types::{BalloonStats, Death, MemoryStats, StepTimes};
+use crate::types::{BalloonStats, Death, DeviceStats, MemoryStats, StepTimes};
 
 /// Something that happened to a fake VM, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +50,7 @@ pub(super) struct GuestState {
     pauses: watch::Sender<Gate>,
     resumes: watch::Sender<Gate>,
     reclaims: watch::Sender<Gate>,
+    devices: watch::Sender<DeviceStats>,
     death: watch::Sender<Option<Death>>,
     /// True once the control channel is to end.
     cut: watch::Sender<bool>,
@@ -87,6 +88,7 @@ impl FakeGuest {
             pauses: watch::Sender::new(Gate::Open),
             resumes: watch::Sender::new(Gate::Open),
             reclaims: watch::Sender::new(Gate::Open),
+            devices: watch::Sender::new(DeviceStats::default()),
             death: watch::Sender::new(None),
             cut,
         };
@@ -99,6 +101,11 @@ impl FakeGuest {
     /// The slot it was made in.
     pub fn slot(&self) -> SlotId {
         self.state.slot
+    }
+
+    /// Its devices have done this much more.
+    pub fn count(&self, more: DeviceStats) {
+        self.state.devices.send_modify(|sum| *sum += more);
     }
 
     /// What has happened to it so far.
@@ -214,6 +221,14 @@ impl Vm for FakeVm {
             engine: "fake",
             reason: "it has no memory".to_owned(),
         })
+    }
+
+    async fn take_device_stats(&mut self) -> Result<DeviceStats, SandboxError> {
+        Ok(self
+            .guest
+            .state
+            .devices
+            .send_replace(DeviceStats::default()))
     }
 
     fn steps(&self) -> StepTimes {

@@ -18,7 +18,7 @@ const SHAPE: Shape = Shape {
 };
 
 /// Limit of the boot and of each warm-up process.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(600);
 
 struct Quiet;
 

@@ -29,7 +29,7 @@ use crate::queue::{Change, GroupQueue, Job, JobFields, JobResult, Watch};
 pub(super) const WARM: u32 = 4;
 
 /// Longest wait for the daemon, a pool or an answer.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// How often something that is waited for outside of a measurement is looked at.
 const LOOK: Duration = Duration::from_millis(5);

@@ -17,7 +17,7 @@ use crate::home::Home;
 use crate::image::warm_up;
 
 /// Limit of a cold boot: far above what the slowest emulated host needs.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
+const BOOT_LIMIT: Duration = Duration::from_secs(600);
 
 /// Pings measured on one VM.
 const PINGS: usize = 1000;

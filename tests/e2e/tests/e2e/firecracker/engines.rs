@@ -236,5 +236,42 @@ fn a_host_in_production_gets_from_nothing_to_a_job_in_firecracker() {
     });
     println!("     {}", status["idle_vms"][0]["balloon"]);
     assert!(in_session("cat ~/note").contains("kept"));
+    assert!(host.stop().success(), "the runner stops as it should");
+
+    let counts = [
+        "--runs",
+        "2",
+        "--boots",
+        "1",
+        "--pickups",
+        "3",
+        "--idle",
+        "1",
+    ];
+    let measured = host
+        .runner(&["benchmark", "--json"])
+        .args(small)
+        .args(counts)
+        .output()
+        .expect("it starts");
+    assert!(measured.status.success(), "{}", said(&measured));
+    let figures: Value = serde_json::from_slice(&measured.stdout).expect("JSON");
+    let steps = figures["steps_ms"].as_array().expect("steps");
+    let steps: Vec<_> = steps
+        .iter()
+        .filter_map(|step| step["step"].as_str())
+        .collect();
+    let expected = [
+        "process",
+        "socket",
+        "load and resume",
+        "connect",
+        "handshake",
+        "mount",
+        "clock and reseed",
+        "ready",
+    ];
+    assert_eq!(steps, expected);
+    println!("{figures:#}");
     host.finish();
 }
