@@ -1,6 +1,6 @@
 //! A clone whose devices are limited takes as long for its work as the limit says, however fast host and guest are.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use host::net::NetworkPool;
@@ -23,7 +23,7 @@ const LIMITS: IoLimits = IoLimits {
 
 pub(crate) async fn disk(suite: &Suite) -> Result<(), Failure> {
     let write = format!(
-        "dd if=/dev/zero of=/written bs=64k count={} conv=fsync status=none",
+        "dd if=/dev/zero of=/var/tmp/written bs=64k count={} conv=fsync status=none && echo done",
         WORK / 64
     );
     let slot = suite.slots.take().await?;
@@ -40,7 +40,10 @@ pub(crate) async fn network(suite: &Suite) -> Result<(), Failure> {
     let (_hub, resolver) = hub(suite).await?;
     let receiving = std::thread::spawn(move || -> std::io::Result<usize> {
         let (mut stream, _) = resolver.accept()?;
-        stream.read_to_end(&mut Vec::new())
+        let mut received = Vec::new();
+        (&mut stream).take(WORK * 1024).read_to_end(&mut received)?;
+        stream.write_all(b"done\n")?;
+        Ok(received.len())
     });
     let pool = NetworkPool::new(suite.launcher.clone(), 1);
     let network = pool.take().await?;
@@ -50,7 +53,7 @@ pub(crate) async fn network(suite: &Suite) -> Result<(), Failure> {
         network: Some(network.id()),
     };
     let send = format!(
-        "head -c {} /dev/zero > /dev/tcp/192.168.241.1/53",
+        "exec 3<>/dev/tcp/192.168.241.1/53 && head -c {} /dev/zero >&3 && head -n1 <&3",
         WORK * 1024
     );
     let stats = work(suite, place, &send).await;
@@ -76,7 +79,10 @@ async fn work(suite: &Suite, place: Place, script: &str) -> Result<DeviceStats, 
     let took = start.elapsed();
     let stats = vm.take_device_stats().await?;
     vm.destroy().await?;
-    worked?;
+    let said = worked?;
+    if said != "done\n" {
+        return Err(format!("the guest said {said:?}").into());
+    }
     let least = Duration::from_secs((WORK - RATE) / RATE - 1);
     if took < least {
         return Err(format!("it was done in {took:.1?}, and takes {least:?} and more").into());
