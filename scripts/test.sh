@@ -15,8 +15,8 @@
 #   FILTER   run only the tests whose names contain one of these words
 #
 # Installs (root, by sudo where you are not root): Debian packages for building, for QEMU and for the checks; Rust by
-# rustup where there is none; cargo-deny into target/tools; Python packages into target/addon-venv; a NATS server into target/nats. The image is
-# built into target/test-home.
+# rustup where there is none; cargo-deny into target/tools; Python packages into target/addon-venv; a NATS server into target/nats,
+# schemathesis into target/schemathesis. The image is built into target/test-home.
 # Safe to run again, and beside another copy.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -186,8 +186,9 @@ if [ "$tier" != soak ] && [ ${#filters[@]} = 0 ]; then
     advisories
     stage "clippy" cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
     if [ -n "$addon_venv" ]; then
-        stage "ruff format" in_addon ruff format --quiet --check .
-        stage "ruff" in_addon ruff check --quiet .
+        others=("$top/crates/web-api/tests/schemathesis")
+        stage "ruff format" in_addon ruff format --quiet --config pyproject.toml --check . "${others[@]}"
+        stage "ruff" in_addon ruff check --quiet --config pyproject.toml . "${others[@]}"
         stage "mypy" in_addon mypy --no-error-summary
         stage "deployment examples" check_deploy
     else
@@ -197,6 +198,7 @@ fi
 
 if [ "$tier" != lint ] && [ "$tier" != soak ]; then
     need_nats
+    [ -z "$addon_venv" ] || need_schemathesis
     # The engine's conformance suite wants the image that the full tier builds below.
     exclude=(--exclude e2e)
     [ "$tier" = fast ] || exclude+=(--exclude sandbox-qemu)

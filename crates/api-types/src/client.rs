@@ -69,8 +69,15 @@ pub struct CreateRun {
     /// What the agent is to do: 1 byte to 4 MiB, no NUL.
     #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 4194304))]
     pub prompt: String,
-    /// Absolute path in the guest; made if missing.
+    /// Absolute path in the guest without `..` and control characters; made if missing.
     #[serde(default = "default_working_dir")]
+    #[cfg_attr(
+        feature = "openapi",
+        schema(
+            max_length = 1000,
+            pattern = r"^(/(?!\.\.(/|$))[^/\x00-\x1f\x7f-\x9f]*)+$"
+        )
+    )]
     pub working_dir: String,
     /// Which agent CLI.
     #[serde(default = "default_agent_type")]
@@ -87,7 +94,7 @@ pub struct CreateRun {
     pub timeout_secs: Option<u64>,
     /// What it may reach (`docs/network.md`).
     #[serde(default)]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::policy::Policy>))]
     pub policy: Option<serde_json::Value>,
     /// Its secrets, at most 64.
     #[serde(default)]
@@ -219,7 +226,7 @@ pub struct GroupPolicy {
     /// The group.
     pub group: GroupName,
     /// As in `docs/network.md`, in its canonical form.
-    #[cfg_attr(feature = "openapi", schema(value_type = Object))]
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::policy::Policy))]
     pub policy: serde_json::Value,
     /// Changes with every change.
     pub revision: u64,

@@ -36,8 +36,17 @@ pub struct Events {
     /// The run.
     pub run_id: RunId,
     /// At most [`MAX_EVENTS`], 512 KiB in all.
-    #[cfg_attr(feature = "openapi", schema(value_type = Vec<Object>, max_items = 1000))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<AgentEvent>, max_items = 1000))]
     pub events: Vec<serde_json::Map<String, serde_json::Value>>,
+}
+
+/// An event of the agent CLI, for the description of the API: whatever the CLI says, and its number.
+#[cfg(feature = "openapi")]
+#[derive(Debug, utoipa::ToSchema)]
+#[schema(rename_all = "camelCase")]
+pub struct AgentEvent {
+    /// One more than that of the event before it.
+    pub sequence_number: u64,
 }
 
 /// Where the next has to begin.

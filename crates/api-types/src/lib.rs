@@ -8,6 +8,8 @@
 pub mod client;
 pub mod guest;
 mod names;
+#[cfg(feature = "openapi")]
+pub mod policy;
 mod problem;
 pub mod push;
 pub mod runner;

@@ -59,6 +59,8 @@ kinds! {
     NotRunning = "not-running", 409, "The run is not running";
     /// Something between what is there and what was sent is missing; `next` says where to go on.
     Gap = "gap", 409, "Something before it is missing";
+    /// Only a WebSocket is to be had here.
+    UpgradeRequired = "upgrade-required", 426, "A WebSocket is needed";
     /// Larger than the server takes.
     TooLarge = "too-large", 413, "The request is too large";
     /// Not JSON.

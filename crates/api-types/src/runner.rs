@@ -29,7 +29,7 @@ pub struct Poll {
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(max_items = 1024))]
     pub held_sessions: Vec<SessionId>,
-    /// How long to wait for a run, seconds; at most [`MAX_WAIT_SECS`].
+    /// How long to wait for a run, seconds; at most [`MAX_WAIT_SECS`]. The server may answer sooner.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(maximum = 60))]
     pub wait_secs: u64,
@@ -112,10 +112,10 @@ pub struct ExecutionContext {
     /// Its time limit, seconds.
     pub timeout_secs: Option<u64>,
     /// The run's own policy.
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::policy::Policy>))]
     pub policy: Option<serde_json::Value>,
     /// The group's policy, which the run's cannot lift.
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::policy::Policy>))]
     pub group_policy: Option<serde_json::Value>,
     /// Names of its secrets. Their values are had from `firewall/auth`.
     pub secrets: Vec<SecretName>,
@@ -246,7 +246,7 @@ pub struct LeaseAnswer {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct RunPolicy {
     /// As in `docs/network.md`, in its canonical form; none: the run says nothing of its own.
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::policy::Policy>))]
     pub policy: Option<serde_json::Value>,
     /// Which one.
     pub policy_revision: u64,

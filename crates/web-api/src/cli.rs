@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use api_types::GroupName;
+use api_types::runner::MAX_WAIT_SECS;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::engine::Settings;
@@ -195,6 +196,10 @@ pub struct Serve {
     /// Time limit of runs whose client gives none, seconds: as the runners have it
     #[arg(long, default_value_t = 7200, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub default_timeout_secs: u64,
+    /// How long a runner's request for work is held at most, seconds: less than what a load balancer in between gives an
+    /// idle connection
+    #[arg(long, default_value_t = MAX_WAIT_SECS, value_parser = clap::value_parser!(u64).range(1..=MAX_WAIT_SECS))]
+    pub max_wait_secs: u64,
     /// How wrong the replica's clock goes, milliseconds: for tests of the others' tolerance
     #[arg(long, default_value_t = 0, hide = true, allow_negative_numbers = true)]
     pub clock_skew_ms: i64,

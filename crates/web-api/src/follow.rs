@@ -146,7 +146,7 @@ impl Hub {
                         break messages;
                     }
                 };
-                while let Ok(Some(piece)) = engine.piece(kind, run, last + 1).await {
+                while let Ok(Some(piece)) = engine.piece(kind, run, last.saturating_add(1)).await {
                     last = piece.sequence;
                     let _ = pieces.send(Arc::new(piece));
                 }

@@ -68,7 +68,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             (None, None) => Err("say where to: vm0-api master-key --out FILE".into()),
         },
         Command::Token { command, nats } => tokens(command, &nats).await,
-        Command::Openapi => print(&serde_json::to_string_pretty(&web_api::http::openapi())?),
+        Command::Openapi => print(&serde_json::to_string_pretty(&web_api::http::openapi()?)?),
     }
 }
 
@@ -133,6 +133,7 @@ async fn serve_api(serve: Serve) -> Result<(), Failure> {
     let config = Config {
         lease: Duration::from_secs(serve.lease_secs),
         default_timeout_secs: serve.default_timeout_secs,
+        max_wait: Duration::from_secs(serve.max_wait_secs),
         max_queued: serve.max_queued,
         run_retention: Duration::from_secs(u64::from(serve.run_days).saturating_mul(86_400)),
         ..Config::default()

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use api_types::runner::{Heartbeat, RunnerInfo, RunnerMode};
+use api_types::runner::{Heartbeat, MAX_WAIT_SECS, RunnerInfo, RunnerMode};
 use api_types::{GroupName, RunId, RunnerId};
 use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
@@ -27,6 +27,8 @@ pub struct Config {
     pub lease: Duration,
     /// How long a run whose client says nothing may take: what its token is good for.
     pub default_timeout_secs: u64,
+    /// How long a runner's request for work is held at most, whatever it asks for.
+    pub max_wait: Duration,
     /// Most runs of one group that wait.
     pub max_queued: u64,
     /// How long finished runs are kept.
@@ -44,6 +46,7 @@ impl Default for Config {
         Self {
             lease: Duration::from_secs(60),
             default_timeout_secs: 7200,
+            max_wait: Duration::from_secs(MAX_WAIT_SECS),
             max_queued: 100_000,
             run_retention: Duration::from_secs(30 * 24 * 3600),
             housekeeping: Duration::from_secs(600),

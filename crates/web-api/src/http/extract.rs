@@ -9,6 +9,7 @@ use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::header;
 use axum::http::request::Parts;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::error::{ApiError, no_such_run, problem};
 use crate::service::Service;
@@ -59,7 +60,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<Service>> for Json<T> {
                     }
                     _ => problem(ProblemKind::Malformed, "the body did not arrive whole"),
                 })?;
-        serde_json::from_slice(&bytes).map(Self).map_err(|error| {
+        parse(&bytes).map(Self).map_err(|error| {
             use serde_json::error::Category;
             let kind = match error.classify() {
                 Category::Data => ProblemKind::Invalid,
@@ -67,6 +68,56 @@ impl<T: DeserializeOwned> FromRequest<Arc<Service>> for Json<T> {
             };
             problem(kind, format!("the body is not usable: {}", shown(&error)))
         })
+    }
+}
+
+/// Reads JSON. In JSON `1.0` is the integer 1, which only a second look takes for one.
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, serde_json::Error> {
+    let first = match serde_json::from_slice(bytes) {
+        Ok(value) => return Ok(value),
+        Err(error) if error.is_data() => error,
+        Err(error) => return Err(error),
+    };
+    let Ok(mut value) = serde_json::from_slice::<Value>(bytes) else {
+        return Err(first);
+    };
+    if whole(&mut value) {
+        serde_json::from_value(value)
+    } else {
+        Err(first)
+    }
+}
+
+/// Writes whole numbers as such; tells whether there were some that were not.
+fn whole(value: &mut Value) -> bool {
+    match value {
+        Value::Number(number) => {
+            let Some(float) = number.as_f64().filter(|_| number.is_f64()) else {
+                return false;
+            };
+            // 2^64 and 2^63: what is below is one of the integers, and converts to it.
+            const UNSIGNED: f64 = 18_446_744_073_709_551_616.0;
+            const SIGNED: f64 = 9_223_372_036_854_775_808.0;
+            if float.fract() != 0.0 || !(-SIGNED..UNSIGNED).contains(&float) {
+                return false;
+            }
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "whole, and within the type's range"
+            )]
+            let integer = match float < 0.0 {
+                true => Value::from(float as i64),
+                false => Value::from(float as u64),
+            };
+            *value = integer;
+            true
+        }
+        Value::Array(items) => items.iter_mut().fold(false, |any, item| whole(item) | any),
+        Value::Object(members) => members
+            .values_mut()
+            .fold(false, |any, item| whole(item) | any),
+        _ => false,
     }
 }
 
@@ -101,5 +152,28 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
                     format!("a query parameter is not usable: {}", shown(&error)),
                 )
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_number_is_one_however_it_is_written() {
+        assert_eq!(parse::<Vec<u64>>(b"[1, 2.0, 3e2]").unwrap(), [1, 2, 300]);
+        assert_eq!(parse::<i32>(b"-5.0").unwrap(), -5);
+        assert_eq!(parse::<i64>(b"-9223372036854775808.0").unwrap(), i64::MIN);
+        assert_eq!(parse::<u64>(b"1e19").unwrap(), 10_u64.pow(19));
+        for bad in [
+            "1.5",
+            "-1.0",
+            "1e30",
+            "18446744073709551616.0",
+            "true",
+            "[1.0",
+        ] {
+            assert!(parse::<u64>(bad.as_bytes()).is_err(), "{bad}");
+        }
     }
 }

@@ -231,7 +231,8 @@ struct ServerEvent {
 /// Events of the agent CLI as they come: `agent` with `{"epoch", "event"}`, and `end` with the run when it is done.
 #[utoipa::path(get, path = "/api/runs/{run}/events", tag = "runs", operation_id = "followEvents",
     params(("run" = RunId, Path, description = "Its id"),
-        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event")),
+        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event",
+            pattern = "^[0-9]{1,19}(-[0-9]{1,9})?$")),
     responses((status = 200, description = "Server-sent events", body = ServerEvent, content_type = "text/event-stream"),
         Problems),
     security(("apiKey" = [])))]
@@ -247,7 +248,8 @@ pub(super) async fn events(
 /// What the guest agent prints as it comes: `output` with `{"epoch", "start", "text"}`, and `end` with the run.
 #[utoipa::path(get, path = "/api/runs/{run}/output", tag = "runs", operation_id = "followOutput",
     params(("run" = RunId, Path, description = "Its id"),
-        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event")),
+        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event",
+            pattern = "^[0-9]{1,19}(-[0-9]{1,9})?$")),
     responses((status = 200, description = "Server-sent events", body = ServerEvent, content_type = "text/event-stream"),
         Problems),
     security(("apiKey" = [])))]

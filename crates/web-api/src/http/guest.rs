@@ -79,7 +79,9 @@ pub(super) async fn events(
         .first()
         .map_or(Some(0), number)
         .ok_or_else(unnumbered)?;
-    for (event, expected) in body.events.iter().zip(start..) {
+    for (event, behind) in body.events.iter().zip(0_u64..) {
+        // The first is not to wrap around when the numbers end.
+        let expected = start.checked_add(behind).ok_or_else(unnumbered)?;
         if number(event) != Some(expected) {
             return Err(unnumbered());
         }

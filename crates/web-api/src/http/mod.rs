@@ -2,6 +2,7 @@
 
 pub mod auth;
 mod context;
+mod describe;
 pub mod error;
 mod extract;
 mod follow;
@@ -58,21 +59,25 @@ impl utoipa::IntoResponses for Problems {
             (500, "The server failed"),
             (503, "The storage does not answer"),
         ];
-        let content = || {
-            ContentBuilder::new()
-                .schema(Some(utoipa::openapi::Ref::from_schema_name("Problem")))
-                .build()
-        };
+        // Answered before there is a request that could be understood.
+        let bare =
+            ResponseBuilder::new().description("The URL is longer than 64 KiB; no body says so");
         all.into_iter()
-            .map(|(status, text)| {
-                let response = ResponseBuilder::new()
-                    .description(text)
-                    .content(PROBLEM_JSON, content())
-                    .build();
-                (status.to_string(), RefOr::T(response))
-            })
+            .map(|(status, text)| (status.to_string(), RefOr::T(described_problem(text))))
+            .chain([("414".to_owned(), RefOr::T(bare.build()))])
             .collect()
     }
+}
+
+/// A problem document.
+fn described_problem(text: &str) -> utoipa::openapi::Response {
+    let content = ContentBuilder::new()
+        .schema(Some(utoipa::openapi::Ref::from_schema_name("Problem")))
+        .build();
+    ResponseBuilder::new()
+        .description(text)
+        .content(PROBLEM_JSON, content)
+        .build()
 }
 
 #[derive(utoipa::OpenApi)]
@@ -176,9 +181,11 @@ fn described() -> OpenApiRouter<Arc<Service>> {
         .merge(unlimited())
 }
 
-/// The description of the API.
-pub fn openapi() -> OpenApi {
-    described().split_for_parts().1
+/// The description of the API, OpenAPI 3.1.
+pub fn openapi() -> Result<serde_json::Value, serde_json::Error> {
+    let mut document = serde_json::to_value(described().split_for_parts().1)?;
+    describe::complete(&mut document);
+    Ok(document)
 }
 
 /// The whole API.
@@ -255,5 +262,8 @@ async fn readyz(State(service): State<Arc<Service>>) -> Response {
 #[utoipa::path(get, path = "/openapi.json", tag = "operations",
     responses((status = 200, description = "OpenAPI 3.1", body = Object)))]
 async fn openapi_json() -> Response {
-    axum::Json(openapi()).into_response()
+    match openapi() {
+        Ok(document) => axum::Json(document).into_response(),
+        Err(error) => problem(ProblemKind::Internal, error.to_string()).into_response(),
+    }
 }

@@ -65,7 +65,7 @@ pub(super) async fn get(
 #[utoipa::path(put, path = "/api/policies/{org}/{name}", tag = "policies", operation_id = "setGroupPolicy",
     params(("org" = String, Path, description = "First part of the group's name"),
         ("name" = String, Path, description = "Second part of the group's name")),
-    request_body(content = Object),
+    request_body = api_types::policy::Policy,
     responses((status = 200, description = "It", body = GroupPolicy), Problems), security(("operatorKey" = [])))]
 pub(super) async fn put(
     State(service): State<Arc<Service>>,

@@ -16,12 +16,13 @@ use axum::response::Response;
 use futures_util::StreamExt as _;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use utoipa::openapi::RefOr;
 
-use super::Problems;
 use super::auth::{Client, Runner};
 use super::error::{ApiError, ApiResult, busy, problem};
 use super::extract::{Params, RunPath};
 use super::limits::place;
+use super::{Problems, described_problem};
 use crate::index::Wants;
 use crate::run::State as RunState;
 use crate::service::Service;
@@ -42,6 +43,16 @@ pub(super) struct ConnectParams {
     group: GroupName,
 }
 
+/// The answer to who wants something else than a WebSocket.
+struct NoWebSocket;
+
+impl utoipa::IntoResponses for NoWebSocket {
+    fn responses() -> std::collections::BTreeMap<String, RefOr<utoipa::openapi::Response>> {
+        let response = described_problem("The request asks for no WebSocket (version 13)");
+        std::collections::BTreeMap::from([("426".to_owned(), RefOr::T(response))])
+    }
+}
+
 type Upgrade = Result<WebSocketUpgrade, WebSocketUpgradeRejection>;
 
 fn upgrade(upgrade: Upgrade) -> ApiResult<WebSocketUpgrade> {
@@ -51,12 +62,12 @@ fn upgrade(upgrade: Upgrade) -> ApiResult<WebSocketUpgrade> {
                 .max_message_size(MAX_MESSAGE_BYTES)
                 .max_frame_size(MAX_MESSAGE_BYTES)
         })
-        .map_err(|error| problem(ProblemKind::Malformed, error.to_string()))
+        .map_err(|error| problem(ProblemKind::UpgradeRequired, error.to_string()))
 }
 
 /// A runner's WebSocket: text frames, `ToRunner` one way and `FromRunner` the other.
 #[utoipa::path(get, path = "/api/runners/connect", tag = "runners", operation_id = "connectRunner",
-    params(ConnectParams), responses((status = 101, description = "A WebSocket"), Problems),
+    params(ConnectParams), responses((status = 101, description = "A WebSocket"), NoWebSocket, Problems),
     security(("runnerToken" = [])))]
 pub(super) async fn connect(
     State(service): State<Arc<Service>>,
@@ -190,8 +201,11 @@ impl Connection {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct ExecParams {
-    /// Program and arguments, as a JSON list of strings.
-    #[param(max_length = 8192)]
+    /// Program and arguments, as a JSON list of strings. JSON's escapes and spaces may be used.
+    #[param(
+        max_length = 4096,
+        pattern = r#"^\["[^"\\\x00-\x1f]*"(,"[^"\\\x00-\x1f]*")*\]$"#
+    )]
     argv: String,
     /// Columns of a terminal; none: no terminal.
     columns: Option<u16>,
@@ -203,7 +217,7 @@ pub(super) struct ExecParams {
 /// filled in), and gets `ExecOutput` and last `ExecExit`.
 #[utoipa::path(get, path = "/api/runs/{run}/exec", tag = "runs", operation_id = "execInRun",
     params(("run" = RunId, Path, description = "Its id"), ExecParams),
-    responses((status = 101, description = "A WebSocket"), Problems), security(("apiKey" = [])))]
+    responses((status = 101, description = "A WebSocket"), NoWebSocket, Problems), security(("apiKey" = [])))]
 pub(super) async fn exec(
     State(service): State<Arc<Service>>,
     client: Client,

@@ -78,7 +78,7 @@ pub(super) async fn poll(
     }
     let _place = place(&service.limits.waiters)
         .ok_or_else(|| busy("too many runners wait at this replica", 5))?;
-    let wait = Duration::from_secs(body.wait_secs);
+    let wait = Duration::from_secs(body.wait_secs).min(service.config.max_wait);
     let mut offer = service.index.wait(wants, Instant::now());
     let job = match tokio::time::timeout(wait, &mut offer).await {
         Ok(offer) => offer.ok(),

@@ -180,7 +180,8 @@ fn title(prompt: &str) -> String {
 /// With `Idempotency-Key`, the same request sent again by the same API key gives the same run, for as long as the run is
 /// kept; another request under the key is refused. A run that was answered with 201 is never lost.
 #[utoipa::path(post, path = "/api/runs", tag = "runs", operation_id = "createRun", request_body = CreateRun,
-    params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 printable ASCII characters")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "1 to 255 printable ASCII characters",
+        max_length = 255, pattern = "^[!-~]([ -~]*[!-~])?$")),
     responses((status = 201, description = "The run waits", body = Run),
         (status = 200, description = "It was made by an earlier request under this key", body = Run), Problems),
     security(("apiKey" = [])))]
@@ -305,7 +306,10 @@ pub(super) struct ListParams {
     /// Only accepted before this, milliseconds since the Unix epoch.
     until: Option<u64>,
     /// `next` of the page before.
-    #[param(max_length = 100)]
+    #[param(
+        max_length = 100,
+        pattern = "^(0|[1-9][0-9]{0,15})\\.[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+    )]
     cursor: Option<String>,
     /// So many at most.
     #[param(minimum = 1, maximum = 200, default = 50)]
@@ -455,7 +459,7 @@ pub(super) async fn input(
 
 /// Changes what a run may reach, also while it runs. The group's and the profile's policies stay above it.
 #[utoipa::path(put, path = "/api/runs/{run}/policy", tag = "runs", operation_id = "setRunPolicy",
-    params(("run" = RunId, Path, description = "Its id")), request_body(content = Object),
+    params(("run" = RunId, Path, description = "Its id")), request_body = api_types::policy::Policy,
     responses((status = 200, description = "The policy that its runner will get", body = RunPolicy), Problems),
     security(("apiKey" = [])))]
 pub(super) async fn set_policy(

@@ -9,6 +9,7 @@
 )]
 
 mod claims;
+mod described;
 mod edges;
 mod faults;
 mod feeds;
@@ -32,11 +33,15 @@ async fn world(kind: Kind) -> Option<World> {
     match World::new(kind).await {
         Ok(world) => Some(world),
         Err(reason) => {
-            let thread = std::thread::current();
-            let name = thread.name().unwrap_or("unnamed");
-            let line = format!("SKIP {name}: {reason}\n");
-            std::io::stdout().write_all(line.as_bytes()).unwrap();
+            skip(&reason);
             None
         }
     }
+}
+
+fn skip(reason: &str) {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("unnamed");
+    let line = format!("SKIP {name}: {reason}\n");
+    std::io::stdout().write_all(line.as_bytes()).unwrap();
 }

@@ -21,7 +21,7 @@ const HEARTBEAT: &str = "/api/webhooks/agent/heartbeat";
 
 /// Every path of the description, with every method that it has.
 fn all_paths(run: &str) -> Vec<(Method, String)> {
-    let openapi = serde_json::to_value(web_api::http::openapi()).unwrap();
+    let openapi = web_api::http::openapi().unwrap();
     let mut all = Vec::new();
     for (path, methods) in openapi["paths"].as_object().unwrap() {
         for method in methods.as_object().unwrap().keys() {
