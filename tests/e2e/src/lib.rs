@@ -16,6 +16,7 @@
 
 mod api;
 mod audit;
+mod capture;
 mod clock;
 mod host;
 mod metal;
@@ -32,6 +33,7 @@ mod wait;
 mod world;
 
 pub use api::Api;
+pub use capture::Capture;
 pub use clock::{DaemonClock, seconds_now};
 pub use host::{Host, HostBuilder, has_wheels, kept};
 pub use metal::{Metal, NAME as METAL_NAME, Submission};

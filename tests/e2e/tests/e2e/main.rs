@@ -2,6 +2,7 @@
 
 mod anomalies;
 mod api_mode;
+mod api_tokens;
 mod audit;
 mod bad_jobs;
 mod budget;
