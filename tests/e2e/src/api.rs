@@ -21,6 +21,7 @@ pub struct Api {
     namespace: String,
     program: PathBuf,
     nats: Child,
+    group: String,
     replicas: Vec<Option<Child>>,
     /// An API key of the group.
     pub client: String,
@@ -44,7 +45,7 @@ fn end(child: &mut Child) {
 }
 
 impl Api {
-    /// The group of all its runs and tokens.
+    /// The group of its runs and tokens, unless it serves another.
     pub const GROUP: &'static str = "vm0/e2e";
 
     /// The address of the API, as runners and VMs know it: the first replica's.
@@ -52,6 +53,11 @@ impl Api {
 
     /// NATS and one replica. `None`, with the reason reported, where that is impossible.
     pub fn start(world: &World) -> Option<Self> {
+        Self::serving(world, Self::GROUP)
+    }
+
+    /// The same for another group than [`Self::GROUP`].
+    pub fn serving(world: &World, group: &str) -> Option<Self> {
         let nats = std::env::var_os("VM0_TEST_NATS")
             .map_or_else(|| target().join("nats/nats-server"), PathBuf::from);
         let program = std::env::var_os("VM0_TEST_API")
@@ -87,6 +93,7 @@ impl Api {
             namespace,
             program,
             nats,
+            group: group.to_owned(),
             replicas: Vec::new(),
             client: String::new(),
             runner: String::new(),
@@ -128,7 +135,7 @@ impl Api {
     }
 
     fn token(&self, kind: &str) -> String {
-        let args = ["token", "create", "--kind", kind, "--group", Self::GROUP];
+        let args = ["token", "create", "--kind", kind, "--group", &self.group];
         let output = self.command(&args).args(["--name", "e2e"]).output();
         let output = output.expect("vm0-api runs");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -249,7 +256,7 @@ impl Api {
 
     /// Makes a run of `vm0/small`; `more` is put over its fields. Gives its id.
     pub fn create(&self, prompt: &str, more: Value) -> String {
-        let mut body = json!({"group": Self::GROUP, "profile": "vm0/small", "prompt": prompt});
+        let mut body = json!({"group": self.group, "profile": "vm0/small", "prompt": prompt});
         for (key, value) in more.as_object().cloned().unwrap_or_default() {
             body[key] = value;
         }

@@ -315,6 +315,11 @@ impl Metal {
         });
     }
 
+    /// The world that it is in.
+    pub fn world(&self) -> &World {
+        &self.world
+    }
+
     /// Cuts its power.
     pub fn power_cut(&mut self) {
         if let Some(mut container) = self.container.take() {
@@ -364,6 +369,12 @@ impl Metal {
             .current_dir(top())
             .stdin(Stdio::null());
         command
+    }
+
+    /// Whether the laptop has pnpm.
+    pub fn has_pnpm(&self) -> bool {
+        let there = self.laptop("sh").args(["-c", "command -v pnpm"]).output();
+        there.is_ok_and(|output| output.status.success())
     }
 
     /// Puts a program of the test's own before all others of the laptop.

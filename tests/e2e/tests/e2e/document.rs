@@ -46,11 +46,6 @@ fn blocks() -> Vec<Block> {
     blocks
 }
 
-fn has_pnpm(metal: &Metal) -> bool {
-    let there = metal.laptop("sh").args(["-c", "command -v pnpm"]).output();
-    there.is_ok_and(|output| output.status.success())
-}
-
 /// Runs a block as somebody types it.
 fn typed(metal: &Metal, text: &str) -> Output {
     let mut bash: Command = metal.laptop("bash");
@@ -174,7 +169,7 @@ fn every_command_of_the_document_works_as_written() {
     let Some(metal) = Metal::new("vm0/small") else {
         return;
     };
-    if !has_pnpm(&metal) {
+    if !metal.has_pnpm() {
         skip("pnpm comes by npm, which is not installed");
         return metal.finish();
     }
@@ -210,7 +205,7 @@ fn the_browser_commands_of_the_document_show_their_pages() {
     let Some(metal) = Metal::with_sites("vm0/default", &sites) else {
         return;
     };
-    if !has_pnpm(&metal) {
+    if !metal.has_pnpm() {
         skip("pnpm comes by npm, which is not installed");
         return metal.finish();
     }

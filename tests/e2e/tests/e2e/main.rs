@@ -18,6 +18,7 @@ mod full_image;
 mod guests;
 mod jobs;
 mod metal;
+mod metal_api;
 mod metrics;
 mod network;
 mod network_clients;
