@@ -6,6 +6,7 @@
 #
 #   --no-api        without vm0-api, which needs a C compiler for the architecture
 #   --runner FILE   packs this program, which must be of the one ARCH, instead of building it
+#   --out DIR       there instead of target/dist
 #
 # The same programs give the same bytes: files carry the time of the last commit (SOURCE_DATE_EPOCH overrides it), no owner
 # and one order. Programs are static; the proxy wants Python 3.11, so a package is for Debian 12 and later and Ubuntu 24.04 and later.
@@ -117,7 +118,7 @@ set -e
 units=$(grep -ls '^ExecStart=.*/usr/bin/runner' /etc/systemd/system/vm0-runner-*.service /run/systemd/system/vm0-runner-*.service || true)
 [ -n "$units" ] || exit 0
 echo "error: these services run /usr/bin/runner:" $units >&2
-echo "hint: runner service uninstall --name NAME for each, then remove the package" >&2
+echo "hint: runner service uninstall --name NAME for each, or runner uninstall for all, then remove the package" >&2
 exit 1
 PRERM
     chmod 755 "$root/DEBIAN/prerm"
@@ -214,6 +215,11 @@ while [ $# -gt 0 ]; do
     --no-api) with_api=0 ;;
     --runner)
         given=$(realpath -e -- "${2-}") || die "--runner wants the path of a program"
+        shift
+        ;;
+    --out)
+        [ -n "${2-}" ] || die "--out wants a directory"
+        dist=$2
         shift
         ;;
     -*) die "dist.sh does not know $1" "scripts/dist.sh --help" ;;

@@ -75,6 +75,8 @@ enum Command {
     Kill(cmd::kill::Args),
     /// Remove what nobody needs any more: images, logs, leftovers
     Gc(cmd::gc::Args),
+    /// Take everything off this host that runners of a home have put there
+    Uninstall(cmd::uninstall::Args),
     /// Check every prerequisite of this host
     Doctor(cmd::doctor::Args),
     /// Measure this host and engine
@@ -126,6 +128,7 @@ fn dispatch(command: Command, context: &Context) -> Result<ExitCode, CliError> {
         Command::Audit(args) => cmd::audit::run(args, context),
         Command::Kill(args) => cmd::kill::run(args, context),
         Command::Gc(args) => cmd::gc::run(args, context),
+        Command::Uninstall(args) => cmd::uninstall::run(args, context),
         Command::Doctor(args) => cmd::doctor::run(args, context),
         Command::Benchmark(args) => cmd::benchmark::run(args, context),
         Command::Completion(args) => cmd::completion::run(args, context),

@@ -8,7 +8,7 @@ use host::launcher::{ForkedLauncher, LauncherConfig};
 
 use crate::config::{LOGS_DAYS, days};
 use crate::context::{CliError, Context, block_on, note};
-use crate::gc::{self, Collector, Kind, Report, Rules};
+use crate::gc::{self, Kind, Report, Rules};
 
 /// Command line.
 #[derive(Debug, clap::Args)]
@@ -50,7 +50,11 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     };
     let mut collector = gc::collect(&home, rules);
     if rustix::process::geteuid().is_root() {
-        slots(&mut collector, args.dry_run)?;
+        let slots = slots(args.dry_run)?;
+        for error in &slots.failed {
+            collector.failed(Kind::Slot, error);
+        }
+        collector.reclaimed(slots.gone);
     }
     let report = collector.finish();
     for failed in &report.failed {
@@ -72,20 +76,28 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Slots of dead launchers, with whatever follows them. The launcher that reclaims them is ours, and ends with us.
-fn slots(collector: &mut Collector<'_>, dry_run: bool) -> Result<(), CliError> {
+/// Slots of dead launchers.
+#[derive(Default)]
+pub(super) struct Slots {
+    /// Those that are reclaimed, or would be.
+    pub(super) gone: Vec<String>,
+    /// What went wrong with others.
+    pub(super) failed: Vec<String>,
+}
+
+/// Reclaims them, with whatever follows them. The launcher that does it is ours, and ends with us.
+pub(super) fn slots(dry_run: bool) -> Result<Slots, CliError> {
     let config = LauncherConfig::from_env(format!("gc-{}", std::process::id()))?;
+    let mut slots = Slots::default();
     let orphans = match host::slot::orphaned_slots(&config.run_dir) {
         Ok(orphans) => orphans,
         Err(error) => {
-            collector.failed(Kind::Slot, &error);
-            return Ok(());
+            slots.failed.push(error.to_string());
+            return Ok(slots);
         }
     };
-    if orphans.is_empty() {
-        return Ok(());
-    }
-    if !dry_run {
+    let mut left = std::collections::BTreeMap::new();
+    if !dry_run && !orphans.is_empty() {
         let run_dir = config.run_dir.clone();
         let forked = ForkedLauncher::fork(config)?;
         let reclaimed = block_on(async {
@@ -95,19 +107,17 @@ fn slots(collector: &mut Collector<'_>, dry_run: bool) -> Result<(), CliError> {
             Ok(reclaimed)
         })?;
         if let Err(error) = reclaimed {
-            collector.failed(Kind::Slot, &error);
+            slots.failed.push(error.to_string());
         }
-        let left = host::slot::orphaned_slots(&run_dir).unwrap_or_default();
-        for slot in left.keys() {
-            let error = format!("slot {} cannot be cleaned; see `runner doctor`", slot.0);
-            collector.failed(Kind::Slot, &error);
-        }
-        let gone = orphans.keys().filter(|slot| !left.contains_key(slot));
-        collector.reclaimed(gone.map(|slot| slot.0.to_string()));
-        return Ok(());
+        left = host::slot::orphaned_slots(&run_dir).unwrap_or_default();
+        let stay = left
+            .keys()
+            .map(|slot| format!("slot {} cannot be cleaned; see `runner doctor`", slot.0));
+        slots.failed.extend(stay);
     }
-    collector.reclaimed(orphans.keys().map(|slot| slot.0.to_string()));
-    Ok(())
+    let gone = orphans.keys().filter(|slot| !left.contains_key(slot));
+    slots.gone.extend(gone.map(|slot| slot.0.to_string()));
+    Ok(slots)
 }
 
 /// The report for a person.

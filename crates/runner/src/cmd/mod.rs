@@ -18,4 +18,5 @@ pub(crate) mod service;
 pub(crate) mod setup;
 pub(crate) mod start;
 pub(crate) mod top;
+pub(crate) mod uninstall;
 pub(crate) mod version;

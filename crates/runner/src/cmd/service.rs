@@ -25,6 +25,7 @@ use clap::Subcommand;
 
 use crate::cmd::parse;
 use crate::context::{CliError, Context};
+use crate::home::Home;
 use crate::names::RunnerName;
 
 /// Command line.
@@ -147,6 +148,20 @@ struct End {
     /// Also while jobs run
     #[arg(long)]
     force: bool,
+}
+
+/// Runners of this home that are services, by their unit files.
+pub(crate) fn of_home(home: &Home) -> Result<Vec<RunnerName>, CliError> {
+    if systemd::require().is_err() {
+        return Ok(Vec::new());
+    }
+    unit::of_home(home.path())
+}
+
+/// Ends a service and takes it out of the boot.
+pub(crate) fn remove(name: &RunnerName, force: bool, context: &Context) -> Result<(), CliError> {
+    systemd::require()?;
+    lifecycle::remove(name, force, context).map(drop)
 }
 
 /// Runs it.

@@ -26,5 +26,6 @@ mod network_crashes;
 mod network_escapes;
 mod network_streams;
 mod operators;
+mod package;
 mod terminal;
 mod top;

@@ -191,6 +191,17 @@ pub(super) fn uninstall(
     context: &Context,
 ) -> Result<ExitCode, CliError> {
     require_root("uninstall")?;
+    let unit = remove(name, force, context)?;
+    context.print_line(format_args!("{unit} is uninstalled"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends the service and removes its unit, wherever that is.
+pub(super) fn remove(
+    name: &RunnerName,
+    force: bool,
+    context: &Context,
+) -> Result<UnitName, CliError> {
     let unit = UnitName::of(name);
     end(&unit, name, force, context)?;
     if Place::Persistent.read(&unit)?.is_some() {
@@ -199,8 +210,7 @@ pub(super) fn uninstall(
     }
     Place::UntilReboot.write(&unit, None)?;
     systemctl(&["daemon-reload"])?;
-    context.print_line(format_args!("{unit} is uninstalled"))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(unit)
 }
 
 /// Ends the service, if no job would be lost by it or that is wanted.

@@ -1,5 +1,6 @@
 //! Unit files: their names, places and text.
 
+use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -95,6 +96,33 @@ impl Place {
         };
         write().map_err(|error| failed("write", &file, &error))
     }
+}
+
+/// Runners whose units start them with this home.
+pub(super) fn of_home(home: &Path) -> Result<Vec<RunnerName>, CliError> {
+    let home = format!(" --home {} ", argument(path(home)?));
+    let mut found = BTreeSet::new();
+    for place in [Place::Persistent, Place::UntilReboot] {
+        let entries = match std::fs::read_dir(place.directory()) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed("read", place.directory(), &error)),
+        };
+        for entry in entries {
+            let name = entry?.file_name();
+            let name = name.to_str().and_then(|name| {
+                let name = name.strip_prefix("vm0-runner-")?;
+                name.strip_suffix(".service")?.parse::<RunnerName>().ok()
+            });
+            let Some(name) = name else { continue };
+            let text = place.read(&UnitName::of(&name))?.unwrap_or_default();
+            let start = text.lines().find(|line| line.starts_with("ExecStart="));
+            if start.is_some_and(|line| line.contains(&home)) {
+                found.insert(name);
+            }
+        }
+    }
+    Ok(found.into_iter().collect())
 }
 
 fn failed(action: &str, file: &Path, error: &std::io::Error) -> CliError {

@@ -1,0 +1,140 @@
+//! `runner uninstall`: takes everything off this host that runners of a home have put there.
+
+use std::fmt;
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::cmd::{gc, service};
+use crate::context::{CliError, Context, note};
+use crate::control::client::Instance;
+use crate::home::Home;
+use crate::names::RunnerName;
+use crate::terminal;
+
+/// Command line.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Removed are the services of the home's runners, slots that dead runners left, and the home itself: images, the \
+certificate authority, queue, logs and configurations. Packages that `runner setup` installed stay, and what is in /run \
+goes with the next boot.\n\n\
+Refused while jobs run, unless --force, and while a runner runs that is no service: end that first.\n\n\
+Examples:\n  sudo runner uninstall --dry-run\n  sudo runner uninstall\n  sudo runner uninstall --yes --force"
+)]
+pub(crate) struct Args {
+    /// Only say what would be removed
+    #[arg(long)]
+    dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    yes: bool,
+    /// Also while jobs run: they are cancelled
+    #[arg(long)]
+    force: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is there to remove.
+#[derive(Debug, Serialize)]
+struct Plan {
+    home: String,
+    /// Runners that are services.
+    services: Vec<RunnerName>,
+    /// Runners that a person started.
+    running: Vec<RunnerName>,
+    dry_run: bool,
+}
+
+impl Plan {
+    fn of(home: &Home, dry_run: bool) -> Result<Self, CliError> {
+        let services = service::of_home(home)?;
+        let mut running: Vec<RunnerName> = Instance::live(home)?
+            .into_iter()
+            .map(|instance| instance.runner)
+            .filter(|runner| !services.contains(runner))
+            .collect();
+        running.sort();
+        running.dedup();
+        Ok(Self {
+            home: home.path().display().to_string(),
+            services,
+            running,
+            dry_run,
+        })
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = if self.dry_run {
+            "would remove"
+        } else {
+            "removed"
+        };
+        for name in &self.services {
+            writeln!(f, "{verb} the service of runner {name}")?;
+        }
+        writeln!(f, "{verb} {} with all that is in it", self.home)
+    }
+}
+
+/// Runs it.
+pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
+    let home = context.home()?;
+    let plan = Plan::of(&home, args.dry_run)?;
+    if !args.dry_run {
+        if !rustix::process::geteuid().is_root() {
+            return Err(CliError::failed("`runner uninstall` needs root")
+                .with_hint("run it with sudo; --dry-run shows without it what would be removed"));
+        }
+        if let Some(name) = plan.running.first() {
+            return Err(
+                CliError::failed(format_args!("runner {name} runs, and not as a service"))
+                    .with_hint("end it first, as it was started: with Ctrl-C, or SIGTERM"),
+            );
+        }
+        if !args.yes && !agreed(&plan)? {
+            return Err(CliError::failed("nothing was removed"));
+        }
+        for name in &plan.services {
+            service::remove(name, args.force, context)?;
+        }
+        for error in gc::slots(false)?.failed {
+            note(format_args!("warning: {error}"));
+        }
+        // By descriptors and without following links, as the standard library does it.
+        std::fs::remove_dir_all(home.path()).map_err(|error| {
+            CliError::failed(format_args!("{} cannot be removed: {error}", plan.home))
+                .with_hint("running it again goes on with what is left")
+        })?;
+    }
+    if args.json {
+        context.print_json(&plan)?;
+    } else {
+        context.print(&plan)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Asks whoever sits there.
+fn agreed(plan: &Plan) -> Result<bool, CliError> {
+    if !terminal::is_terminal(std::io::stdin()) {
+        return Err(CliError::usage(
+            "`runner uninstall` removes everything, so it wants --yes where it cannot ask",
+        ));
+    }
+    let services = plan.services.len();
+    let mut stderr = std::io::stderr();
+    write!(
+        stderr,
+        "This removes {} with all images, logs and jobs in it, and {services} service(s). Type yes to go on: ",
+        plan.home
+    )?;
+    stderr.flush()?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    Ok(answer.trim() == "yes")
+}
