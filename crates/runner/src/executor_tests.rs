@@ -86,6 +86,7 @@ impl Bench {
             api: None,
             source: self.source(),
             network: None,
+            steps: &Steps::default(),
         };
         let ended = execute(&self.setting, work, cancel, &heard).await;
         let phases = heard.0.into_inner().unwrap();
