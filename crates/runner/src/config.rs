@@ -6,6 +6,7 @@
 mod gc;
 mod metrics;
 mod render;
+mod telemetry;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use crate::profile::{Flavour, Profile};
 pub(crate) use gc::{GcConfig, LOGS_DAYS, days};
 pub(crate) use metrics::MetricsConfig;
 pub(crate) use render::Rendered;
+pub(crate) use telemetry::{Collector, TelemetryConfig};
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -44,6 +46,9 @@ pub(crate) struct Config {
     /// Figures for Prometheus.
     #[serde(default)]
     pub(crate) metrics: MetricsConfig,
+    /// Traces of jobs for an OpenTelemetry collector.
+    #[serde(default)]
+    pub(crate) telemetry: TelemetryConfig,
     /// Which engine runs the VMs.
     #[serde(default)]
     pub(crate) engine: EngineChoice,
@@ -295,6 +300,13 @@ impl Config {
                 format!("it is {factor}; it must be a finite number above 0"),
             );
         }
+        let ratio = self.telemetry.sample_ratio;
+        if !(0.0..=1.0).contains(&ratio) {
+            return refuse(
+                "telemetry.sample_ratio".to_owned(),
+                format!("it is {ratio}; it must be 0 to 1"),
+            );
+        }
         if self.network.proxy_workers > MAX_WORKERS {
             return refuse(
                 "network.proxy_workers".to_owned(),
@@ -412,7 +424,8 @@ profiles:
     #[test]
     fn a_minimal_file_gets_the_documented_defaults_and_survives_a_round_trip() {
         let limits = "    limits: {disk_kib_s: 4096, network_kib_s: 1024}\n";
-        let limited = Config::parse(&format!("{MINIMAL}{limits}")).unwrap();
+        let telemetry = "telemetry: {otlp_endpoint: \"http://127.0.0.1:4318\", headers_file: /h, sample_ratio: 0.5}\n";
+        let limited = Config::parse(&format!("{MINIMAL}{limits}{telemetry}")).unwrap();
         let profile = limited.profiles.values().next().unwrap();
         assert_eq!(profile.limits.disk_kib_s, Some(4096));
         assert_eq!(profile.limits.disk_ops_s, None);
@@ -477,6 +490,16 @@ profiles:
                 "name: demo",
                 "name: demo\njob_timeout_secs: 0",
                 "job_timeout_secs",
+            ),
+            (
+                "name: demo",
+                "name: demo\ntelemetry: {sample_ratio: 1.5}",
+                "telemetry.sample_ratio",
+            ),
+            (
+                "name: demo",
+                "name: demo\ntelemetry: {otlp_endpoint: \"ftp://a.example.com\"}",
+                "must begin with http",
             ),
         ] {
             let error = refused(&MINIMAL.replace(from, to));

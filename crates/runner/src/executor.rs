@@ -30,6 +30,7 @@ use crate::provider::Provider;
 use crate::queue::{ApiSide, Job, JobResult, MAX_STRING_BYTES, is_reserved};
 use crate::run_log::RunLog;
 use crate::status::Phase;
+use crate::telemetry::Steps;
 
 /// The agent in the guest.
 const AGENT: &[u8] = b"/usr/local/bin/guest-agent";
@@ -111,6 +112,8 @@ pub(crate) struct Work<'a> {
     pub(crate) source: VmSource,
     /// The VM's network, where this runner has networks.
     pub(crate) network: Option<NetworkId>,
+    /// Where it is noted how long its steps took.
+    pub(crate) steps: &'a Steps,
 }
 
 /// Runs a claimed job. Resolves soon after `cancel` says so, whatever it is at.
@@ -129,6 +132,7 @@ pub(crate) async fn execute(
         }
     };
     let mut admission = None;
+    let steps = work.steps;
     let ended = tokio::select! {
         // A job that is cancelled and ends at the same moment has ended.
         biased;
@@ -137,7 +141,9 @@ pub(crate) async fn execute(
     };
     // Whatever happened: nothing of the job may still speak, and its network log is whole before the answer.
     if let Some(admission) = admission {
+        let closing = steps.begin("network.close");
         admission.end().await;
+        closing.end(true);
     }
     // The agent's own last line is in the log already; everything else is said there too.
     if let Some(error) = &ended.result.error
@@ -167,12 +173,34 @@ async fn attempt(
     progress: &dyn Progress,
 ) -> Ended {
     let Work {
-        job, source, api, ..
+        job,
+        source,
+        api,
+        steps,
+        ..
     } = work;
     let run = job.run_id;
     // Both at once: neither needs the other, and the agent needs both.
-    let network = admit(setting, job, work.submitter, api, work.network);
-    let (sandbox, admitted) = tokio::join!(vm_up(setting, source), network);
+    let network = async {
+        // Where there are no networks there is no such step.
+        let step = work.network.and(setting.networks.as_ref());
+        let step = step.map(|_| steps.begin("network.register"));
+        let admitted = admit(setting, job, work.submitter, api, work.network).await;
+        if let Some(step) = step {
+            step.end(admitted.is_ok());
+        }
+        admitted
+    };
+    let vm = async {
+        let step = steps.begin(match source {
+            VmSource::Paused(_) => "vm.resume",
+            VmSource::Restore(..) => "vm.restore",
+        });
+        let sandbox = vm_up(setting, source).await;
+        step.end(sandbox.is_ok());
+        sandbox
+    };
+    let (sandbox, admitted) = tokio::join!(vm, network);
     let sandbox = match sandbox {
         Ok(sandbox) => sandbox,
         Err(error) => {
@@ -198,7 +226,13 @@ async fn attempt(
             }
         }
     }
+    let step = steps.begin("agent");
     let ended = agent(setting, job, env, &sandbox, log, progress).await;
+    step.end(
+        ended
+            .as_ref()
+            .is_ok_and(|ended| ended.result.exit_code == 0),
+    );
     // A VM that died has nobody left to ask, and a refusal is no reason to fail a job.
     match sandbox.take_device_stats().await {
         Ok(stats) => progress.devices(stats),
@@ -214,13 +248,16 @@ async fn attempt(
     };
     if !job.collect.is_empty() {
         progress.phase(Phase::Finishing);
+        let step = steps.begin("collect");
         let collecting = timeout(COLLECT_LIMIT, collect(setting, job, sandbox.client())).await;
-        if let Err(why) = collecting.unwrap_or_else(|_| {
+        let collected = collecting.unwrap_or_else(|_| {
             Err(format!(
                 "copying files out of the VM took longer than {} s",
                 COLLECT_LIMIT.as_secs()
             ))
-        }) {
+        });
+        step.end(collected.is_ok());
+        if let Err(why) = collected {
             let code = match ended.result.exit_code {
                 0 => 1,
                 code => code,

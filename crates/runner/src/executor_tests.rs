@@ -97,6 +97,7 @@ impl Bench {
             api: None,
             source: self.source(),
             network: None,
+            steps: &Steps::default(),
         };
         execute(&self.setting, work, cancel, heard).await
     }

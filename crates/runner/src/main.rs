@@ -30,6 +30,7 @@ mod resource_budget;
 mod run_log;
 mod status;
 mod sync;
+mod telemetry;
 mod terminal;
 mod vms;
 

@@ -210,6 +210,7 @@ fn configure(
         },
         gc: Default::default(),
         metrics: Default::default(),
+        telemetry: Default::default(),
         engine: args.engine,
         stop_timeout_secs: args.stop_timeout_secs.unwrap_or(config::STOP_TIMEOUT_SECS),
         job_timeout_secs: args.job_timeout_secs.unwrap_or(config::JOB_TIMEOUT_SECS),

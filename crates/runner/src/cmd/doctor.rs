@@ -8,6 +8,7 @@ mod mend;
 mod network;
 mod production;
 mod scene;
+mod telemetry;
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -132,8 +133,8 @@ impl Subject<'_> {
     }
 }
 
-/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`], [`network::ALL`] or
-/// [`production::ALL`].
+/// One prerequisite. Later parts of the runner add theirs to [`checks::ALL`], [`network::ALL`],
+/// [`telemetry::ALL`] or [`production::ALL`].
 struct Check {
     name: &'static str,
     run: fn(&Subject<'_>) -> Outcome,
@@ -171,6 +172,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let checks: Vec<Line> = checks::ALL
         .iter()
         .chain(network::ALL)
+        .chain(telemetry::ALL)
         .chain(match args.production || Kvm::of_host() == Kvm::Hardware {
             true => production::ALL,
             false => &[],

@@ -1,5 +1,6 @@
 //! Runs the daemon.
 
+mod collector;
 mod handover;
 pub(super) mod source;
 
@@ -41,6 +42,7 @@ use crate::proxy::{Authority, ProxyConfig, install};
 use crate::queue::LiveRunner;
 use crate::resource_budget::{self, Budget, HostSize};
 use crate::status::{STATUS_FILE, StatusWriter};
+use crate::telemetry::{Settings, Telemetry};
 
 /// A log larger than this is put aside (one is kept) when the daemon starts, bytes.
 const LOG_ROTATE: u64 = 64 << 20;
@@ -110,6 +112,8 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     if let Some(engine) = args.engine {
         config.engine = engine;
     }
+    // SAFETY: as above.
+    let traces = unsafe { collector::settle(&config.telemetry) }?;
     let home = Arc::new(context.home()?);
     let proxy = proxy_parts(&home, &config)?;
     let readiness = if args.takeover {
@@ -152,6 +156,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             images,
             name,
             readiness,
+            traces,
         };
         let result = starting.run().await;
         // Whatever is left of our VMs goes now.
@@ -255,6 +260,8 @@ struct Starting {
     /// `None` as long as another instance has it, which is to hand over.
     name: Option<Lock>,
     readiness: Option<Readiness>,
+    /// Where traces of jobs go, if anywhere.
+    traces: Option<Settings>,
 }
 
 impl Starting {
@@ -270,6 +277,7 @@ impl Starting {
             images,
             name,
             readiness,
+            traces,
         } = self;
         tracing::info!(
             runner = %config.name, group = %config.group, instance, pid = std::process::id(),
@@ -334,6 +342,14 @@ impl Starting {
         networks.proxy().ready().await?;
         let metrics = Arc::new(Metrics::new(Some(networks.traffic()), crate::cli::VERSION));
         metrics.reclaimed(orphans);
+        let (telemetry, flush) = match traces {
+            None => (Telemetry::default(), None),
+            Some(settings) => {
+                let (telemetry, flush) = collector::start(&settings, &config, &instance, kind)?;
+                metrics.telemetry(flush.counters());
+                (telemetry, Some(flush))
+            }
+        };
         let listener = match config.metrics.listen {
             None => None,
             Some(address) => Some(metrics::bind(address).await.map_err(|error| {
@@ -437,6 +453,7 @@ impl Starting {
             budget,
             provider,
             metrics: Arc::clone(&metrics),
+            telemetry,
             setting,
             name: Some(name),
             mailbox,
@@ -480,6 +497,9 @@ impl Starting {
         cleaning.abort();
         if let Some(api) = api {
             api.finish().await;
+        }
+        if let Some(flush) = flush {
+            flush.finish().await;
         }
         tracing::info!(code, "stopped");
         let _ = instance_dir.remove_file("control.sock");

@@ -63,6 +63,13 @@ impl Display for Rendered<'_> {
              # Figures for Prometheus, such as 127.0.0.1:9464; null: none. Whoever reaches the address may read them.\n\
              metrics:\n\
              \x20 listen: {}\n\n\
+             # Traces of jobs for an OpenTelemetry collector, such as http://127.0.0.1:4318; null: none.\n\
+             telemetry:\n\
+             \x20 otlp_endpoint: {}\n\
+             \x20 # File of root's, mode 0600, with headers for it, a `Name: value` a line; null: none.\n\
+             \x20 headers_file: {}\n\
+             \x20 # Which part of the jobs is traced, 0 to 1, where the submitter's trace does not decide.\n\
+             \x20 sample_ratio: {:?}\n\n\
              # auto (the fastest that is proved to work on this host), qemu or firecracker.\n\
              engine: {}\n\n\
              # How long a stopping runner lets jobs finish before it cancels them, seconds.\n\
@@ -86,6 +93,9 @@ impl Display for Rendered<'_> {
             config.gc.logs_max_mb,
             config.gc.audit_days,
             json(&config.metrics.listen),
+            json(&config.telemetry.otlp_endpoint),
+            json(&config.telemetry.headers_file),
+            config.telemetry.sample_ratio,
             config.engine.name(),
             config.stop_timeout_secs,
             config.job_timeout_secs,

@@ -17,6 +17,7 @@ mod leases;
 mod message;
 mod owner;
 mod plan;
+mod traces;
 mod waiting;
 mod watchers;
 

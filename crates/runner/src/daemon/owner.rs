@@ -14,6 +14,7 @@ use super::directory::Directory;
 use super::event::{Action, CancelReason, Event, Warmed};
 use super::message::Message;
 use super::plan::{Plan, ProfilePlan, Rules};
+use super::traces::Traces;
 use super::watchers::{Inbox, Mailbox};
 use crate::config::{Config, WarmConfig};
 use crate::control::server::RunLookup;
@@ -25,6 +26,7 @@ use crate::provider::Provider;
 use crate::queue::{ClaimedJob, JobResult};
 use crate::resource_budget::{self, Budget, Lease};
 use crate::status::{Clock, Phase, Status, StatusWriter};
+use crate::telemetry::Telemetry;
 
 /// Who this daemon is.
 #[derive(Clone, Debug)]
@@ -55,6 +57,8 @@ pub(crate) struct Parts {
     pub(crate) setting: Setting,
     /// What is counted.
     pub(crate) metrics: Arc<Metrics>,
+    /// Where traces of jobs go.
+    pub(crate) telemetry: Telemetry,
     /// What makes this the one daemon of its name.
     pub(crate) name: Option<Lock>,
     /// Messages that are sent to the daemon.
@@ -93,6 +97,7 @@ pub(super) struct Owner {
     directory: Arc<Directory>,
     metrics: Arc<Metrics>,
     meter: Meter,
+    traces: Traces,
 }
 
 /// Runs the daemon until it is told to stop or cannot go on; returns its exit status. `serve` gets what the control
@@ -141,6 +146,7 @@ pub(crate) async fn run(
         cancels: HashMap::new(),
         directory: Arc::clone(&directory),
         meter: Meter::new(Arc::clone(&parts.metrics)),
+        traces: Traces::new(parts.telemetry),
         metrics: parts.metrics,
     };
     let writer = status(owner.status());
@@ -288,9 +294,12 @@ impl Owner {
             Event::Completed(run) => self.meter.completed(*run, now()),
             _ => {}
         }
+        self.traces.event(&event, now());
         for action in self.plan.handle(event, now()) {
+            self.traces.action(&action, now());
             self.carry_out(action);
         }
+        self.traces.settled(now());
     }
 
     /// Whether a slot's VM is still the one with this process.
@@ -379,12 +388,13 @@ impl Owner {
             }
         };
         self.balloons.remove(&slot);
-        self.metrics
-            .started(match (&source, self.parked.remove(&slot)) {
-                (VmSource::Restore(..), _) => "restored",
-                (VmSource::Paused(_), true) => "idle",
-                (VmSource::Paused(_), false) => "warm",
-            });
+        let from = match (&source, self.parked.remove(&slot)) {
+            (VmSource::Restore(..), _) => "restored",
+            (VmSource::Paused(_), true) => "idle",
+            (VmSource::Paused(_), false) => "warm",
+        };
+        self.metrics.started(from);
+        let steps = self.traces.starts(run, slot, from);
         tracing::info!(
             %run, %profile, slot = slot.0, submitter = job.submitter,
             ready = matches!(source, VmSource::Paused(_)), "job starts"
@@ -403,6 +413,7 @@ impl Owner {
                 api: job.api.as_deref(),
                 source,
                 network,
+                steps: &steps,
             };
             executor::execute(&setting, work, cancelled, &told).await
         });

@@ -76,6 +76,16 @@ fn with_daemon<F>(story: impl FnOnce(Arc<TestQueue>, mpsc::UnboundedReceiver<Job
 where
     F: Future<Output = ()>,
 {
+    with_telemetry(Telemetry::default, story);
+}
+
+/// The same, with traces that go where `telemetry` says; it is called on the daemon's runtime.
+fn with_telemetry<F>(
+    telemetry: impl FnOnce() -> Telemetry,
+    story: impl FnOnce(Arc<TestQueue>, mpsc::UnboundedReceiver<JobResult>) -> F,
+) where
+    F: Future<Output = ()>,
+{
     let Some(host) = TestHost::new() else {
         return;
     };
@@ -123,6 +133,7 @@ where
             config,
             provider: queue.clone(),
             metrics: Arc::new(Metrics::new(None, "0")),
+            telemetry: telemetry(),
             setting: Setting {
                 home: Arc::new(home),
                 provider: queue.clone(),
@@ -196,3 +207,6 @@ fn a_session_s_vm_is_kept_used_again_and_given_back_at_the_end() {
         }
     });
 }
+
+#[path = "traces_tests.rs"]
+mod traces;

@@ -23,6 +23,7 @@ pub(crate) use meter::Meter;
 use crate::gc::Report;
 use crate::queue::JobResult;
 use crate::status::{Mode, Phase, Status, WorkerState};
+use crate::sync::lock;
 
 /// Names and values of a series' labels.
 pub(crate) type Labels = Vec<(&'static str, String)>;
@@ -193,15 +194,18 @@ impl Metrics {
         metrics
     }
 
+    /// Traces are exported: what became of their spans is served too.
+    pub(crate) fn telemetry(&self, spans: Counters) {
+        lock(&self.registry).register(
+            "telemetry_spans",
+            "Spans of jobs for the OpenTelemetry collector: sent, or dropped because it did not take them",
+            spans,
+        );
+    }
+
     /// A job was answered.
     fn answered(&self, result: &JobResult) {
-        let result = match (&result.error, result.exit_code) {
-            (_, 0) => "ok",
-            (Some(_), JobResult::CANCELLED) => "cancelled",
-            (Some(_), JobResult::TIMED_OUT) => "timed_out",
-            (_, _) => "failed",
-        };
-        let labels = vec![("result", result.to_owned())];
+        let labels = vec![("result", result.verdict().name().to_owned())];
         self.jobs.get_or_create(&labels).inc();
     }
 

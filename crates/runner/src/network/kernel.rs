@@ -185,3 +185,7 @@ fn milliseconds(time: Option<Duration>) -> u64 {
         u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
     })
 }
+
+#[cfg(test)]
+#[path = "kernel_tests.rs"]
+mod tests;

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::network::{JobNetwork, MAX_SECRETS};
 use crate::names::{ProfileName, RunId, SessionId};
+use crate::telemetry::TraceParent;
 
 /// Largest job file, bytes. A prompt of [`MAX_PROMPT_BYTES`] whose every byte needs escaping as `\uXXXX` does not
 /// fit; one of ordinary text does, twice.
@@ -54,6 +55,9 @@ pub(crate) struct JobFields {
     /// What it may reach, and its secrets' names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) network: Option<JobNetwork>,
+    /// The span of the submitter's trace that the job belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) traceparent: Option<TraceParent>,
 }
 
 /// Why a job was refused, for its submitter.
@@ -288,6 +292,7 @@ pub(crate) mod tests {
             timeout_secs: None,
             collect: Vec::new(),
             network: None,
+            traceparent: None,
         }
     }
 

@@ -26,7 +26,7 @@ pub(crate) use network::{
     HandedSecret, JobNetwork, SecretsError, hand_over, handover_name, receive,
 };
 pub(crate) use registry::LiveRunner;
-pub(crate) use result::JobResult;
+pub(crate) use result::{JobResult, Verdict};
 pub(crate) use runner::{ApiSide, Claim, ClaimedJob, JobHead, Look, RunnerQueue, Scan};
 pub(crate) use watch::{Change, Watch};
 

@@ -20,6 +20,31 @@ pub(crate) struct JobResult {
     pub(crate) error: Option<String>,
 }
 
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// With exit status 0.
+    Ok,
+    /// Somebody, or the end of the runner, cancelled it.
+    Cancelled,
+    /// Its time ran out.
+    TimedOut,
+    /// Otherwise.
+    Failed,
+}
+
+impl Verdict {
+    /// As metrics and traces name it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Cancelled => "cancelled",
+            Self::TimedOut => "timed_out",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 impl JobResult {
     /// Exit code of a job that somebody cancelled: that of a process killed by SIGKILL.
     pub(crate) const CANCELLED: i32 = 137;
@@ -50,6 +75,16 @@ impl JobResult {
             run_id,
             exit_code,
             error: Some(text),
+        }
+    }
+
+    /// How the job ended, in one word: what an agent says may be long, and anything.
+    pub(crate) fn verdict(&self) -> Verdict {
+        match (&self.error, self.exit_code) {
+            (_, 0) => Verdict::Ok,
+            (Some(_), Self::CANCELLED) => Verdict::Cancelled,
+            (Some(_), Self::TIMED_OUT) => Verdict::TimedOut,
+            (_, _) => Verdict::Failed,
         }
     }
 

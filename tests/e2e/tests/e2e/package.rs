@@ -14,7 +14,7 @@ const LISTING: &str = "sudo -n find / -xdev \\( -path /proc -o -path /sys -o -pa
 
 /// What of a runner could still be there: processes, network namespaces, tables, mounts, users' cgroups.
 const REMAINS: &str = "pgrep -fa 'qemu-system|mitmdump|runner start' | grep -v pgrep; sudo -n ip netns list; sudo -n nft list tables; \
-    grep -o 'vm0[^ ]*' /proc/mounts; ls /etc/systemd/system /run/systemd/system | grep vm0; ls -d ~/.vm0-runner 2>/dev/null; true";
+    cut -d' ' -f2 /proc/mounts | grep vm0; ls /etc/systemd/system /run/systemd/system | grep vm0; ls -d ~/.vm0-runner 2>/dev/null; true";
 
 fn said(output: &Output) -> String {
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();

@@ -97,6 +97,7 @@ impl Jobs {
             },
             network: Default::default(),
             metrics: Default::default(),
+            telemetry: Default::default(),
             gc: GcConfig {
                 interval_secs: 0,
                 ..GcConfig::default()
@@ -343,6 +344,7 @@ impl Jobs {
             timeout_secs: None,
             collect: Vec::new(),
             network: None,
+            traceparent: None,
         })?)
     }
 

@@ -1,12 +1,13 @@
 //! The checks of what carries jobs' traffic: packet filter, proxy, authorities.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use super::{Check, Outcome, Subject};
-use crate::config;
+use crate::config::{self, Config};
 use crate::home::{Home, rel};
 use crate::image::Tool;
 use crate::names::RunnerName;
@@ -240,29 +241,38 @@ fn expiry(certificate: &str) -> Outcome {
     }
 }
 
+/// What configures the runners of the home, with the file's path; none if there is no home yet.
+pub(super) fn configurations(subject: &Subject<'_>) -> Result<Vec<(PathBuf, Config)>, Outcome> {
+    let Some(home) = open_home(subject)? else {
+        return Ok(Vec::new());
+    };
+    let files = runners(&home).into_iter();
+    files
+        .map(|name| home.at(rel::runner_yaml(&name)))
+        .filter(|file| file.exists())
+        .map(|file| match config::load(&file) {
+            Ok(config) => Ok((file, config)),
+            Err(error) => Err(Outcome::warn(
+                &error,
+                format_args!(
+                    "runner config --check {} says what to correct",
+                    file.display()
+                ),
+            )),
+        })
+        .collect()
+}
+
 fn upstream_trust(subject: &Subject<'_>) -> Outcome {
-    let home = match open_home(subject) {
-        Ok(Some(home)) => home,
-        Ok(None) => return Outcome::pass("no runner is configured yet"),
+    let configurations = match configurations(subject) {
+        Ok(configurations) => configurations,
         Err(outcome) => return outcome,
     };
-    let mut looked_at = 0;
-    for name in runners(&home) {
-        let file = home.at(rel::runner_yaml(&name));
-        if !file.exists() {
-            continue;
-        }
-        looked_at += 1;
+    if configurations.is_empty() {
+        return Outcome::pass("no runner is configured yet");
+    }
+    for (file, config) in configurations {
         let shown = file.display();
-        let config = match config::load(&file) {
-            Ok(config) => config,
-            Err(error) => {
-                return Outcome::warn(
-                    &error,
-                    format_args!("runner config --check {shown} says what to correct"),
-                );
-            }
-        };
         let trusted = config.network.ssl_verify_upstream_trusted_ca;
         if trusted.as_os_str().is_empty() {
             return Outcome::warn(
@@ -285,9 +295,6 @@ fn upstream_trust(subject: &Subject<'_>) -> Outcome {
                 "install ca-certificates, or name a file of certificates (PEM) that is there",
             );
         }
-    }
-    if looked_at == 0 {
-        return Outcome::pass("no runner is configured yet");
     }
     Outcome::pass("the proxy believes the authorities that its configuration names")
 }

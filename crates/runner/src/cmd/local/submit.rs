@@ -22,9 +22,10 @@ use std::time::Duration;
 
 use crate::cmd::logs::tail::Tail;
 use crate::cmd::parse;
-use crate::context::{CliError, Context, block_on};
+use crate::context::{CliError, Context, block_on, note};
 use crate::names::{GroupName, ProfileName, RunId, SessionId};
 use crate::queue::{GroupQueue, Job, JobFields, MAX_PROMPT_BYTES, hand_over};
+use crate::telemetry::TraceParent;
 use collect::Collect;
 use network::NetworkArgs;
 use wait::Waiter;
@@ -33,7 +34,8 @@ use wait::Waiter;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Prints exactly one line: {\"run_id\":\"…\",\"exit_code\":0,\"error\":null}. Exit status 0 only if \
-exit_code is 0.\nCtrl-C cancels the job and waits up to 10 s for its answer; a second one leaves at once.\n\n\
+exit_code is 0.\nCtrl-C cancels the job and waits up to 10 s for its answer; a second one leaves at once.\n\
+TRACEPARENT in the environment (W3C Trace Context) makes the job part of that trace.\n\n\
 Examples:\n  \
     runner local submit --group vm0/demo --profile vm0/small --prompt 'nproc && free -m'\n  \
     runner local submit --group vm0/demo --prompt-file task.md --follow\n  \
@@ -107,6 +109,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
             .map(|collect| collect.guest_path().to_owned())
             .collect(),
         network,
+        traceparent: trace_parent(),
     })
     .map_err(CliError::usage)?;
     let collect = args
@@ -139,6 +142,19 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         collected?;
         Ok(outcome.exit_code())
     })
+}
+
+/// The span that this command is part of, if it was told one.
+fn trace_parent() -> Option<TraceParent> {
+    let text = std::env::var("TRACEPARENT").ok()?;
+    match text.parse() {
+        Ok(parent) => Some(parent),
+        // As the specification has it: a trace is no reason to fail.
+        Err(error) => {
+            note(format_args!("TRACEPARENT is ignored: {error}"));
+            None
+        }
+    }
 }
 
 fn read_prompt(file: &PathBuf) -> Result<String, CliError> {

@@ -76,7 +76,7 @@ pub(in crate::cmd) fn of(
     };
     let url = address(&url)?;
     let token = match token_file {
-        Some(file) => from_file(file)?,
+        Some(file) => secret_file(file, MAX_TOKEN)?,
         None => Zeroizing::new(std::env::var(TOKEN).unwrap_or_default()),
     };
     let token = Zeroizing::new(token.trim().to_owned());
@@ -114,7 +114,8 @@ fn address(text: &str) -> Result<Url, CliError> {
     Ok(url)
 }
 
-fn from_file(path: &Path) -> Result<Zeroizing<String>, CliError> {
+/// Reads a file that its owner alone may read, at most `max` bytes of it.
+pub(super) fn secret_file(path: &Path, max: u64) -> Result<Zeroizing<String>, CliError> {
     let failed = |error: std::io::Error| {
         CliError::failed(format_args!("cannot read {}: {error}", path.display()))
     };
@@ -128,9 +129,7 @@ fn from_file(path: &Path) -> Result<Zeroizing<String>, CliError> {
         .with_hint(format_args!("chmod 600 {}", path.display())));
     }
     let mut text = Zeroizing::new(String::new());
-    file.take(MAX_TOKEN)
-        .read_to_string(&mut text)
-        .map_err(failed)?;
+    file.take(max).read_to_string(&mut text).map_err(failed)?;
     Ok(text)
 }
 

@@ -109,6 +109,7 @@ fn job_of(inner: &Inner, context: ExecutionContext, head: &JobHead) -> Result<Cl
         timeout_secs: context.timeout_secs,
         collect: Vec::new(),
         network: (!network.is_empty()).then_some(network),
+        traceparent: None,
     };
     Ok(ClaimedJob {
         job: Job::new(fields).map_err(|error| error.to_string())?,
