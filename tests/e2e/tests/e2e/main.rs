@@ -29,3 +29,4 @@ mod operators;
 mod package;
 mod terminal;
 mod top;
+mod traces;
