@@ -1,6 +1,7 @@
 //! The promises of the runner, kept by real microVMs. One binary: it links once.
 
 mod anomalies;
+mod anomalies_waits;
 mod api_mode;
 mod api_tokens;
 mod audit;
