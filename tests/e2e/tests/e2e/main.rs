@@ -17,6 +17,7 @@ mod full_agent;
 mod full_disk;
 mod full_image;
 mod guests;
+mod hardening;
 mod jobs;
 mod metal;
 mod metal_api;
