@@ -1,4 +1,4 @@
-//! A clock that a test sets: the daemon's alone, never the machine's.
+//! A clock that a test sets: the daemon's alone, or one command's, never the machine's.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::skip::skip;
 /// libfaketime for programs with threads, where Debian and Ubuntu put it.
 const LIBRARY: &str = "faketime/libfaketimeMT.so.1";
 
-/// The real-time clock that one daemon sees. Its monotonic clock is the machine's, as it is when a clock is set.
+/// The real-time clock that one daemon, or another program, sees. Its monotonic clock is the machine's, as it is when a clock is set.
 pub struct DaemonClock {
     place: TempDir,
     library: String,
@@ -44,22 +44,29 @@ impl DaemonClock {
         fs::rename(new, self.place.path().join("offset")).expect("our directory");
     }
 
+    /// Lines for a shell in a mount namespace of its own: what it then becomes has this clock.
+    pub fn script(&self) -> String {
+        // The library's shared memory is never removed when a process is killed: it gets a place that goes with it.
+        format!(
+            "mount -t tmpfs -o size=1m none /dev/shm\n\
+             export FAKETIME_TIMESTAMP_FILE='{}' FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1 NO_FAKE_STAT=1\n\
+             export LD_PRELOAD='{}'",
+            self.place.path().join("offset").display(),
+            self.library
+        )
+    }
+
     /// Starts the host's runner with this clock.
     pub fn start_runner(&self, host: &Host) {
         let start = host.start_command();
         let mut command = Command::new("unshare");
-        // The library's shared memory is never removed when a process is killed: it gets a place that goes with it.
         command
-            .args(["--mount", "--propagation", "private", "--", "sh", "-c"])
-            .arg("mount -t tmpfs -o size=1m none /dev/shm && exec env LD_PRELOAD=\"$0\" \"$@\"")
-            .arg(&self.library)
+            .args(["--mount", "--propagation", "private", "--", "sh", "-ec"])
+            .arg(format!("{}\nexec \"$@\"", self.script()))
+            .arg("sh")
             .arg(start.get_program())
             .args(start.get_args())
-            .stdin(Stdio::null())
-            .env("FAKETIME_TIMESTAMP_FILE", self.place.path().join("offset"))
-            .env("FAKETIME_NO_CACHE", "1")
-            .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
-            .env("NO_FAKE_STAT", "1");
+            .stdin(Stdio::null());
         for (name, value) in start.get_envs() {
             match value {
                 Some(value) => command.env(name, value),

@@ -45,6 +45,8 @@ pub struct Metal {
     root: PathBuf,
     profile: String,
     container: Option<Child>,
+    /// Whether its control groups are of the second version alone, whatever this machine's are.
+    unified: bool,
 }
 
 fn has(program: &str) -> bool {
@@ -124,6 +126,16 @@ impl Metal {
 
     /// One whose web also has these sites.
     pub fn with_sites(profile: &str, sites: &[&str]) -> Option<Self> {
+        Self::made(profile, sites, false)
+    }
+
+    /// One with control groups of the second version alone, as distributions have them. Where this machine has
+    /// controllers of the first version, such a host has none of them: its VMs are not limited.
+    pub fn unified(profile: &str) -> Option<Self> {
+        Self::made(profile, &[], true)
+    }
+
+    fn made(profile: &str, sites: &[&str], unified: bool) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             skip("it boots a container, which needs root");
             return None;
@@ -170,6 +182,7 @@ impl Metal {
             root,
             profile: profile.to_owned(),
             container: None,
+            unified,
         };
         metal.furnish(&rootfs);
         metal.boot();
@@ -296,6 +309,10 @@ impl Metal {
             .arg(netns)
             .arg(&number)
             .env(crate::range::RunRange::WORLD_VARIABLE, &number)
+            .envs(
+                self.unified
+                    .then_some(("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")),
+            )
             .stdin(Stdio::null())
             .stdout(console.try_clone().expect("a file"))
             .stderr(console)

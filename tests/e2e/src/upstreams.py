@@ -40,6 +40,9 @@ class Web(http.server.BaseHTTPRequestHandler):
         if self.path.startswith("/slow"):
             self.slow()
             return
+        if self.path == "/broken":
+            self.broken()
+            return
         if self.path.startswith("/events/"):
             self.events(self.path.removeprefix("/events/"))
             return
@@ -82,6 +85,14 @@ class Web(http.server.BaseHTTPRequestHandler):
         except OSError:
             record(at=self.server.at, path=self.path, ended=True)
             self.close_connection = True
+
+    def broken(self):
+        """A download that ends long before it should."""
+        self.send_response(200)
+        self.send_header("content-length", "1000000")
+        self.end_headers()
+        self.wfile.write(b"x" * 100)
+        self.close_connection = True
 
     def events(self, stream):
         """Server-sent events, each sent only when the one before it was confirmed: whoever gathers them waits for ever."""

@@ -14,6 +14,8 @@ for group in /sys/fs/cgroup /sys/fs/cgroup/*; do
 done
 set -- --bind=/dev/net/tun
 [ ! -e /dev/kvm ] || set -- "$@" --bind=/dev/kvm
+# With control groups of the second version, its manager filters devices by programs of the kernel's.
+[ -z "${SYSTEMD_NSPAWN_UNIFIED_HIERARCHY-}" ] || set -- "$@" --system-call-filter=bpf
 export SYSTEMD_NSPAWN_API_VFS_WRITABLE=yes
 exec systemd-nspawn --quiet --register=no --keep-unit --directory="$directory/merged" --machine="metal-$number" \
     --hostname=metal --network-namespace-path="$netns" --resolv-conf=off --link-journal=no --boot --capability=all --console=pipe "$@"

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 /// Inside a mount and a network namespace of its own: `script`, then `doctor` with the rest of the arguments.
-fn doctor_in(host: &Host, script: &str, args: &[&str]) -> Value {
+pub(crate) fn doctor_in(host: &Host, script: &str, args: &[&str]) -> Value {
     let inner = host.runner(&[&["doctor", "--json"], args].concat());
     let mut command = Command::new("unshare");
     let script = format!("{script}\nexec \"$@\"");
@@ -18,7 +18,7 @@ fn doctor_in(host: &Host, script: &str, args: &[&str]) -> Value {
 }
 
 /// In the machine's own network namespace, where other tests may have killed runners: their tables are left out.
-fn doctor(host: &Host, args: &[&str]) -> Value {
+pub(crate) fn doctor(host: &Host, args: &[&str]) -> Value {
     let inner = host.runner(&[&["doctor", "--json"], args].concat());
     let mut report = report(&mut Command::new(inner.get_program()), &inner);
     let anomalies = report["anomalies"].as_array_mut().unwrap();
@@ -42,13 +42,13 @@ fn report(command: &mut Command, inner: &Command) -> Value {
     report
 }
 
-fn names(report: &Value) -> Vec<&str> {
+pub(crate) fn names(report: &Value) -> Vec<&str> {
     let anomalies = report["anomalies"].as_array().unwrap().iter();
     anomalies.map(|one| one["name"].as_str().unwrap()).collect()
 }
 
 /// The one anomaly of a report, which has this name and says this, with a fix that says that.
-fn only(report: &Value, name: &str, found: &str, fix: &str) {
+pub(crate) fn only(report: &Value, name: &str, found: &str, fix: &str) {
     assert_eq!(names(report), [name], "{report:#}");
     let one = &report["anomalies"][0];
     assert!(one["found"].as_str().unwrap().contains(found), "{one:#}");

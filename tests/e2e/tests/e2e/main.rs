@@ -1,6 +1,7 @@
 //! The promises of the runner, kept by real microVMs. One binary: it links once.
 
 mod anomalies;
+mod anomalies_waits;
 mod api_mode;
 mod api_tokens;
 mod audit;
@@ -16,6 +17,7 @@ mod full_agent;
 mod full_disk;
 mod full_image;
 mod guests;
+mod hardening;
 mod jobs;
 mod metal;
 mod metal_api;

@@ -46,7 +46,7 @@ const KNOWN: &[Known] = &[
     Known {
         name: "HTTP/2 stream",
         says: &["curl: (92)"],
-        what: "curl ended with 92, an HTTP/2 stream that was not closed cleanly: most often the proxy could not speak to the server",
+        what: "curl ended with 92, an HTTP/2 stream that was not closed cleanly: most often the server broke its answer off",
         fix: "runner logs RUN --network says why; \"certificate verify failed\": see network.ssl_verify_upstream_trusted_ca",
     },
 ];

@@ -24,14 +24,13 @@ pub(super) async fn run(inner: Arc<Inner>) {
         let next = tokio::time::sleep(period);
         match inner.api.heartbeat(&heartbeat(&inner, None)).await {
             Ok(answer) => {
-                let recovered = {
+                {
                     let mut state = inner.lock();
                     state.last_contact = Some(Instant::now());
-                    state.error.take().is_some()
-                };
-                if recovered {
-                    (inner.tell)(ProviderEvent::Changed);
+                    state.error = None;
                 }
+                // Each time, or who looks at a runner without work sees a contact of long ago, or none at all.
+                (inner.tell)(ProviderEvent::Changed);
                 // An instance that we replaced may have ended while the API was away. Now it is there.
                 inner.adopt();
                 // Two may get lost.

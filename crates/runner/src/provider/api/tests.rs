@@ -166,6 +166,30 @@ async fn an_answer_of_an_instance_that_ends_later_is_brought_in_its_name() {
 }
 
 #[tokio::test]
+async fn every_heartbeat_that_is_taken_is_told_also_of_a_runner_without_work() {
+    let (_top, home) = home();
+    let (settings, _completions) = api(|_| None).await;
+    let (told, mut changes) = tokio::sync::mpsc::unbounded_channel();
+    let tell = move |event| {
+        if matches!(event, ProviderEvent::Changed) {
+            // After the test has ended nobody listens.
+            let _ = told.send(());
+        }
+    };
+    let provider = ApiProvider::start(settings, &home, runner("idle"), tell).unwrap();
+    let mut before = None;
+    for _ in 0..2 {
+        let change = tokio::time::timeout(PATIENCE, changes.recv()).await;
+        change.expect("nothing was told").unwrap();
+        let contact = provider.0.lock().last_contact;
+        assert!(contact.is_some() && contact > before, "{contact:?}");
+        before = contact;
+        provider.0.beat.notify_one();
+    }
+    provider.finish().await;
+}
+
+#[tokio::test]
 async fn an_answer_is_brought_again_until_it_is_taken() {
     let (_top, home) = home();
     left(&home);
