@@ -1,7 +1,10 @@
 //! The promises of the runner, kept by real microVMs. One binary: it links once.
 
 mod anomalies;
+mod api_exec;
 mod api_mode;
+mod api_secrets;
+mod api_sessions;
 mod api_tokens;
 mod audit;
 mod bad_jobs;
