@@ -54,6 +54,9 @@ impl Api {
     /// The address of the API, as runners and VMs know it: the first replica's.
     pub const URL: &'static str = "http://runs.example.com:8090";
 
+    /// The same over TLS, which ends at a balancer of the world's.
+    pub const SECURE_URL: &'static str = "https://runs.example.com:8443";
+
     /// NATS and one replica. `None`, with the reason reported, where that is impossible.
     pub fn start(world: &World) -> Option<Self> {
         Self::serving(world, Self::GROUP)
@@ -224,10 +227,10 @@ impl Api {
         end(&mut child.expect("the replica runs"));
     }
 
-    /// The arguments of `runner start` that make it take this API's runs.
-    pub fn runner_arguments(&self) -> Vec<String> {
+    /// The arguments of `runner start` that make it take this API's runs, at one of its addresses.
+    pub(crate) fn runner_arguments(&self, url: &str) -> Vec<String> {
         let token = self.token_file().display().to_string();
-        ["--api-url", Self::URL, "--api-token-file", &token]
+        ["--api-url", url, "--api-token-file", &token]
             .map(str::to_owned)
             .into()
     }
