@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use api_types::runner::ResumeSession;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use guest_control::{
     ControlError, ExecSpec, ExitReport, ExitStatus, FileSpec, Session, Stream, UserSpec, Wake,
@@ -335,12 +337,18 @@ fn environment(
         .iter()
         .filter(|(name, _)| !is_reserved(name));
     let mut env: Vec<(String, String)> = own.map(|(n, v)| (n.clone(), v.clone())).collect();
-    env.extend(admission.into_iter().flat_map(Admission::environment));
+    let placeholders: Vec<_> = admission
+        .into_iter()
+        .flat_map(Admission::environment)
+        .collect();
+    let masked = masked(placeholders.iter().map(|(_, text)| text.as_str()));
+    env.extend(placeholders);
     let mut set = |name: &str, value: &str| env.push((name.to_owned(), value.to_owned()));
     set("VM0_RUN_ID", &job.run_id.to_string());
     // The local queue has no sandbox token: the agent's webhooks are off.
     set("VM0_API_URL", api.map_or("", |api| &api.url));
     set("VM0_API_TOKEN", api.map_or("", |api| &api.token));
+    set("VM0_SECRET_VALUES", &masked);
     set("VM0_WORKING_DIR", &job.working_dir);
     set("CLI_AGENT_TYPE", &job.cli_agent_type);
     if is_long(&job.prompt) {
@@ -352,6 +360,13 @@ fn environment(
         set("USE_MOCK_CLAUDE", mock);
     }
     env
+}
+
+/// What the agent is to keep out of its webhooks, as it reads it: base64, separated by commas. The values of secrets are
+/// not among it: no VM gets them.
+fn masked<'a>(texts: impl Iterator<Item = &'a str>) -> String {
+    let encoded: Vec<_> = texts.map(|text| STANDARD.encode(text)).collect();
+    encoded.join(",")
 }
 
 /// Puts a session's history where the agent takes it from; gives the variables that tell it.

@@ -412,3 +412,13 @@ fn the_last_line_of_stderr_is_found_in_pieces() {
     line.push(&vec![b'x'; 1 << 20]);
     assert!(line.text().len() <= LAST_LINE);
 }
+
+#[test]
+fn what_is_masked_is_listed_as_the_agent_reads_it() {
+    assert_eq!(masked(std::iter::empty()), "");
+    let placeholders = ["placeholder1", "with,comma"];
+    assert_eq!(
+        masked(placeholders.into_iter()),
+        "cGxhY2Vob2xkZXIx,d2l0aCxjb21tYQ=="
+    );
+}

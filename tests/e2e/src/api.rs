@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::api_exec::{ApiExec, Door};
 use crate::host::target;
 use crate::skip::skip;
 use crate::wait::{LONG, eventually, eventually_some};
@@ -17,8 +18,10 @@ use crate::world::World;
 /// It ends when it is dropped, and with the thread of the test when that is killed.
 pub struct Api {
     directory: TempDir,
-    /// The network namespace of the world.
+    /// The network namespace of the world, as an argument of nsenter.
     namespace: String,
+    /// The same, as a file.
+    namespace_file: PathBuf,
     program: PathBuf,
     nats: Child,
     group: String,
@@ -50,6 +53,9 @@ impl Api {
 
     /// The address of the API, as runners and VMs know it: the first replica's.
     pub const URL: &'static str = "http://runs.example.com:8090";
+
+    /// The same over TLS, which ends at a balancer of the world's.
+    pub const SECURE_URL: &'static str = "https://runs.example.com:8443";
 
     /// NATS and one replica. `None`, with the reason reported, where that is impossible.
     pub fn start(world: &World) -> Option<Self> {
@@ -91,6 +97,7 @@ impl Api {
         let mut api = Self {
             directory,
             namespace,
+            namespace_file: world.laptop(),
             program,
             nats,
             group: group.to_owned(),
@@ -134,7 +141,8 @@ impl Api {
         command
     }
 
-    fn token(&self, kind: &str) -> String {
+    /// Makes a token of this kind for the group.
+    pub fn token(&self, kind: &str) -> String {
         let args = ["token", "create", "--kind", kind, "--group", &self.group];
         let output = self.command(&args).args(["--name", "e2e"]).output();
         let output = output.expect("vm0-api runs");
@@ -202,6 +210,11 @@ impl Api {
         });
     }
 
+    /// Where NATS keeps everything.
+    pub fn store(&self) -> PathBuf {
+        self.directory.path().join("store")
+    }
+
     /// What a replica logged.
     pub fn log(&self, replica: u16) -> String {
         let log = self.directory.path().join(format!("api-{replica}.log"));
@@ -214,10 +227,10 @@ impl Api {
         end(&mut child.expect("the replica runs"));
     }
 
-    /// The arguments of `runner start` that make it take this API's runs.
-    pub fn runner_arguments(&self) -> Vec<String> {
+    /// The arguments of `runner start` that make it take this API's runs, at one of its addresses.
+    pub(crate) fn runner_arguments(&self, url: &str) -> Vec<String> {
         let token = self.token_file().display().to_string();
-        ["--api-url", Self::URL, "--api-token-file", &token]
+        ["--api-url", url, "--api-token-file", &token]
             .map(str::to_owned)
             .into()
     }
@@ -295,6 +308,17 @@ impl Api {
 }
 
 impl Api {
+    /// Runs a command in a run's VM as the group's client, with a terminal of so many columns and rows if any. Where it
+    /// is refused: the status.
+    pub fn exec(&self, run: &str, argv: &[&str], size: Option<(u16, u16)>) -> Result<ApiExec, u16> {
+        let door = Door {
+            namespace: self.namespace_file.clone(),
+            address: Self::address(0),
+            token: self.client.clone(),
+        };
+        ApiExec::start(door, run, argv, size)
+    }
+
     /// What a run that has ended said, as its events tell it.
     pub fn output(&self, run: &str) -> String {
         let feed = self.feed(run, "output");

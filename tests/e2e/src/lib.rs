@@ -15,6 +15,7 @@
 //! Nothing here sleeps for a fixed time: waits end with the event, and deadlines are for hangs only.
 
 mod api;
+mod api_exec;
 mod audit;
 mod capture;
 mod clock;
@@ -33,6 +34,7 @@ mod wait;
 mod world;
 
 pub use api::Api;
+pub use api_exec::{ApiExec, Ended};
 pub use capture::Capture;
 pub use clock::{DaemonClock, seconds_now};
 pub use host::{Host, HostBuilder, has_wheels, kept};

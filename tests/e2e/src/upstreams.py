@@ -1,5 +1,6 @@
 """The servers of a test's world: what they get goes, a JSON object a line, to the file named by the second argument."""
 
+import asyncio
 import base64
 import hashlib
 import http.server
@@ -223,6 +224,38 @@ def forbidden(address, port):
     forbidden_udp(address, port)
 
 
+def terminator(address, port, tls_context, inner):
+    """TLS outside, and the same bytes in the clear to the server at `inner`: a load balancer."""
+
+    async def pump(source, sink):
+        try:
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        finally:
+            sink.close()
+
+    async def handle(reader, writer):
+        try:
+            inner_reader, inner_writer = await asyncio.open_connection(*inner)
+        except OSError:
+            writer.close()
+            return
+        both = pump(reader, inner_writer), pump(inner_reader, writer)
+        await asyncio.gather(*both, return_exceptions=True)
+
+    listens = threading.Event()
+
+    async def serve():
+        server = await asyncio.start_server(handle, address, port, ssl=tls_context)
+        listens.set()
+        await server.serve_forever()
+
+    threading.Thread(target=lambda: asyncio.run(serve()), daemon=True).start()
+    if not listens.wait(60):
+        sys.exit("the terminator does not listen")
+
+
 if sys.argv[1] == "world":
     certificates = {
         "unknown.example.net": "unknown",
@@ -232,6 +265,7 @@ if sys.argv[1] == "world":
     web("https", "198.18.0.2", 443, tls(certificates, "good"))
     web("http", "198.18.0.2", 80)
     echo("198.18.0.2", 9000)
+    terminator("198.18.0.5", 8443, context("good"), ("198.18.0.5", 8090))
     for port in (22, 853, 8080, 9001):
         forbidden("198.18.0.2", port)
     # No QUIC.

@@ -141,7 +141,9 @@ impl World {
         openssl(&format!(
             "req -new {key} -keyout server.key -out server.csr -subj /CN=e2e"
         ));
-        let mut good = "www.example.com,DNS:api.example.com,DNS:other.example.org".to_owned();
+        let mut good =
+            "www.example.com,DNS:api.example.com,DNS:other.example.org,DNS:runs.example.com"
+                .to_owned();
         for site in sites {
             good += &format!(",DNS:{site}");
         }

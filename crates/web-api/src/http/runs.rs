@@ -416,10 +416,11 @@ async fn announce(
     Ok(())
 }
 
-/// Gives the agent something to read, now or as soon as it runs.
+/// Keeps something for the agent to read, now or as soon as it runs. It is given to the holder of the run's claim; today's
+/// runners do not ask for it, so no agent reads it yet.
 #[utoipa::path(post, path = "/api/runs/{run}/input", tag = "runs", operation_id = "sendInput",
     params(("run" = RunId, Path, description = "Its id")), request_body = Input,
-    responses((status = 202, description = "It will be given to the agent", body = InputAccepted), Problems),
+    responses((status = 202, description = "It is kept with the run", body = InputAccepted), Problems),
     security(("apiKey" = [])))]
 pub(super) async fn input(
     State(service): State<Arc<Service>>,

@@ -109,7 +109,16 @@ impl HostBuilder {
 
     /// Runs of this Web API instead of jobs of the local queue.
     pub fn api(mut self, api: &Api) -> Self {
-        self.source = api.runner_arguments();
+        self.source = api.runner_arguments(Api::URL);
+        self.group(Api::GROUP)
+    }
+
+    /// The same over TLS, with a certificate that the world's authority has signed.
+    pub fn api_over_tls(mut self, api: &Api, world: &World) -> Self {
+        self.source = api.runner_arguments(Api::SECURE_URL);
+        let trusted = world.wiring().trusted;
+        self.environment
+            .push(("SSL_CERT_FILE".to_owned(), trusted.display().to_string()));
         self.group(Api::GROUP)
     }
 

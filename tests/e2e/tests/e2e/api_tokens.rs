@@ -187,6 +187,62 @@ fn a_token_goes_from_the_api_to_the_wire_and_opens_its_runs_webhooks_alone() {
 }
 
 #[test]
+fn over_tls_no_token_is_in_the_clear_and_an_unknown_certificate_is_not_talked_to() {
+    let Some(world) = World::new() else { return };
+    let Some(api) = Api::start(&world) else {
+        return;
+    };
+    let Some(host) = Host::new().world(&world).api_over_tls(&api, &world).start() else {
+        return;
+    };
+    let capture = Capture::around(&host.proxies()[0]);
+    let environment =
+        "tr '\\0' '\\n' < /proc/$(pgrep -o guest-agent)/environ | sed -n 's/^VM0_API_TOKEN=//p'";
+    let run = api.create("until [ -e /tmp/go ]; do sleep 0.2; done", json!({}));
+    host.until_status("the run runs", |status| {
+        status["active_runs"][0]["phase"] == "running"
+    });
+    let token = inside(&host, &run, &[], environment);
+    assert_eq!(token.split('.').count(), 3, "{token}");
+    // Over the runner's WebSocket, too.
+    let mut exec = api.exec(&run, &["touch", "/tmp/go"], None).unwrap();
+    assert_eq!(exec.wait().code, Some(0));
+    assert_eq!(api.result(&run)["exitCode"], 0, "{}", host.log(&run));
+    // The webhooks came, and went to the balancer …
+    let events = api.feed(&run, "events");
+    assert!(events.contains("\"sequenceNumber\":0"), "{events}");
+    let begun = capture.connections();
+    assert!(begun.contains("198.18.0.5:8443"), "{begun:?}");
+    assert!(!begun.contains("198.18.0.5:8090"), "{begun:?}");
+    // … of which nobody on the way can read the token.
+    let readable = |packet: &Value| {
+        packet["data"]
+            .as_str()
+            .is_some_and(|data| data.contains(&token))
+    };
+    assert!(!capture.packets().iter().any(readable));
+    host.finish();
+
+    // Who does not trust the certificate hands nobody a token.
+    let Some(stranger) = Host::new()
+        .name("stranger")
+        .world(&world)
+        .api_over_tls(&api, &world)
+        .env("SSL_CERT_FILE", "/dev/null")
+        .start()
+    else {
+        return;
+    };
+    stranger.until_status("the API is not believed", |status| {
+        status["api"]["error"].is_string()
+    });
+    let status = stranger.status().unwrap();
+    assert!(status["api"]["last_contact"].is_null(), "{status}");
+    stranger.finish();
+    world.finish();
+}
+
+#[test]
 fn a_local_job_makes_no_connection_for_webhooks() {
     let Some(world) = World::new() else { return };
     let Some(host) = Host::new().world(&world).start() else {

@@ -2,7 +2,10 @@
 
 mod anomalies;
 mod anomalies_waits;
+mod api_exec;
 mod api_mode;
+mod api_secrets;
+mod api_sessions;
 mod api_tokens;
 mod audit;
 mod bad_jobs;
