@@ -8,11 +8,15 @@ use std::time::Duration;
 use async_nats::jetstream::kv::{CreateErrorKind, Operation, Store, UpdateErrorKind, Watch};
 use async_nats::jetstream::stream::LastRawMessageErrorKind;
 use bytes::Bytes;
+use futures_util::StreamExt as _;
 
 use super::EngineError;
 
 /// How long a removed key is remembered as removed, so that who watches hears of it.
 pub(super) const MARKER_TTL: Duration = Duration::from_secs(3600);
+
+/// How long a scan waits for its next key: the last one may have gone just before.
+const SCAN_SILENCE: Duration = Duration::from_secs(30);
 
 /// What a key holds.
 #[derive(Clone, Debug)]
@@ -113,6 +117,31 @@ impl Bucket {
             .watch_with_history(">")
             .await
             .map_err(EngineError::unavailable)
+    }
+
+    /// Shows each key that holds a value to `each`, and ends with what was there when it began.
+    pub async fn scan(
+        &self,
+        mut each: impl FnMut(&str, &[u8]) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        // Where nothing is, nothing would come.
+        if self.messages().await? == 0 {
+            return Ok(());
+        }
+        let mut watch = self.watch().await?;
+        loop {
+            let change = tokio::time::timeout(SCAN_SILENCE, watch.next())
+                .await
+                .map_err(EngineError::unavailable)?
+                .ok_or_else(|| EngineError::unavailable("the list of keys broke off"))?
+                .map_err(EngineError::unavailable)?;
+            if holds_value(change.operation) {
+                each(&change.key, &change.value)?;
+            }
+            if change.delta == 0 {
+                return Ok(());
+            }
+        }
     }
 
     /// How many keys hold a value or a mark of removal.

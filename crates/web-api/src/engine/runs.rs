@@ -173,6 +173,18 @@ impl Engine {
         self.runs.remove(&entry.run.to_string()).await
     }
 
+    /// When the oldest run was made that is still there. Fails where one entry cannot be read: it may be that one.
+    pub async fn oldest_run(&self) -> Result<Option<UnixMillis>, EngineError> {
+        let mut oldest: Option<UnixMillis> = None;
+        let look = |_: &str, value: &[u8]| {
+            let made = parse(value)?.created_at;
+            oldest = Some(oldest.map_or(made, |known| known.min(made)));
+            Ok(())
+        };
+        self.runs.scan(look).await?;
+        Ok(oldest)
+    }
+
     /// Whether the storage takes writes now.
     pub async fn probe(&self, replica: &str) -> Result<(), EngineError> {
         self.fleet

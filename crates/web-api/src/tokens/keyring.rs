@@ -17,6 +17,9 @@ use crate::engine::{Bucket, EngineError, Swap};
 /// A key is used for new tokens and secrets for so long; then the next one is made. Old ones stay good for what they made.
 const ROTATION_MILLIS: u64 = 24 * 3600 * 1000;
 
+/// How much longer a key may be in use than its time: replicas' clocks differ, and a request takes a while.
+const MARGIN_MILLIS: u64 = 3600 * 1000;
+
 /// Id of the one key that tells requests from one another. It lasts: run ids that follow from idempotency keys follow from
 /// it, too, so it is wrapped by the master key rather than being it, which may be replaced.
 const IDENTITY_KID: &str = "0000000000000000";
@@ -69,6 +72,13 @@ pub struct Sealed {
     pub kid: String,
     /// Nonce, ciphertext and tag, base64.
     pub data: String,
+}
+
+/// When a key that was made then is used for something new for the last time, at the latest.
+fn last_use(created_at: UnixMillis) -> UnixMillis {
+    created_at
+        .saturating_add(ROTATION_MILLIS)
+        .saturating_add(MARGIN_MILLIS)
 }
 
 /// What NATS holds of a key.
@@ -245,6 +255,43 @@ impl Keyring {
             Some(found) => self.learn(&name, &found.value).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// Removes the keys that nothing needs which was made at `since` or later, here and in NATS, and says how many. The
+    /// newest key for each purpose stays, whatever this replica's clock says.
+    pub async fn remove_unused(&self, since: UnixMillis) -> Result<usize, KeyringError> {
+        let mut listed = HashMap::new();
+        let list = |name: &str, value: &[u8]| {
+            listed.insert(name.to_owned(), Record::read(value)?.created_at);
+            Ok(())
+        };
+        self.bucket.scan(list).await?;
+        let mut old = Vec::new();
+        for purpose in [Purpose::Sign, Purpose::Data] {
+            let prefix = format!("{}.", purpose.as_str());
+            let mut keys: Vec<(UnixMillis, &String)> = listed
+                .iter()
+                .filter(|(name, _)| name.starts_with(&prefix))
+                .map(|(name, created_at)| (*created_at, name))
+                .collect();
+            keys.sort_unstable();
+            keys.pop();
+            old.extend(
+                keys.into_iter()
+                    .filter(|(created_at, _)| last_use(*created_at) <= since)
+                    .map(|(_, name)| name.clone()),
+            );
+        }
+        for name in &old {
+            self.bucket.remove(name).await?;
+        }
+        // Also what another replica has removed.
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|name, key| {
+            let there = listed.contains_key(name) && !old.contains(name);
+            there || last_use(key.created_at) > since
+        });
+        Ok(old.len())
     }
 
     /// A fingerprint, the same by every replica and under every master key.

@@ -80,6 +80,71 @@ fn port() -> u16 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
+/// A small file system in a mount namespace of its own: it is gone with the last process there, also after a kill.
+struct Disk {
+    shell: Child,
+    pipe: Option<ChildStdin>,
+    at: PathBuf,
+}
+
+/// Mounts, and holds the namespace until its standard input ends.
+const DISK: &str = r#"trap '' INT TERM HUP
+mount -t tmpfs -o size="$2" vm0-api-test "$1" && echo mounted && read -r _
+"#;
+
+impl Disk {
+    fn mount(at: &Path, bytes: &str) -> Result<Self, String> {
+        let mut shell = Command::new("unshare")
+            .args(["--mount", "sh", "-c", DISK, "disk"])
+            .arg(at)
+            .arg(bytes)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("unshare does not start: {error}"))?;
+        let mut line = String::new();
+        BufReader::new(shell.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let disk = Self {
+            pipe: shell.stdin.take(),
+            shell,
+            at: at.to_owned(),
+        };
+        if line.trim() == "mounted" {
+            Ok(disk)
+        } else {
+            Err("a small file system cannot be mounted: that needs root".to_owned())
+        }
+    }
+
+    /// What to put before a command that is to see it.
+    fn within(&self) -> Vec<String> {
+        let pid = self.shell.id().to_string();
+        ["nsenter", "--target", &pid, "--mount"]
+            .map(str::to_owned)
+            .to_vec()
+    }
+
+    fn resize(&self, bytes: &str) {
+        let within = self.within();
+        let done = Command::new(&within[0])
+            .args(&within[1..])
+            .args(["mount", "-o", &format!("remount,size={bytes}")])
+            .arg(&self.at)
+            .status();
+        assert!(done.unwrap().success());
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        let _ = self.shell.wait();
+    }
+}
+
 struct Running {
     guard: Child,
     pid: u32,
@@ -87,9 +152,10 @@ struct Running {
 }
 
 impl Running {
-    fn start(program: &Path, config: &Path) -> Self {
+    fn start(program: &Path, config: &Path, disk: Option<&Disk>) -> Self {
         let mut guard = Command::new("sh")
             .args(["-c", GUARD, "guard"])
+            .args(disk.map(Disk::within).unwrap_or_default())
             .arg(program)
             .arg("-c")
             .arg(config)
@@ -142,6 +208,8 @@ pub(crate) struct Kind {
     pub(crate) max_file: &'static str,
     /// Most of these for feeds; NATS sets them aside at once.
     pub(crate) feed_bytes: i64,
+    /// Gives each server's files a file system of their own of so many bytes, as mount(8) writes them.
+    pub(crate) disk: Option<&'static str>,
     /// Whether it speaks TLS, and what name its certificate holds.
     pub(crate) tls: Option<Certified>,
 }
@@ -194,6 +262,7 @@ impl Default for Kind {
             sync_always: true,
             max_file: "4G",
             feed_bytes: 256 << 20,
+            disk: None,
             tls: None,
         }
     }
@@ -209,6 +278,7 @@ pub(crate) struct Nats {
     tls: bool,
     // Dropped before the janitor.
     nodes: Vec<Option<Running>>,
+    disks: Vec<Disk>,
     _janitor: Janitor,
 }
 
@@ -256,7 +326,16 @@ impl Nats {
             let mut file = std::fs::File::create(dir.path().join(format!("n{node}.conf"))).unwrap();
             file.write_all(config.as_bytes()).unwrap();
         }
+        let mut disks = Vec::new();
+        if let Some(bytes) = kind.disk {
+            for node in 0..kind.nodes {
+                let at = dir.path().join(format!("n{node}"));
+                std::fs::create_dir(&at).unwrap();
+                disks.push(Disk::mount(&at, bytes)?);
+            }
+        }
         let mut nats = Self {
+            disks,
             program,
             dir: dir.keep(),
             address,
@@ -296,13 +375,18 @@ impl Nats {
     /// Starts a node, with what it has on disk.
     pub(crate) fn restart(&mut self, node: usize) {
         let config = self.dir.join(format!("n{node}.conf"));
-        self.nodes[node] = Some(Running::start(&self.program, &config));
+        self.nodes[node] = Some(Running::start(&self.program, &config, self.disks.get(node)));
     }
 
     /// Stops a node's processor time, or gives it back: what a network or disk that hangs looks like.
     pub(crate) fn freeze(&self, node: usize, frozen: bool) {
         let running = self.nodes[node].as_ref().unwrap();
         running.signal(if frozen { "-STOP" } else { "-CONT" });
+    }
+
+    /// Makes a node's file system larger or smaller.
+    pub(crate) fn resize(&self, node: usize, bytes: &str) {
+        self.disks[node].resize(bytes);
     }
 
     /// Where the master key may lie, too.
