@@ -248,7 +248,7 @@ case $tier in full | slow | soak)
         [ ${#filters[@]} != 0 ] || stage "release: the package installed and purged by apt" scripts/dist.sh test
         [ ${#filters[@]} != 0 ] || stage "aarch64: all programs, unit tests, an emulated guest" scripts/aarch64.sh test
     elif [ "$tier" = full ] && [ ${#filters[@]} = 0 ]; then
-        skip "release" "only --slow makes the package and installs it (scripts/dist.sh, scripts/dist.sh test)"
+        skip "release" "only --slow builds the static programs, packs them all and installs them in a fresh root (scripts/dist.sh, scripts/dist.sh test)"
         skip "aarch64" "only --slow builds for it and emulates it (scripts/aarch64.sh test)"
     fi
     for ((round = 1; round <= rounds; round++)); do

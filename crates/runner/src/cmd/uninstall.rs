@@ -29,7 +29,7 @@ pub(crate) struct Args {
     /// Do not ask
     #[arg(short, long)]
     yes: bool,
-    /// Also while jobs run: they are cancelled
+    /// Also while jobs run: they may finish within stop_timeout_secs and are then cancelled
     #[arg(long)]
     force: bool,
     /// Print one JSON object

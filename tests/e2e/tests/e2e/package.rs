@@ -66,6 +66,8 @@ fn the_package_runs_a_job_on_a_host_without_rust_and_goes_without_a_trace() {
     metal.on_host("runner setup --check && sudo -n runner setup --profile vm0/small && sudo -n runner build --profile vm0/small");
     metal.on_host(
         "sudo -n runner config --name deb --group vm0/deb --profile vm0/small --warm 0:0 && \
+         sudo -n sed -i '/^stop_timeout_secs:/s/:.*/: 1/' ~/.vm0-runner/runners/deb/runner.yaml && \
+         grep -q '^stop_timeout_secs: 1$' ~/.vm0-runner/runners/deb/runner.yaml && \
          sudo -n runner service install --config ~/.vm0-runner/runners/deb/runner.yaml --local --env USE_MOCK_CLAUDE=true",
     );
     let answer = metal.on_host(
