@@ -229,6 +229,11 @@ async fn an_outage_of_nats_is_told_and_costs_no_lease() {
     let id = client.create(json!({})).await.run_id;
     runner.claim(me, id).await;
     world.nats.kill(0);
+    // It learns of the end when the kernel tells it, which on a busy host is not at once.
+    eventually("the replica says that it is not ready", || async {
+        client.get("/readyz").await.status == StatusCode::SERVICE_UNAVAILABLE
+    })
+    .await;
     let down = client.get("/readyz");
     assert_eq!(down.await.problem(), ProblemKind::Unavailable);
     let refused = client.post("/api/runs", run(json!({}))).await;
