@@ -284,6 +284,13 @@ impl Api {
             .1
     }
 
+    /// Asks for a run's end.
+    pub fn cancel(&self, run: &str) {
+        let path = format!("/api/runs/{run}/cancel");
+        let (status, answer) = self.ask(&self.client, "POST", &path, None);
+        assert!(status < 300, "{status}: {answer}");
+    }
+
     /// Waits until a run is so.
     pub fn until(&self, run: &str, what: &str, mut so: impl FnMut(&Value) -> bool) -> Value {
         eventually_some(what, LONG, || Some(self.run(run)).filter(|run| so(run)))

@@ -271,6 +271,14 @@ impl Host {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// Waits until a run has made a file in its VM.
+    pub fn until_file(&self, run: &str, path: &str) {
+        eventually(&format!("{path} is in the VM"), LONG, || {
+            let mut asked = self.runner(&["exec", run, "--", "test", "-e", path]);
+            asked.output().expect("it starts").status.success()
+        });
+    }
+
     /// The daemon's process.
     pub fn daemon(&self) -> Proc {
         let pid = self.held().as_ref().expect("the runner runs").process.pid;

@@ -25,32 +25,48 @@ n=0
 while [ -e "$1" ] && [ $n -lt 100 ]; do rm -rf "$1" 2>/dev/null || sleep 0.1; n=$((n+1)); done
 "#;
 
-/// Held for as long as the directory is needed.
-struct Janitor {
-    shell: Child,
+/// A process that lasts until its standard input ends: with this, or with a test that is killed.
+pub(crate) struct Held {
+    child: Child,
     pipe: Option<ChildStdin>,
 }
 
-impl Janitor {
-    fn of(dir: &Path) -> Self {
-        let mut shell = Command::new("sh")
-            .args(["-c", JANITOR, "janitor"])
-            .arg(dir)
-            .stdin(Stdio::piped())
-            .spawn()
+impl Held {
+    fn start(command: &mut Command) -> Result<Self, String> {
+        let child = command.stdin(Stdio::piped()).spawn();
+        let mut child = child.map_err(|error| format!("{command:?} does not start: {error}"))?;
+        Ok(Self {
+            pipe: child.stdin.take(),
+            child,
+        })
+    }
+
+    /// Starts it and waits for this line of it; `None` if it says something else or ends.
+    pub(crate) fn saying(command: &mut Command, line: &str) -> Result<Option<Self>, String> {
+        let mut held = Self::start(command.stdout(Stdio::piped()).stderr(Stdio::null()))?;
+        let mut said = String::new();
+        BufReader::new(held.child.stdout.take().unwrap())
+            .read_line(&mut said)
             .unwrap();
-        Self {
-            pipe: shell.stdin.take(),
-            shell,
-        }
+        Ok((said.trim() == line).then_some(held))
+    }
+
+    /// Its process, to enter its namespaces by.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 }
 
-impl Drop for Janitor {
+impl Drop for Held {
     fn drop(&mut self) {
         drop(self.pipe.take());
-        let _ = self.shell.wait();
+        let _ = self.child.wait();
     }
+}
+
+/// Held for as long as the directory is needed.
+fn janitor(dir: &Path) -> Held {
+    Held::start(Command::new("sh").args(["-c", JANITOR, "janitor"]).arg(dir)).unwrap()
 }
 
 /// The server's program, or why there is none.
@@ -82,8 +98,7 @@ fn port() -> u16 {
 
 /// A small file system in a mount namespace of its own: it is gone with the last process there, also after a kill.
 struct Disk {
-    shell: Child,
-    pipe: Option<ChildStdin>,
+    shell: Held,
     at: PathBuf,
 }
 
@@ -94,34 +109,18 @@ mount -t tmpfs -o size="$2" vm0-api-test "$1" && echo mounted && read -r _
 
 impl Disk {
     fn mount(at: &Path, bytes: &str) -> Result<Self, String> {
-        let mut shell = Command::new("unshare")
-            .args(["--mount", "sh", "-c", DISK, "disk"])
-            .arg(at)
-            .arg(bytes)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|error| format!("unshare does not start: {error}"))?;
-        let mut line = String::new();
-        BufReader::new(shell.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
-        let disk = Self {
-            pipe: shell.stdin.take(),
-            shell,
+        let mut shell = Command::new("unshare");
+        shell.args(["--mount", "sh", "-c", DISK, "disk"]);
+        let mounted = Held::saying(shell.arg(at).arg(bytes), "mounted")?;
+        Ok(Self {
+            shell: mounted.ok_or("a small file system cannot be mounted: that needs root")?,
             at: at.to_owned(),
-        };
-        if line.trim() == "mounted" {
-            Ok(disk)
-        } else {
-            Err("a small file system cannot be mounted: that needs root".to_owned())
-        }
+        })
     }
 
     /// What to put before a command that is to see it.
     fn within(&self) -> Vec<String> {
-        let pid = self.shell.id().to_string();
+        let pid = self.shell.pid().to_string();
         ["nsenter", "--target", &pid, "--mount"]
             .map(str::to_owned)
             .to_vec()
@@ -135,13 +134,6 @@ impl Disk {
             .arg(&self.at)
             .status();
         assert!(done.unwrap().success());
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        drop(self.pipe.take());
-        let _ = self.shell.wait();
     }
 }
 
@@ -279,14 +271,14 @@ pub(crate) struct Nats {
     // Dropped before the janitor.
     nodes: Vec<Option<Running>>,
     disks: Vec<Disk>,
-    _janitor: Janitor,
+    _janitor: Held,
 }
 
 impl Nats {
     pub(crate) fn start(kind: Kind) -> Result<Self, String> {
         let program = program()?;
         let dir = tempfile::tempdir().unwrap();
-        let janitor = Janitor::of(dir.path());
+        let janitor = janitor(dir.path());
         let address = address();
         let ports: Vec<u16> = (0..kind.nodes).map(|_| port()).collect();
         let routes: Vec<u16> = (0..kind.nodes).map(|_| port()).collect();

@@ -1,7 +1,6 @@
 //! A runner in a network of its own, whose link to the API is cut.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,15 +11,14 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 use web_api::service::Config;
 
-use crate::nats::Kind;
+use crate::nats::{Held, Kind};
 use crate::replica::{Answer, eventually};
 use crate::{skip, world};
 
 /// A network namespace with a link to this one. It lasts as long as a shell whose standard input is a pipe of ours, and
 /// the link lasts as long as it.
 struct Island {
-    shell: Child,
-    pipe: Option<ChildStdin>,
+    shell: Held,
     link: String,
     ours: String,
 }
@@ -38,30 +36,19 @@ fn ip(args: &[&str]) -> Result<(), String> {
 
 impl Island {
     fn new() -> Result<Self, String> {
-        let mut shell = Command::new("unshare")
-            .args(["--net", "sh", "-c", "echo here && read -r _"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|error| format!("unshare does not start: {error}"))?;
-        let mut line = String::new();
-        BufReader::new(shell.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
+        let mut shell = Command::new("unshare");
+        shell.args(["--net", "sh", "-c", "echo here && read -r _"]);
+        let shell = Held::saying(&mut shell, "here")?
+            .ok_or("a network namespace cannot be made: that needs root")?;
         // By the process's id, so that copies of this test do not meet.
-        let pid = shell.id();
+        let pid = shell.pid();
         let [_, _, high, low] = (pid << 2).to_be_bytes();
         let address = |last: u8| format!("198.19.{high}.{}", low | last);
         let island = Self {
-            pipe: shell.stdin.take(),
             shell,
             link: format!("vt{pid}"),
             ours: address(1),
         };
-        if line.trim() != "here" {
-            return Err("a network namespace cannot be made: that needs root".to_owned());
-        }
         let pid = pid.to_string();
         let (ours, theirs) = (format!("{}/30", island.ours), format!("{}/30", address(2)));
         let peer = ["type", "veth", "peer", "name", "up0", "netns", &pid];
@@ -85,7 +72,7 @@ impl Island {
     fn within(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command
-            .args(["--target", &self.shell.id().to_string(), "--net", program])
+            .args(["--target", &self.shell.pid().to_string(), "--net", program])
             .stdin(Stdio::null());
         command
     }
@@ -112,13 +99,6 @@ impl Island {
             status: StatusCode::from_u16(status.parse().unwrap()).unwrap(),
             body: serde_json::from_str(body).unwrap_or(Value::Null),
         })
-    }
-}
-
-impl Drop for Island {
-    fn drop(&mut self) {
-        drop(self.pipe.take());
-        let _ = self.shell.wait();
     }
 }
 

@@ -126,13 +126,7 @@ fn a_command_over_the_api_ends_with_its_client_and_with_its_run() {
 
     let mut exec = api.exec(&run, &sleeper, None).unwrap();
     exec.until("up\n");
-    let (status, _) = api.ask(
-        &api.client,
-        "POST",
-        &format!("/api/runs/{run}/cancel"),
-        None,
-    );
-    assert!(status < 300, "{status}");
+    api.cancel(&run);
     let ended = exec.wait();
     assert_ne!(ended.code, Some(0), "{ended:?}");
     assert_eq!(api.result(&run)["exitCode"], 137);

@@ -2,7 +2,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as B64;
-use e2e::{Api, Capture, Host, LONG, World, eventually};
+use e2e::{Api, Capture, Host, World};
 use serde_json::{Value, json};
 
 const WEBHOOKS: [&str; 5] = [
@@ -98,10 +98,7 @@ fn a_token_goes_from_the_api_to_the_wire_and_opens_its_runs_webhooks_alone() {
     let wait =
         "touch /tmp/up; until [ -e /tmp/go ]; do sleep 0.2; done; test -z \"$VM0_API_TOKEN\"";
     let run = api.create(wait, json!({}));
-    eventually("the agent has reached the API", LONG, || {
-        let asked = host.runner(&["exec", &run[..8], "cat /tmp/up"]).output();
-        asked.unwrap().status.success()
-    });
+    host.until_file(&run, "/tmp/up");
 
     // From the API, which signed it for this claim, to the agent's environment …
     let environment =
