@@ -4,7 +4,7 @@
 #   scripts/dist.sh [OPTIONS] [ARCH…]       into target/dist; ARCH: x86_64 (default: this host's), aarch64
 #   scripts/dist.sh test                    installs this host's package with apt into a fresh root, and purges it again
 #
-#   --no-api        without vm0-api, which needs a C compiler for the architecture
+#   --no-api        without vm0-api, which is built for this host's architecture only
 #   --runner FILE   packs this program, which must be of the one ARCH, instead of building it
 #   --out DIR       there instead of target/dist
 #
@@ -38,16 +38,13 @@ debian_arch() {
     esac
 }
 
-# Builds vm0-api and prints where it is. It has C in it (cryptography, SQLite), so its architecture needs a C compiler.
+# Builds vm0-api and prints where it is. It has C in it (cryptography, SQLite).
 api() {
     local triple=$1-unknown-linux-musl
-    if [ "$1" != "$host_arch" ]; then
-        command -v "$1-linux-gnu-gcc" >/dev/null ||
-            die "vm0-api for $1 needs $1-linux-gnu-gcc" "install gcc-${1//_/-}-linux-gnu, or leave vm0-api out with --no-api"
-        export "CC_${1}_unknown_linux_musl=$1-linux-gnu-gcc"
-    else
-        need_packages musl-tools
-    fi
+    # SQLite built with the distribution's cross compiler, whose headers are glibc's, does not link with musl (lstat64).
+    [ "$1" = "$host_arch" ] ||
+        die "vm0-api cannot be built for $1 on $host_arch yet" "leave it out with --no-api, or make the package on a host of that architecture"
+    need_packages musl-tools
     RUSTFLAGS='' cargo build --locked --release --target "$triple" -p web-api --bin vm0-api >&2
     printf '%s\n' "$target/$triple/release/vm0-api"
 }
