@@ -37,8 +37,7 @@ pub(super) fn status(
         Some(name) => vec![UnitName::of(name)],
         None => units()?
             .iter()
-            .filter_map(|unit| unit.strip_prefix("vm0-runner-")?.strip_suffix(".service"))
-            .filter_map(|name| name.parse().ok())
+            .filter_map(|unit| UnitName::runner(unit))
             .map(|name| UnitName::of(&name))
             .collect(),
     };

@@ -26,6 +26,12 @@ impl UnitName {
         Self(format!("vm0-runner-{runner}.service"))
     }
 
+    /// Whose unit one of this name is; `None`: no runner's.
+    pub(super) fn runner(unit: &str) -> Option<RunnerName> {
+        let name = unit.strip_prefix("vm0-runner-")?;
+        name.strip_suffix(".service")?.parse().ok()
+    }
+
     pub(super) fn as_str(&self) -> &str {
         &self.0
     }
@@ -110,11 +116,9 @@ pub(super) fn of_home(home: &Path) -> Result<Vec<RunnerName>, CliError> {
         };
         for entry in entries {
             let name = entry?.file_name();
-            let name = name.to_str().and_then(|name| {
-                let name = name.strip_prefix("vm0-runner-")?;
-                name.strip_suffix(".service")?.parse::<RunnerName>().ok()
-            });
-            let Some(name) = name else { continue };
+            let Some(name) = name.to_str().and_then(UnitName::runner) else {
+                continue;
+            };
             let text = place.read(&UnitName::of(&name))?.unwrap_or_default();
             let start = text.lines().find(|line| line.starts_with("ExecStart="));
             if start.is_some_and(|line| line.contains(&home)) {
