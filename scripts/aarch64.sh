@@ -4,7 +4,7 @@
 #
 # usage: scripts/aarch64.sh build | test
 #
-#   build   static programs: target/aarch64-unknown-linux-musl/{guest/guest-*,release/runner}
+#   build   static programs: target/aarch64-unknown-linux-musl/{guest/guest-*,release/{runner,vm0-api}}
 #   test    the tests; scripts/test.sh --slow runs them
 #
 # Installs a cross compiler (for linking) and QEMU from the distribution, and Rust's target by rustup.
@@ -14,16 +14,8 @@ set -euo pipefail
 cd "$top"
 
 triple=aarch64-unknown-linux-musl
-export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER=aarch64-linux-gnu-gcc CC_aarch64_unknown_linux_musl=aarch64-linux-gnu-gcc
 export CARGO_INCREMENTAL=0
 unset RUSTFLAGS
-
-need_target() {
-    [ -d "$(rustc --print sysroot)/lib/rustlib/$triple/lib" ] && return
-    command -v rustup >/dev/null || die "Rust has no target $triple" "install Rust with rustup"
-    say "Adding Rust's target $triple"
-    quietly rustup target add "$triple" || die "the Rust target $triple cannot be had here"
-}
 
 guest_programs() {
     cargo build --quiet --locked --profile guest --target "$triple" -p guest-init -p guest-agent -p guest-mock-claude >&2
@@ -44,15 +36,21 @@ build() {
     say "Building the runner for $triple"
     GUEST_INIT_PATH=$guest/guest-init GUEST_AGENT_PATH=$guest/guest-agent GUEST_MOCK_CLAUDE_PATH=$guest/guest-mock-claude \
         cargo build --quiet --locked --release --target "$triple" -p runner >&2
-    say "$target/$triple/release/runner"
+    say "Building the Web API for $triple"
+    cargo build --quiet --locked --release --target "$triple" -p web-api --bin vm0-api >&2
+    say "$target/$triple/release/{runner,vm0-api}"
 }
 
 # Those of whole crates, which need no more of a kernel than qemu-user has.
 under_qemu_user() {
+    local program
+    say "The programs for $triple under qemu-user"
+    for program in runner vm0-api; do qemu-aarch64-static "$target/$triple/release/$program" --version >&2; done
     say "Unit tests for $triple under qemu-user"
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_RUNNER=qemu-aarch64-static \
         cargo test --locked --no-fail-fast --target "$triple" --lib --bins \
-        -p guest-control -p guest-init -p guest-agent -p guest-mock-claude -p policy -p resolver -p sandbox
+        -p guest-control -p guest-init -p guest-agent -p guest-mock-claude -p policy -p resolver -p sandbox \
+        -p sandbox-firecracker -p sandbox-qemu -p api-types -p web-api
 }
 
 # A guest with the unit tests of the crates that open files with openat2 and start processes with clone3.
@@ -77,14 +75,13 @@ in_a_guest() {
 need_rust
 case ${1-} in
 build)
-    need_packages gcc-aarch64-linux-gnu libc6-dev-arm64-cross
-    need_target
+    need_cross_compiler aarch64
     build
     ;;
 test)
     need_root "scripts/aarch64.sh test (the emulated guest)"
-    need_packages gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static qemu-system-arm erofs-utils
-    need_target
+    need_packages qemu-user-static qemu-system-arm erofs-utils
+    need_cross_compiler aarch64
     build
     under_qemu_user
     in_a_guest

@@ -4,7 +4,7 @@
 #   scripts/dist.sh [OPTIONS] [ARCH…]       into target/dist; ARCH: x86_64 (default: this host's), aarch64
 #   scripts/dist.sh test                    installs this host's package with apt into a fresh root, and purges it again
 #
-#   --no-api        without vm0-api, which is built for this host's architecture only
+#   --no-api        without vm0-api
 #   --runner FILE   packs this program, which must be of the one ARCH, instead of building it
 #   --out DIR       there instead of target/dist
 #
@@ -41,10 +41,7 @@ debian_arch() {
 # Builds vm0-api and prints where it is. It has C in it (cryptography, SQLite).
 api() {
     local triple=$1-unknown-linux-musl
-    # SQLite built with the distribution's cross compiler, whose headers are glibc's, does not link with musl (lstat64).
-    [ "$1" = "$host_arch" ] ||
-        die "vm0-api cannot be built for $1 on $host_arch yet" "leave it out with --no-api, or make the package on a host of that architecture"
-    need_packages musl-tools
+    if [ "$1" = "$host_arch" ]; then need_packages musl-tools; else need_cross_compiler "$1"; fi
     RUSTFLAGS='' cargo build --locked --release --target "$triple" -p web-api --bin vm0-api >&2
     printf '%s\n' "$target/$triple/release/vm0-api"
 }

@@ -146,6 +146,26 @@ need_addon_venv() {
     addon_venv=$venv
 }
 
+# need_cross_compiler ARCH: what cargo needs to build static programs with C in them (cryptography, SQLite) for another
+# architecture than this host's, by the distribution's cross compiler.
+need_cross_compiler() {
+    local arch=$1 gcc=$1-linux-gnu-gcc upper
+    case $arch in
+    aarch64) need_packages gcc-aarch64-linux-gnu libc6-dev-arm64-cross ;;
+    x86_64) need_packages gcc-x86-64-linux-gnu libc6-dev-amd64-cross ;;
+    *) die "$arch is not an architecture that programs are built for" "x86_64 or aarch64" ;;
+    esac
+    upper=$(printf '%s' "$arch" | tr '[:lower:]' '[:upper:]')
+    # That compiler's headers are glibc's, which turn lstat into lstat64 for whoever asks for large files, as SQLite does; musl
+    # has no such name, and to it every file is large.
+    export "CARGO_TARGET_${upper}_UNKNOWN_LINUX_MUSL_LINKER=$gcc" "CC_${arch}_unknown_linux_musl=$gcc" \
+        "CFLAGS_${arch}_unknown_linux_musl=-DSQLITE_DISABLE_LFS"
+    [ -d "$(rustc --print sysroot)/lib/rustlib/$arch-unknown-linux-musl/lib" ] && return
+    command -v rustup >/dev/null || die "Rust has no target $arch-unknown-linux-musl" "install Rust with rustup"
+    say "Adding Rust's target $arch-unknown-linux-musl"
+    quietly rustup target add "$arch-unknown-linux-musl" || die "the Rust target $arch-unknown-linux-musl cannot be had here"
+}
+
 # Refuses to start what would end in a full disk. $1: GiB.
 need_disk() {
     local free
