@@ -150,7 +150,7 @@ impl Proxy {
         let request = Request::Update {
             address: registration.address,
             generation: registration.generation,
-            policy: &registration.policy,
+            policy: &registration.decides,
         };
         for worker in &self.workers {
             let State::Ready(channel) = worker.borrow().clone() else {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import subprocess
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from runner_proxy import lookups
+from runner_proxy.answers import readable
 from runner_proxy.certificates import Authority, CaError, Leaves
 from runner_proxy.control import Outbox
 from runner_proxy.lines import Verdict, http_line, timestamp
 from runner_proxy.messages import MessageError, Ping, Register, parse_message
+from runner_proxy.paths import request_path
 from runner_proxy.policy import Action
 from runner_proxy.quiet import Quiet
 from runner_proxy.secrets import Vault, parse_secrets
@@ -169,3 +174,62 @@ def test_stderr_is_scrubbed_and_bounded() -> None:
     assert sum(shown) == 19
     now = 11.0
     assert quiet.filter(logging.LogRecord("x", logging.WARNING, "", 0, "m", (), None))
+
+
+@pytest.mark.parametrize("end", ["/", "%20", "//x", "/.", "/..", "/x/../y", "?", "%", "\\", " ", "/é"])
+@pytest.mark.parametrize("segment", ["a", "a" * 60, "a/", "a/b-1", "%41/", "a.b/"])
+def test_the_longest_path_is_read_at_once_however_it_ends(segment: str, end: str) -> None:
+    path = "/" + segment * (60_000 // len(segment)) + end
+    begin = time.process_time()
+    request_path(path)
+    # One that could be read in two ways took longer than anybody has waited, from 30 characters on.
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("status", [None, -5, 0, 99, 100, 599, 600, 70_000, 1 << 80])
+def test_a_line_has_a_status_of_http_or_none(status: int | None) -> None:
+    verdict = Verdict(Action.ALLOW, "r", "h", 443)
+    sizes = {"request_size": 0, "response_size": 0}
+    line = http_line(NO_SECRETS, verdict, begin=1.0, end=1.5, method="GET", url="https://h/", status=status, **sizes)
+    assert line["status"] == (status if status in (100, 599) else None)
+
+
+def test_a_message_ends_where_it_would_quote_bytes() -> None:
+    assert readable("Cannot parse HTTP response: Bad line: b'HTTP/1.1 x'") == "Cannot parse HTTP response: Bad line."
+    assert readable('unexpected server response: b"it\'s"') == "unexpected server response."
+    assert readable("bob's b is no quote") == "bob's b is no quote"
+
+
+def test_a_lookups_place_is_free_when_its_thread_is() -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        answered, begun = asyncio.Event(), []
+
+        async def silent(host: str, port: int, **_options: object) -> list[object]:
+            begun.append(host)
+            await answered.wait()
+            raise OSError(f"{host}:{port} is nowhere")
+
+        loop.getaddrinfo = silent  # type: ignore[method-assign,assignment]
+        lookups.install(loop)
+        places = asyncio.Semaphore(2)
+
+        async def dial(host: str) -> None:
+            lookups.take_places_from(places)
+            await asyncio.open_connection(host, 443)
+
+        # Whoever gives up at once, again and again, holds no more than these two.
+        for number in range(5):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await dial(f"host-{number}.test")
+        assert begun == ["host-0.test", "host-1.test"]
+        # Another guest has places of its own.
+        last = asyncio.create_task(dial("host-5.test"))
+        places = asyncio.Semaphore(2)
+        await asyncio.sleep(0)
+        answered.set()
+        with pytest.raises(OSError, match="host-5"):
+            await last
+
+    asyncio.run(scenario())

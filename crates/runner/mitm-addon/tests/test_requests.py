@@ -151,3 +151,27 @@ def test_with_the_option_for_trusted_cas_emptied_every_https_request_fails(world
         reply = emptied.guest.curl("https://a.test/", version)
         assert (reply.status, reply.exit_code) in ((502, 0), (0, 92)), reply
         assert run.line()["error"]
+
+
+@VERSIONS
+@pytest.mark.parametrize("number", ["70000", "600", "0", "-5"])
+def test_an_answer_with_a_status_that_http_does_not_have_is_none(world: World, version: str, number: str) -> None:
+    run = world.register(policy(rule("h1.test.example")))
+    reply = world.guest.curl(f"https://h1.test.example/status/{number}", version)
+    assert reply.status == 502
+    assert reply.json()["message"] == f"The server answered with status {number}, which is none."
+    line = run.line()
+    assert (line["status"], line["error"]) == (None, f"The server answered with status {number}, which is none.")
+    # The rest of the answer, which has no end, is not waited for.
+    world.internet.wait_for("closed")
+    assert world.guest.curl("https://h1.test.example/echo", version).status == 200
+
+
+@VERSIONS
+def test_interim_answers_are_not_taken_for_the_final_one(world: World, version: str) -> None:
+    run = world.register(policy(rule("h1.test.example")))
+    url = "https://h1.test.example/interim"
+    reply = world.guest.curl(url, version)
+    assert (reply.status, reply.body) == (200, "final")
+    line = run.line()
+    assert (line["status"], line["response_size"]) == (200, 5)

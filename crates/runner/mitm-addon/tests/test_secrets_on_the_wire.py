@@ -110,3 +110,13 @@ def test_no_log_line_and_no_message_holds_a_value(world: World) -> None:
     assert "s3cret" not in everything
     assert base64.b64encode(VALUE.encode()).decode()[:-4] not in everything
     assert "***" in everything
+
+
+@pytest.mark.parametrize("value", [VALUE, "back\\slash-s3cret", 'it\'s "s3cret"'], ids=["plain", "backslash", "quotes"])
+def test_a_value_in_what_the_proxy_cannot_read_is_in_neither_its_page_nor_the_log(world: World, value: str) -> None:
+    run = world.register(policy(rule("h1.test.example")), ({**secret("h1.test.example"), "value": value},))
+    reply = world.guest.curl("https://h1.test.example/garble", "--header", f"Authorization: Bearer {PLACEHOLDER}")
+    assert reply.status == 502
+    assert reply.json()["error"] == "upstream_failed"
+    everything = reply.head + reply.body + json.dumps(run.line()) + world.daemon.stderr.read_text()
+    assert "s3cret" not in everything

@@ -71,7 +71,7 @@ impl Directory {
     }
 
     /// The networks, for a run that is active.
-    fn networks_for(&self, run: RunId) -> Result<&JobNetworks, Refusal> {
+    fn networks_for(&self, run: RunId) -> Result<&Arc<JobNetworks>, Refusal> {
         if !self.is_active(run) {
             return Err(Refusal::new(
                 format_args!("run {run} is not active"),
@@ -79,7 +79,7 @@ impl Directory {
             ));
         }
         self.networks
-            .as_deref()
+            .as_ref()
             .ok_or_else(|| refusal(run, &NetworkError::NoRun))
     }
 }

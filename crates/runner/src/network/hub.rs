@@ -16,7 +16,7 @@ use std::time::Duration;
 use host::fs::{Dir, FsError};
 use host::launcher::{Launcher, LauncherError};
 use host::net::{Cidr, HubConfig, NetworkId, NetworkLimits, NetworkPool};
-use policy::{ApiAccess, Draft, InternalAllow, MergeError, Policy, Secret, merge_under, ranges};
+use policy::{ApiAccess, Draft, InternalAllow, MergeError, Policy, Secret, ranges};
 use resolver::{HostFiles, Limits, Resolver};
 use tokio::net::{TcpListener, UdpSocket};
 
@@ -25,6 +25,7 @@ use super::kernel::KernelEvents;
 use super::log::NetworkLog;
 use super::mirror;
 use super::registrations::{Registration, Registrations};
+use super::sources::Sources;
 use crate::metrics::Counters;
 use crate::names::{ProfileName, RunId};
 use crate::proxy::{Proxy, ProxyConfig, ProxyError};
@@ -33,6 +34,9 @@ use crate::sync::lock;
 
 /// How long a destination named by address stays open: longer than any job.
 const FOR_THE_JOB: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The policies of one run, changed by one at a time.
+type SharedSources = tokio::sync::Mutex<Sources>;
 
 /// Why a job gets no network.
 #[derive(Debug, thiserror::Error)]
@@ -89,24 +93,7 @@ pub(crate) struct JobNetworks {
     registrations: Arc<Registrations>,
     proxy: Proxy,
     kernel: KernelEvents,
-    operators: Mutex<HashMap<RunId, Operators>>,
-}
-
-/// Whose policies stand above a job's.
-#[derive(Clone, Debug)]
-struct Operators {
-    /// This runner's, for the profile.
-    profile: Option<Draft>,
-    /// The Web API's, for the group.
-    group: Option<Draft>,
-}
-
-impl Operators {
-    /// What holds for a job that wants this.
-    fn over(&self, wanted: &Draft) -> Result<Policy, MergeError> {
-        let operators: Vec<&Draft> = self.profile.iter().chain(&self.group).collect();
-        merge_under(&operators, wanted)
-    }
+    sources: Mutex<HashMap<RunId, Arc<SharedSources>>>,
 }
 
 impl JobNetworks {
@@ -170,7 +157,7 @@ impl JobNetworks {
             registrations,
             proxy,
             kernel,
-            operators: Mutex::default(),
+            sources: Mutex::default(),
         };
         Ok((Arc::new(networks), pool))
     }
@@ -189,16 +176,14 @@ impl JobNetworks {
         network: NetworkId,
     ) -> Result<Admission, NetworkError> {
         let secrets = self.secrets(job, submitter).await?;
-        let none = Draft::default();
-        let operators = Operators {
+        let wanted = job.network.as_ref().map(|network| network.policy.clone());
+        let sources = Sources {
             profile: self.settings.profiles.get(&job.profile).cloned(),
             group: api.map(|api| api.group_policy.clone()),
+            wanted: wanted.unwrap_or_default(),
+            first: Vec::new(),
         };
-        let wanted = job
-            .network
-            .as_ref()
-            .map_or(&none, |network| &network.policy);
-        let policy = operators.over(wanted)?;
+        let policy = sources.policy()?;
         check_secrets(&policy, &secrets)?;
         let log = NetworkLog::create(&self.home, job.run_id, self.settings.log_max)?;
         let registration = self
@@ -217,7 +202,8 @@ impl JobNetworks {
             registration,
             ended: false,
         };
-        lock(&self.operators).insert(job.run_id, operators);
+        let sources = Arc::new(SharedSources::new(sources));
+        lock(&self.sources).insert(job.run_id, sources);
         // From here on a failure, or a caller that is cancelled, ends the registration again.
         self.admit_api().await?;
         self.open_addresses(&admission.registration, network)
@@ -302,42 +288,62 @@ impl JobNetworks {
         self.registrations.of_run(run).map(|found| found.policy)
     }
 
-    /// Puts rules before a running job's others; gives the policy that holds from now on.
+    /// Puts rules before all others of a running job, where they stay until it ends; gives the policy that holds from now on.
     pub(crate) async fn update(
-        &self,
+        self: &Arc<Self>,
         run: RunId,
         first: Vec<policy::Rule>,
     ) -> Result<Arc<Policy>, NetworkError> {
-        let before = self.registrations.of_run(run).ok_or(NetworkError::NoRun)?;
-        let changed = before
-            .policy
-            .with_rules_first(first)
-            .map_err(MergeError::from)?;
-        self.set(&before, changed).await
+        self.change(run, move |sources| {
+            // One that is said again counts as said last, and once.
+            sources.first.retain(|before| !first.contains(before));
+            sources.first.splice(0..0, first);
+        })
+        .await
     }
 
-    /// Gives a running job another policy of its own, under those of its operators; gives the policy that holds from
-    /// now on.
+    /// Gives a running job another policy of its own, under those of its operators and the rules that [`Self::update`] put
+    /// before them; gives the policy that holds from now on.
     pub(crate) async fn replace(
-        &self,
+        self: &Arc<Self>,
         run: RunId,
-        wanted: &Draft,
+        wanted: Draft,
     ) -> Result<Arc<Policy>, NetworkError> {
-        let before = self.registrations.of_run(run).ok_or(NetworkError::NoRun)?;
-        let operators = lock(&self.operators).get(&run).cloned();
-        let changed = operators.ok_or(NetworkError::NoRun)?.over(wanted)?;
-        self.set(&before, changed).await
+        self.change(run, move |sources| sources.wanted = wanted)
+            .await
     }
 
-    async fn set(
-        &self,
-        before: &Registration,
-        changed: Policy,
+    /// Changes what a run's policy is made of. Each change is carried to its end before the next begins, whoever stops
+    /// waiting for it, so that everybody enforces the last one.
+    async fn change(
+        self: &Arc<Self>,
+        run: RunId,
+        how: impl FnOnce(&mut Sources) + Send + 'static,
     ) -> Result<Arc<Policy>, NetworkError> {
-        check_secrets(&changed, &before.secrets)?;
+        let found = lock(&self.sources).get(&run).cloned();
+        let shared = found.ok_or(NetworkError::NoRun)?;
+        let networks = Arc::clone(self);
+        let change = tokio::spawn(async move {
+            let mut sources = shared.lock().await;
+            let before = networks
+                .registrations
+                .of_run(run)
+                .ok_or(NetworkError::NoRun)?;
+            let mut changed = sources.clone();
+            how(&mut changed);
+            let policy = changed.policy()?;
+            check_secrets(&policy, &before.secrets)?;
+            *sources = changed;
+            networks.set(run, policy).await
+        });
+        // It ends early only with the runtime.
+        change.await.unwrap_or(Err(NetworkError::NoRun))
+    }
+
+    async fn set(&self, run: RunId, changed: Policy) -> Result<Arc<Policy>, NetworkError> {
         let registration = self
             .registrations
-            .set_policy(before.run, Arc::new(changed))
+            .set_policy(run, Arc::new(changed))
             .map_err(MergeError::from)?
             .ok_or(NetworkError::NoRun)?;
         self.proxy.update(&registration).await?;
@@ -362,7 +368,7 @@ impl JobNetworks {
             generation,
             ..
         } = *registration;
-        lock(&self.operators).remove(&registration.run);
+        lock(&self.sources).remove(&registration.run);
         self.proxy.unregister(address, generation).await;
         if self.registrations.take_opened(address, generation)
             && let Err(error) = self.launcher.cut_network(network).await

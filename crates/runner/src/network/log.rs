@@ -14,6 +14,8 @@ use crate::names::RunId;
 pub(crate) struct NetworkLog {
     file: File,
     run: RunId,
+    /// Bytes of whole lines, where that is known.
+    length: Option<u64>,
     /// Bytes that may still be written.
     room: u64,
     /// Lines beyond the cap, or that the disk refused.
@@ -24,9 +26,11 @@ impl NetworkLog {
     /// Opens the log of `run` in the home, making it where it is missing. `cap` is in bytes.
     pub(crate) fn create(home: &Dir, run: RunId, cap: u64) -> Result<Self, FsError> {
         let file = home.open_file(rel::network_log(&run), Access::Append { mode: 0o600 })?;
+        let length = file.metadata().ok().map(|metadata| metadata.len());
         Ok(Self {
             file,
             run,
+            length,
             room: cap,
             lost: 0,
         })
@@ -39,15 +43,27 @@ impl NetworkLog {
         if length > self.room {
             // Shorter ones may still fit, but a log with holes is worse than one that ends.
             self.room = 0;
+            if self.lost == 0 {
+                tracing::warn!(run = %self.run, "the job's network log is full, and lacks what the job does from now on");
+            }
             self.lost = self.lost.saturating_add(1);
             return;
         }
-        self.room = self.room.saturating_sub(length);
-        if let Err(error) = self.file.write_all(text.as_bytes()) {
-            if self.lost == 0 {
-                tracing::error!(run = %self.run, %error, "the job's network log cannot be written");
+        match self.file.write_all(text.as_bytes()) {
+            Ok(()) => {
+                self.length = self.length.and_then(|whole| whole.checked_add(length));
+                self.room = self.room.saturating_sub(length);
             }
-            self.lost = self.lost.saturating_add(1);
+            Err(error) => {
+                // Half a line, on a disk that is full, would spoil the next one.
+                let mended = self
+                    .length
+                    .is_some_and(|whole| self.file.set_len(whole).is_ok());
+                if self.lost == 0 {
+                    tracing::error!(run = %self.run, %error, mended, "the job's network log cannot be written");
+                }
+                self.lost = self.lost.saturating_add(1);
+            }
         }
     }
 

@@ -6,6 +6,7 @@ mod kernel;
 mod log;
 mod mirror;
 mod registrations;
+mod sources;
 
 pub(crate) use hub::{Admission, JobNetworks, NetworkError, NetworkSettings};
 #[cfg(test)]

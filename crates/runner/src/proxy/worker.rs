@@ -33,8 +33,12 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// A worker that lived this long died for a new reason.
 const SETTLED: Duration = Duration::from_secs(60);
-/// A worker that does not answer is as good as dead.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// How often a worker is asked whether it still works: one that hangs does so for all of its jobs.
+const PING_PERIOD: Duration = Duration::from_secs(5);
+/// A worker that does not answer that is as good as dead, and is ended.
+const PING_LIMIT: Duration = Duration::from_secs(30);
+/// How long an order may take: longer than it takes to find out that the worker hangs.
+const ORDER_LIMIT: Duration = Duration::from_secs(60);
 /// Where the worker sees its files.
 const SHOWN: &str = "/proxy";
 /// And the authorities it trusts upstream.
@@ -157,6 +161,7 @@ async fn run_once(
     );
     tokio::select! {
         () = channel.closed() => {}
+        () = hangs(&channel, PING_PERIOD, PING_LIMIT) => return Ok(silent(PING_LIMIT)),
         reaped = launcher.wait_service(plan.service) => {
             let reaped = reaped?;
             return Ok(match (reaped.code, reaped.signal) {
@@ -168,6 +173,23 @@ async fn run_once(
         }
     }
     Ok("it closed its connection to the runner".to_owned())
+}
+
+/// Resolves when a worker does not answer within a limit. One that is gone is not this one's matter.
+async fn hangs(channel: &Channel, period: Duration, limit: Duration) {
+    loop {
+        sleep(period).await;
+        match timeout(limit, channel.ask(&Request::Ping)).await {
+            Err(_) => return,
+            Ok(Err(ChannelError::Closed)) => std::future::pending().await,
+            Ok(Err(error)) => tracing::warn!(%error, "the proxy cannot be asked how it is"),
+            Ok(Ok(())) => {}
+        }
+    }
+}
+
+fn silent(limit: Duration) -> String {
+    format!("it did not answer within {} s", limit.as_secs())
 }
 
 /// Tells a worker everything, until it knows what holds now: jobs end, and policies change, while it is told. Those who
@@ -226,14 +248,11 @@ pub(super) async fn register(
     ask(channel, &request).await
 }
 
-/// Asks, within a limit.
+/// Has an order carried out, within a limit.
 pub(super) async fn ask(channel: &Channel, request: &Request<'_>) -> Result<(), ChannelError> {
-    match timeout(ANSWER_LIMIT, channel.ask(request)).await {
+    match timeout(ORDER_LIMIT, channel.ask(request)).await {
         Ok(answer) => answer,
-        Err(_) => Err(ChannelError::Refused(format!(
-            "it did not answer within {} s",
-            ANSWER_LIMIT.as_secs()
-        ))),
+        Err(_) => Err(ChannelError::Refused(silent(ORDER_LIMIT))),
     }
 }
 
@@ -360,6 +379,42 @@ mod tests {
             }
             told
         })
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_hangs_is_told_from_one_that_answers_and_from_one_that_is_gone() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let channel = Channel::start(ours, |_| {}).unwrap();
+        let (period, limit) = (Duration::from_millis(1), Duration::from_secs(20));
+        let mut hangs = tokio::spawn({
+            let channel = channel.clone();
+            async move { hangs(&channel, period, limit).await }
+        });
+        // It is asked again and again, and says so each time.
+        let answering = tokio::task::spawn_blocking(move || {
+            let mut lines = BufReader::new(theirs.try_clone().unwrap()).lines();
+            for _ in 0..3 {
+                let order: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+                assert_eq!(order["op"], "ping");
+                writeln!(&theirs, r#"{{"id":{},"ok":true}}"#, order["id"]).unwrap();
+            }
+            theirs
+        });
+        let theirs = answering.await.unwrap();
+        assert!(!hangs.is_finished());
+        hangs.abort();
+        // From now on nobody answers.
+        timeout(limit, super::hangs(&channel, period, period))
+            .await
+            .expect("to be found hanging");
+        hangs = tokio::spawn(async move { super::hangs(&channel, period, limit).await });
+        drop(theirs);
+        assert!(
+            timeout(Duration::from_millis(100), &mut hangs)
+                .await
+                .is_err()
+        );
+        hangs.abort();
     }
 
     /// Beside the runtime, whose tasks end the channel.

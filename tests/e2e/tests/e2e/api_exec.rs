@@ -107,8 +107,8 @@ fn a_terminal_over_the_api_has_a_size_that_changes() {
 }
 
 #[test]
-fn a_command_over_the_api_ends_with_its_client_and_with_its_run() {
-    let Some((_world, api, host, run)) = scene() else {
+fn a_command_over_the_api_ends_with_its_client_its_runners_connection_and_its_run() {
+    let Some((_world, mut api, host, run)) = scene() else {
         return;
     };
     let sleeper = ["sh", "-c", "sleep 4711 & echo up; wait"];
@@ -122,6 +122,14 @@ fn a_command_over_the_api_ends_with_its_client_and_with_its_run() {
     exec.until("up\n");
     assert!(sleeps());
     drop(exec);
+    eventually("nothing of it is left", LONG, || !sleeps());
+
+    // The runner's connection to the API goes, and with it whoever could be told.
+    let mut exec = api.exec(&run, &sleeper, None).unwrap();
+    exec.until("up\n");
+    assert!(sleeps());
+    api.kill_replica(0);
+    api.start_replica(0);
     eventually("nothing of it is left", LONG, || !sleeps());
 
     let mut exec = api.exec(&run, &sleeper, None).unwrap();

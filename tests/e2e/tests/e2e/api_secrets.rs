@@ -105,7 +105,7 @@ fn a_groups_policy_stands_above_what_its_runs_ask_for_and_a_runs_own_may_change(
     let prompt = "
         code() { curl -s -o /dev/null -w '%{http_code}' https://$1/; }
         echo \"group: $(code other.example.org) run: $(code www.example.com)\" > /tmp/asked
-        until [ \"$(code www.example.com)\" != 200 ]; do sleep 0.2; done";
+        until [ \"$(code www.example.com)\" != 200 ]; do sleep 0.2; done; echo nothing is allowed now";
     let run = api.create(prompt, json!({"policy": asked}));
     host.until_status("the run runs", |status| {
         status["active_runs"][0]["phase"] == "running"
@@ -117,8 +117,8 @@ fn a_groups_policy_stands_above_what_its_runs_ask_for_and_a_runs_own_may_change(
     assert!(asked_for.contains("run: 200"), "{asked_for}");
     assert!(!asked_for.contains("group: 200"), "{asked_for}");
 
-    // Taken back while it runs.
-    let less = policy(&[rule("www.example.com", "deny")]);
+    // All of it taken back while it runs; what it says goes to the API's webhooks all the same.
+    let less = json!({"version": 1, "default": "deny", "rules": []});
     let (status, answer) = api.ask(
         &api.client,
         "PUT",
@@ -127,6 +127,17 @@ fn a_groups_policy_stands_above_what_its_runs_ask_for_and_a_runs_own_may_change(
     );
     assert_eq!(status, 200, "{answer}");
     assert_eq!(api.result(&run)["exitCode"], 0, "{}", host.log(&run));
+    let events = api.feed(&run, "events");
+    assert!(events.contains("nothing is allowed now"), "{events}");
+    let hooks = host.network_log(&run);
+    let refused = hooks.with(&[("action", json!("DENY"))]);
+    let webhook = |line: &&&Value| {
+        line["rule"]
+            .as_str()
+            .unwrap_or_default()
+            .starts_with("vm0-api")
+    };
+    assert_eq!(refused.iter().find(webhook), None);
 
     // Without the group's policy the same run may.
     let (status, _) = api.ask(&operator, "DELETE", &path, None);
@@ -135,6 +146,55 @@ fn a_groups_policy_stands_above_what_its_runs_ask_for_and_a_runs_own_may_change(
     let run = api.create(prompt, json!({"policy": asked}));
     assert_eq!(api.result(&run)["exitCode"], 0, "{}", host.log(&run));
     assert!(host.log(&run).contains("code 200"), "{}", host.log(&run));
+    host.finish();
+    world.finish();
+}
+
+#[test]
+fn what_is_denied_on_the_host_stays_denied_when_the_api_changes_the_runs_policy() {
+    let Some((world, api, host)) = scene() else {
+        return;
+    };
+    let asked = policy(&[rule("www.example.com", "allow")]);
+    let run = api.create(
+        "until [ -e /tmp/go ]; do sleep 0.2; done",
+        json!({"policy": asked}),
+    );
+    host.until_status("the run runs", |status| {
+        status["active_runs"][0]["phase"] == "running"
+    });
+    let code = || {
+        host.in_vm(
+            &run,
+            "curl -s -o /dev/null -w '%{http_code}' https://www.example.com/",
+        )
+    };
+    assert_eq!(code(), "200");
+    let show = |options: &[&str]| {
+        let command = [&["policy", &run], options].concat();
+        let shown = host.runner(&command).output().unwrap();
+        assert!(shown.status.success(), "{shown:?}");
+        String::from_utf8(shown.stdout).unwrap()
+    };
+    show(&["--deny", "www.example.com"]);
+    assert_eq!(code(), "403");
+
+    let more = policy(&[
+        rule("www.example.com", "allow"),
+        rule("marker.example.com", "allow"),
+    ]);
+    let path = format!("/api/runs/{run}/policy");
+    let (status, answer) = api.ask(&api.client, "PUT", &path, Some(&more));
+    assert_eq!(status, 200, "{answer}");
+    eventually("the API's change holds", LONG, || {
+        show(&[]).contains("marker.example.com")
+    });
+    assert_eq!(code(), "403");
+    // And what the host takes back is as the run's own policy says.
+    show(&["--allow", "www.example.com"]);
+    assert_eq!(code(), "200");
+    host.in_vm(&run, "touch /tmp/go");
+    assert_eq!(api.result(&run)["exitCode"], 0);
     host.finish();
     world.finish();
 }

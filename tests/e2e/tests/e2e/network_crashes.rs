@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use e2e::{Host, LONG, Proc, World, eventually};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -74,6 +75,30 @@ fn a_killed_proxy_is_started_again_and_the_job_goes_on() {
     let last = proxy(&host);
     host.finish();
     assert!(last.ends_within(SECOND), "the proxy ends with its runner");
+    world.finish();
+}
+
+#[test]
+fn a_proxy_that_hangs_is_ended_and_started_again() {
+    let Some(world) = World::new() else { return };
+    let Some(host) = Host::new().world(&world).start() else {
+        return;
+    };
+    let prompt = "
+        until [ -e /tmp/go ]; do sleep 0.2; done
+        until curl -sSf --max-time 5 https://www.example.com/after; do sleep 0.5; done";
+    let job = host.submit(prompt).allow("www.example.com").spawn();
+    let run = job.running();
+    let first = proxy(&host);
+    first.signal(Signal::STOP);
+    host.in_vm(&run, "touch /tmp/go");
+    // Nobody but the runner ends it: it is asked every few seconds, and has half a minute to answer.
+    assert!(first.ends_within(LONG));
+    job.wait().expect_exit(0);
+    assert!(arrived(&world, "/after"));
+    let told = host.daemon_log_text();
+    assert!(told.contains("it did not answer within 30 s"), "{told}");
+    host.finish();
     world.finish();
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from mitmproxy.net.tls import starts_like_tls_record
 from mitmproxy.proxy.layers.tls import ClientTLSLayer, ServerTLSLayer, parse_client_hello
 
-from . import answers
+from . import answers, lookups
 from .control import Outbox
 from .hosts import HostError
 from .layers import GuardedHttpLayer, Relay
@@ -140,7 +140,7 @@ class RunnerAddon:
         self._start_tls(session, nextlayer)
 
     def _start_http(self, session: Session, nextlayer: NextLayer) -> None:
-        session.http = GuardedHttpLayer(nextlayer.context)
+        session.http = GuardedHttpLayer(nextlayer.context, session.slot.vault.scrub)
         nextlayer.layer = session.http
 
     def _start_tls(self, session: Session, nextlayer: NextLayer) -> None:
@@ -249,6 +249,8 @@ class RunnerAddon:
         session = self._sessions.get(flow.client_conn.id)
         if session is None:
             return
+        if flow.response is not None and flow.response.trailers is not None:
+            session.slot.vault.hide_reflections(flow.response.trailers)
         if exchange := self._take(session, flow.id):
             if exchange.status == 101 and exchange.upstream is not None:
                 session.upgraded = exchange
@@ -304,6 +306,7 @@ class RunnerAddon:
         except TimeoutError:
             server.error = f"{DIALS_PER_SLOT} other servers keep this VM waiting"
         else:
+            lookups.take_places_from(slot.lookups)
             session.dialling.add(server)
             session.upstreams[server] = time.monotonic() + self.patience.dial
 

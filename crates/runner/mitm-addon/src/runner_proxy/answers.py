@@ -11,6 +11,8 @@ from mitmproxy.http import Headers, Response
 from .policy import Decision
 
 _LONGEST_TEXT = 2000
+# Where mitmproxy begins to quote bytes in Python's notation, in which secrets would have spellings that nobody looks for.
+_QUOTED_BYTES = re.compile(r"""[\s:]*\bb['"]""")
 _CONNECT_FAILED = re.compile(r"\[Errno (\d+)\] Connect call failed")
 DENIED_BY = "runner network policy"
 _HINT_DENY = (
@@ -82,7 +84,9 @@ def _json(status: int, content: dict[str, object]) -> Response:
 
 
 def readable(message: str) -> str:
-    """A message of mitmproxy's or asyncio's, with the system's words in place of its numbers."""
+    """A message of mitmproxy's or asyncio's, with the system's words in place of its numbers, up to what it quotes."""
+    if quote := _QUOTED_BYTES.search(message):
+        message = message[: quote.start()] + "."
     return _CONNECT_FAILED.sub(lambda found: f"{os.strerror(int(found.group(1)))}: connecting to", message)
 
 

@@ -3,14 +3,17 @@
 - A request's head, a chunk's head, trailers and pipelined requests are kept in memory by mitmproxy without a limit; here
   whoever sends more than HEAD_BYTES of them is closed.
 - A request that we answer ourselves is answered before its body, and the body is dropped as it comes.
-- mitmproxy's own error pages are HTML; guests get JSON.
+- mitmproxy's own error pages are HTML; guests get JSON, in which no secret stands.
+- A server's answer has a status from 100 to 599. Interim ones of HTTP/1.1 are left out, as mitmproxy does with HTTP/2.
 - Senders that are faster than their receivers wait (see `backlog`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
+from collections.abc import Callable
 from logging import WARNING
 
 from mitmproxy.connection import Connection
@@ -31,6 +34,7 @@ from mitmproxy.proxy.layers.http._base import HttpEvent
 from mitmproxy.proxy.layers.http._events import (
     RequestData,
     RequestEndOfMessage,
+    RequestProtocolError,
     RequestTrailers,
     ResponseData,
     ResponseEndOfMessage,
@@ -38,22 +42,28 @@ from mitmproxy.proxy.layers.http._events import (
     ResponseProtocolError,
 )
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
-from mitmproxy.proxy.layers.http._http1 import Http1Connection, Http1Server
+from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Connection, Http1Server
 from mitmproxy.proxy.layers.http._http2 import Http2Client, Http2Connection, Http2Server
 from mitmproxy.proxy.layers.tcp import TCPLayer
 
 from . import answers
 from .backlog import Drained, Withholding
 from .limits import BACKLOG_BYTES, HEAD_BYTES, SILENCE_SECONDS
+from .lines import STATUSES
 
 Commands = layer.CommandGenerator[None]
+
+# The heads of interim responses, as mitmproxy delimits heads. 101 is final: what follows it is another protocol.
+_INTERIM = re.compile(rb"(?:HTTP/1\.[01] 1(?!01)[0-9]{2}(?: [^\n]*)?\r?\n(?:[^\r\n][^\n]*\n)*\r?\n)+")
 
 
 class GuardedHttpLayer(HttpLayer):
     """HTTP of one guest's connection."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, scrub: Callable[[str], str]) -> None:
         super().__init__(context, HTTPMode.transparent)
+        # Takes the run's secrets out of what a guest is told.
+        self._scrub = scrub
         # HTTP/2 connections, which acknowledge only what was passed on.
         self.withholding: list[Withholding] = []
         # HTTP/1 connections that are not read for now, with what their readers wait for.
@@ -138,8 +148,18 @@ class GuardedHttpLayer(HttpLayer):
     def event_to_child(self, child: layer.Layer | HttpStream, event: events.Event) -> Commands:
         if isinstance(event, ResponseProtocolError) and child is self.connections.get(self.context.client):
             yield from self._tell_error(child, event)
+        elif isinstance(event, ResponseHeaders) and isinstance(child, HttpStream) and event.response.status_code not in STATUSES:
+            yield from self._refuse_response(child, event)
         else:
             yield from super().event_to_child(child, event)
+
+    def _refuse_response(self, stream: HttpStream, event: ResponseHeaders) -> Commands:
+        """An answer with a status that HTTP does not have: nobody could say what became of the request."""
+        sentence = f"The server answered with status {event.response.status_code}, which is none."
+        sender = self.connections[stream.context.server]
+        yield from super().event_to_child(stream, ResponseProtocolError(event.stream_id, sentence))
+        # Whatever else the answer has is not waited for.
+        yield from super().event_to_child(sender, RequestProtocolError(event.stream_id, sentence))
 
     def _tell_error(self, child: layer.Layer, event: ResponseProtocolError) -> Commands:
         """An error page of ours, where mitmproxy would send one of its own."""
@@ -167,8 +187,8 @@ class GuardedHttpLayer(HttpLayer):
         stream = self.streams.get(event.stream_id)
         code = int(event.code)
         if stream is None or code < 500:
-            return answers.refused(code, event.message)
-        return answers.failed(code, answers.readable(event.message), stream.flow.request.data.host)
+            return answers.refused(code, self._scrub(answers.readable(event.message)))
+        return answers.failed(code, self._scrub(answers.readable(event.message)), stream.flow.request.data.host)
 
 
 def _is_unanswered(server: Http2Server, stream_id: int) -> bool:
@@ -226,9 +246,23 @@ def _error_response(status_code: int, message: str = "") -> bytes:
     return bytes(http1.assemble_response(page))
 
 
+def _without_interim(read_headers: Callable[[Http1Client, events.ConnectionEvent], Commands]) -> Callable[..., Commands]:
+    """mitmproxy's reader of HTTP/1 responses' heads, which takes an interim response for the final one."""
+
+    def read(client: Http1Client, event: events.ConnectionEvent) -> Commands:
+        if client.request and (interim := _INTERIM.match(bytes(client.buf))):
+            client.buf.maybe_extract_at_most(interim.end())
+            if not client.buf and isinstance(event, events.DataReceived):
+                return
+        yield from read_headers(client, event)
+
+    return read
+
+
 def install() -> None:
     """Makes mitmproxy use ours where it has no other place for it."""
     assert callable(_http1.make_error_response)
     _http1.make_error_response = _error_response
     assert isinstance(server.TCP_TIMEOUT, int)
     server.TCP_TIMEOUT = SILENCE_SECONDS
+    Http1Client.read_headers = _without_interim(Http1Client.read_headers)  # type: ignore[method-assign]

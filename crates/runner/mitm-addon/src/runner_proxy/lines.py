@@ -12,6 +12,9 @@ from .secrets import Vault
 _LONGEST_TEXT = 1024
 _LONGEST_URL = 8 * 1024
 
+# The statuses of HTTP (RFC 9110, 15); nothing else is passed on, or stands in a line.
+STATUSES = range(100, 600)
+
 Line = dict[str, object]
 
 
@@ -42,7 +45,7 @@ def http_line(
         **_common(vault, "http", verdict, begin),
         "method": _text(vault, method),
         "url": _text(vault, url, _LONGEST_URL),
-        "status": status,
+        "status": status if status in STATUSES else None,
         "latency_ms": _milliseconds(begin, end),
         "request_size": request_size,
         "response_size": response_size,

@@ -14,8 +14,10 @@ Segments = tuple[str, ...]
 # `pchar` of RFC 3986: what stands in a segment without being encoded.
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~!$&'()*+,;=:@")
 _SPELLED = tuple(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in range(256))
-# Nearly every path is already in its one spelling: nothing encoded, nothing empty, no dot segments.
-_NORMAL = re.compile(r"/(?:[A-Za-z0-9_~!$&'()*+,;=:@-][A-Za-z0-9._~!$&'()*+,;=:@-]*(?:/(?=[^/]))?)*")
+# Nearly every path is already in its one spelling: nothing encoded, nothing empty, no dot segments. A segment can end at a
+# slash only, so that there is one way to read a path: with two, a path that does not match takes time without end.
+_NORMAL_SEGMENT = r"[A-Za-z0-9_~!$&'()*+,;=:@-][A-Za-z0-9._~!$&'()*+,;=:@-]*"
+_NORMAL = re.compile(rf"/(?:{_NORMAL_SEGMENT}(?:/{_NORMAL_SEGMENT})*)?")
 _REFUSED = frozenset(b"\\#\x7f") | frozenset(range(0x21))
 # Bytes that are in no UTF-8 (old decoders make slashes of the first two), and what no segment may hold.
 _REFUSED_ENCODED = frozenset(b"/\\\x00\xc0\xc1") | frozenset(range(0xF5, 0x100))

@@ -43,6 +43,8 @@ class Slot:
         self.turned_away = 0
         self.next_flood_line = 0.0
         self.dials = asyncio.Semaphore(DIALS_PER_SLOT)
+        # Held by threads, which may outlive the dials that they were started for.
+        self.lookups = asyncio.Semaphore(DIALS_PER_SLOT)
         self.links: set[Link] = set()
         self._empty = asyncio.Event()
         self._empty.set()

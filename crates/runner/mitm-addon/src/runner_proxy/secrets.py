@@ -229,9 +229,16 @@ def _query_name(pair: str) -> str:
 
 
 def _spellings(value: str) -> list[bytes]:
-    """How a value may turn up: as it is, percent-encoded, in base64 at any of its three alignments."""
+    """How a value may turn up: as it is, percent-encoded, in Python's notation, in base64 at any of its three alignments."""
     raw = value.encode()
-    spellings = {raw, quote(value, safe="").encode(), quote_plus(value).encode(), quote(value).encode()}
+    spellings = {
+        raw,
+        repr(raw)[2:-1].encode(),
+        repr(value)[1:-1].encode(),
+        quote(value, safe="").encode(),
+        quote_plus(value).encode(),
+        quote(value).encode(),
+    }
     for lead in range(3):
         padded = base64.b64encode(bytes(lead) + raw)
         # The characters at the ends also hold bits of whatever stands beside the value.

@@ -19,7 +19,7 @@ from mitmproxy.exceptions import OptionsError
 from mitmproxy.net import tls as net_tls
 from mitmproxy.proxy.mode_servers import AsyncioServerInstance
 
-from . import backlog, layers
+from . import backlog, layers, lookups
 from .addon import RunnerAddon
 from .certificates import Authority, CaError, GuestTls
 from .control import Control, Outbox
@@ -95,6 +95,7 @@ class Startup:
             setattr(self.runner.patience, limit.name, getattr(ctx.options, f"runner_{limit.name}_seconds"))
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="resolver"))
+        lookups.install(loop)
         _widen_accept_queues()
         ports = {address[1] for address in _proxyserver().listen_addrs()}
         self._tasks = [

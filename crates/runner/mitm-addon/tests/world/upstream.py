@@ -10,6 +10,9 @@ the process ends with its standard input. Names that begin with `h1.` speak HTTP
     /upload        swallows a body, tells its size
     /chunked       a body of unknown length      /stall         never answers
     /trailers      trailers after the body (HTTP/1.1)
+    /interim       two interim responses before the final one (HTTP/1.1)
+    /status/N      a response with this status, whatever it is (HTTP/1.1), and a body without end
+    /garble        its Authorization header, in a first line that is none (HTTP/1.1)
 """
 
 from __future__ import annotations
@@ -63,6 +66,8 @@ class Response:
     headers: list[tuple[str, str]]
     body: AsyncIterator[bytes]
     status: int = 200
+    # What is sent in front of the response (HTTP/1.1).
+    before: bytes = b""
 
 
 async def _pieces(*pieces: bytes) -> AsyncIterator[bytes]:
@@ -78,6 +83,12 @@ async def _zeros(size: int) -> AsyncIterator[bytes]:
     while size > 0:
         yield _PIECE[:size]
         size -= len(_PIECE)
+
+
+async def _until(gone: Callable[[], Awaitable[object]]) -> AsyncIterator[bytes]:
+    yield b"more to come"
+    await gone()
+    raise asyncio.IncompleteReadError(b"", None)
 
 
 async def _events() -> AsyncIterator[bytes]:
@@ -109,6 +120,13 @@ async def answer(request: Request) -> Response:
             return _fixed(b"")
         case ["reflect"]:
             return _fixed(b"reflected", ("x-reflected", request.header("authorization")))
+        case ["interim"]:
+            before = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+            return Response([("content-length", "5")], _pieces(b"final"), before=before)
+        case ["status", number]:
+            return Response([], _until(request.gone), int(number))
+        case ["garble"]:
+            return Response([], _pieces(), before=f"HTTP/1.1 {request.header('authorization')}\r\n\r\n".encode())
         case ["trailers"]:
             return Response([("trailer", "x-after")], _pieces(b"body"))
         case ["gzip"]:
@@ -140,6 +158,8 @@ async def serve_http1(number: int, reader: asyncio.StreamReader, writer: asyncio
         response = await answer(request)
         chunked = not any(name == "content-length" for name, _ in response.headers)
         fields = [*response.headers, ("transfer-encoding", "chunked")] if chunked else response.headers
+        writer.write(response.before)
+        await writer.drain()
         writer.write(f"HTTP/1.1 {response.status} OK\r\n".encode())
         writer.write("".join(f"{name}: {value}\r\n" for name, value in fields).encode() + b"\r\n")
         async for piece in response.body:

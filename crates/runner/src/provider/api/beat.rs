@@ -165,6 +165,6 @@ async fn try_new_policy(inner: &Inner, lease: LeaseRef) -> Result<(), String> {
     let Some(networks) = &inner.runner.networks else {
         return Ok(());
     };
-    let set = networks.replace(lease.run_id, &draft).await;
+    let set = networks.replace(lease.run_id, draft).await;
     set.map(drop).map_err(|error| error.to_string())
 }

@@ -14,7 +14,6 @@ use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
 use guest_control::{ExecSpec, ExitStatus, PtySize, Session, Stream, UserSpec};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -69,9 +68,9 @@ async fn serve(
 ) {
     let (mut sink, mut stream) = socket.split();
     let (say, mut said) = mpsc::channel::<FromRunner>(64);
+    // Each ends when its sender is dropped, with this connection at the latest: whoever wanted it cannot be told any more.
+    // So nothing waits for the tasks, and nothing aborts them: a session that is merely dropped leaves its process running.
     let mut commands: HashMap<String, mpsc::Sender<Input>> = HashMap::new();
-    // Dropped with this connection: whoever wanted them cannot be told any more.
-    let mut running = JoinSet::new();
     loop {
         tokio::select! {
             message = tokio::time::timeout(SILENCE, stream.next()) => {
@@ -98,7 +97,7 @@ async fn serve(
                         if known && commands.len() < MAX_COMMANDS {
                             commands.insert(exec_id, input);
                             let submitter = inner.runner.submitter;
-                            running.spawn(command(Arc::clone(operators), submitter, start, inputs, say.clone()));
+                            tokio::spawn(command(Arc::clone(operators), submitter, start, inputs, say.clone()));
                         } else {
                             let why = if known { "too many commands run here" } else { "the run is not here" };
                             if say.try_send(exit(&start, None, Some(why.to_owned()))).is_err() {
@@ -128,7 +127,6 @@ async fn serve(
                     return;
                 }
             }
-            Some(_) = running.join_next() => {}
         }
     }
 }
@@ -195,7 +193,7 @@ async fn command(
         }
     };
     let wanted = tokio::select! {
-        () = output(&start, &session, &say) => true,
+        told = output(&start, &session, &say) => told,
         () = feed(&session, &mut inputs) => false,
     };
     if !wanted {
@@ -220,7 +218,8 @@ async fn command(
     let _ = say.send(last).await;
 }
 
-async fn output(start: &Start, session: &Session, say: &mpsc::Sender<FromRunner>) {
+/// Says whether all of it could be told.
+async fn output(start: &Start, session: &Session, say: &mpsc::Sender<FromRunner>) -> bool {
     let mut output = session.attach(0, true);
     while let Some(chunk) = output.next().await {
         let word = FromRunner::ExecOutput {
@@ -229,9 +228,10 @@ async fn output(start: &Start, session: &Session, say: &mpsc::Sender<FromRunner>
             data: STANDARD.encode(&chunk.data),
         };
         if say.send(word).await.is_err() {
-            return;
+            return false;
         }
     }
+    true
 }
 
 /// Returns when nobody wants the command any more.
