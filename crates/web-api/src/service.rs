@@ -59,18 +59,19 @@ impl Default for Config {
     }
 }
 
-/// The runners that this replica has heard of.
+/// The runners that this replica has heard of: an id is known within its group only, who says it in another is another.
 #[derive(Debug, Default)]
-pub struct Fleet(RwLock<HashMap<RunnerId, (RunnerInfo, Instant)>>);
+pub struct Fleet(RwLock<HashMap<(GroupName, RunnerId), (RunnerInfo, Instant)>>);
 
 impl Fleet {
     fn note(&self, info: RunnerInfo) {
         let mut fleet = self.0.write().unwrap_or_else(PoisonError::into_inner);
         fleet.retain(|_, (_, at)| at.elapsed() < FLEET_MEMORY);
+        let key = (info.heartbeat.group.clone(), info.heartbeat.runner_id);
         if info.heartbeat.mode == RunnerMode::Stopped {
-            fleet.remove(&info.heartbeat.runner_id);
+            fleet.remove(&key);
         } else {
-            fleet.insert(info.heartbeat.runner_id, (info, Instant::now()));
+            fleet.insert(key, (info, Instant::now()));
         }
     }
 
@@ -200,7 +201,7 @@ impl Service {
         });
         let subject = self
             .engine
-            .subject(&format!("push.{}", lease.holder.runner_id));
+            .push_subject(&entry.group, lease.holder.runner_id);
         if let Ok(body) = serde_json::to_vec(&look) {
             // A hint: the next renewal tells it anyway.
             let _ = self.engine.client().publish(subject, body.into()).await;
@@ -303,7 +304,7 @@ impl Service {
             RunnerMode::Running => &beat.held_sessions,
             RunnerMode::Draining | RunnerMode::Stopped => &[],
         };
-        self.index.holds(beat.runner_id, held);
+        self.index.holds(&beat.group, beat.runner_id, held);
         self.fleet.note(info);
     }
 

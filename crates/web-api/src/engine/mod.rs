@@ -17,6 +17,7 @@ mod specs;
 
 use std::time::Duration;
 
+use api_types::{GroupName, RunnerId};
 use async_nats::jetstream::stream::{self, DiscardPolicy, StorageType};
 use async_nats::jetstream::{self, kv, object_store};
 use percent_encoding::percent_decode_str;
@@ -137,6 +138,11 @@ impl std::fmt::Debug for Engine {
     }
 }
 
+/// A group as two parts of a key or subject.
+pub fn dotted(group: &GroupName) -> String {
+    group.as_str().replace('/', ".")
+}
+
 /// How long a runner is part of the fleet after its last heartbeat.
 pub const FLEET_MEMORY: Duration = Duration::from_secs(60);
 
@@ -183,6 +189,11 @@ impl Engine {
     /// The subject `<ns>.<rest>`.
     pub fn subject(&self, rest: &str) -> String {
         format!("{}.{rest}", self.namespace)
+    }
+
+    /// Where words to a runner go. Its group is part of it: an id alone proves nothing, anybody may say it.
+    pub fn push_subject(&self, group: &GroupName, runner: RunnerId) -> String {
+        self.subject(&format!("push.{}.{runner}", dotted(group)))
     }
 
     /// The bucket of runs, to watch.

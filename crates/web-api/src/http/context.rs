@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::error::ApiResult;
 use super::policies;
-use crate::engine::EngineError;
+use crate::engine::{EngineError, dotted};
 use crate::run::Entry;
 use crate::service::Service;
 use crate::tokens::mint;
@@ -93,9 +93,8 @@ pub(super) struct SessionRecord {
 
 /// Key of a session: sessions of two groups are two sessions.
 pub(super) fn session_key(entry: &Entry, session: &SessionId) -> String {
-    let group = entry.group.as_str().replace('/', ".");
     // A session id may hold dots, but neither two in a row at its ends nor anything that NATS gives a meaning.
-    format!("{group}.{}", hex::encode(session.as_str()))
+    format!("{}.{}", dotted(&entry.group), hex::encode(session.as_str()))
 }
 
 async fn checkpoint(service: &Service, entry: &Entry) -> ApiResult<Option<ResumeSession>> {

@@ -13,11 +13,11 @@ use super::auth::{Client, Operator};
 use super::error::{ApiResult, problem};
 use super::extract::Json;
 use super::runs::canonical;
-use crate::engine::EngineError;
+use crate::engine::{EngineError, dotted};
 use crate::service::Service;
 
 fn key(group: &GroupName) -> String {
-    format!("group.{}", group.as_str().replace('/', "."))
+    format!("group.{}", dotted(group))
 }
 
 /// The group's policy, for a claim.

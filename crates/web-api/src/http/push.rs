@@ -1,7 +1,7 @@
 //! WebSockets: one that each runner keeps open, and one for each exec of an operator.
 //!
 //! A runner is connected to one replica, its operators to any. What one says to the other goes over NATS without being
-//! kept: `<ns>.push.<runner>` to the runner, `<ns>.exec.<id>` back to the operator.
+//! kept: `<ns>.push.<group>.<runner>` to the runner, `<ns>.exec.<id>` back to the operator.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -79,9 +79,7 @@ pub(super) async fn connect(
     let socket = upgrade(socket)?;
     let permit = place(&service.limits.waiters)
         .ok_or_else(|| busy("too many runners wait at this replica", 5))?;
-    let subject = service
-        .engine
-        .subject(&format!("push.{}", params.runner_id));
+    let subject = service.engine.push_subject(&params.group, params.runner_id);
     let pushes = service
         .engine
         .client()
@@ -250,7 +248,7 @@ pub(super) async fn exec(
     let relay = Relay {
         to_runner: service
             .engine
-            .subject(&format!("push.{}", lease.holder.runner_id)),
+            .push_subject(&entry.group, lease.holder.runner_id),
         service: Arc::clone(&service),
         exec_id: exec_id.clone(),
     };

@@ -22,7 +22,7 @@ use super::context::{context, newer_policy};
 use super::error::{ApiError, ApiResult, busy, problem};
 use super::extract::{Json, Params, RunPath};
 use super::limits::place;
-use crate::engine::{Appended, Chunk, EngineError, FeedKind};
+use crate::engine::{Appended, Chunk, EngineError, FeedKind, dotted};
 use crate::index::Wants;
 use crate::run::{Command, Entry, State as RunState};
 use crate::service::Service;
@@ -205,7 +205,10 @@ pub(super) async fn heartbeat(
     service
         .engine
         .fleet
-        .put(&format!("runner.{id}"), Bytes::from(value))
+        .put(
+            &format!("runner.{}.{id}", dotted(&info.heartbeat.group)),
+            Bytes::from(value),
+        )
         .await?;
     service.note_runner(info);
     Ok(axum::Json(HeartbeatAnswer {

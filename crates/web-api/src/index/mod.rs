@@ -189,8 +189,8 @@ impl Index {
     }
 
     /// Sessions that a runner says to keep.
-    pub fn holds(&self, runner: RunnerId, sessions: &[SessionId]) {
-        self.lock().offers.holds(runner, sessions);
+    pub fn holds(&self, group: &GroupName, runner: RunnerId, sessions: &[SessionId]) {
+        self.lock().offers.holds(group, runner, sessions);
     }
 
     /// Running leases of which nothing was seen for so long, counted from `floor` at the earliest.

@@ -31,8 +31,8 @@ pub(super) struct Offers {
     /// What may be offered, by place.
     open: HashMap<QueueKey, BTreeSet<Place>>,
     by_session: HashMap<SessionId, BTreeSet<Place>>,
-    sessions: HashMap<SessionId, RunnerId>,
-    held: HashMap<RunnerId, Vec<SessionId>>,
+    sessions: HashMap<(GroupName, SessionId), RunnerId>,
+    held: HashMap<(GroupName, RunnerId), Vec<SessionId>>,
     /// Runs that are offered, to find the forgotten ones.
     offered: BTreeSet<RunId>,
 }
@@ -144,7 +144,8 @@ impl Offers {
     fn first(&self, wants: &Wants, now: Instant) -> Option<Place> {
         let free = |place: &&Place| {
             self.waiting.get(&place.1).is_some_and(|waiting| {
-                let holder = waiting.session.as_ref().and_then(|s| self.sessions.get(s));
+                let session = waiting.session.clone().map(|s| (wants.group.clone(), s));
+                let holder = session.and_then(|key| self.sessions.get(&key));
                 match holder {
                     Some(holder) if *holder != wants.runner => {
                         now.saturating_duration_since(waiting.since) >= self.timing.affinity
@@ -194,19 +195,22 @@ impl Offers {
         }
     }
 
-    pub(super) fn holds(&mut self, runner: RunnerId, sessions: &[SessionId]) {
-        for session in self.held.remove(&runner).unwrap_or_default() {
-            if self.sessions.get(&session) == Some(&runner) {
-                self.sessions.remove(&session);
+    pub(super) fn holds(&mut self, group: &GroupName, runner: RunnerId, sessions: &[SessionId]) {
+        let holder = (group.clone(), runner);
+        for session in self.held.remove(&holder).unwrap_or_default() {
+            let key = (group.clone(), session);
+            if self.sessions.get(&key) == Some(&runner) {
+                self.sessions.remove(&key);
             }
         }
         if sessions.is_empty() {
             return;
         }
         for session in sessions {
-            self.sessions.insert(session.clone(), runner);
+            self.sessions
+                .insert((group.clone(), session.clone()), runner);
         }
-        self.held.insert(runner, sessions.to_vec());
+        self.held.insert(holder, sessions.to_vec());
     }
 
     pub(super) fn depths(&self) -> Vec<QueueDepth> {

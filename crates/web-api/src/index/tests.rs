@@ -103,7 +103,7 @@ fn a_sessions_run_is_kept_for_the_runner_with_its_vm_for_a_while() {
         held: vec!["s-1".parse().unwrap()],
         ..wants(&["vm0/small"])
     };
-    index.holds(keeper.runner, &keeper.held);
+    index.holds(&keeper.group, keeper.runner, &keeper.held);
     let (first, mine) = (entry("vm0/small", None), entry("vm0/small", Some("s-1")));
     index.note(&first, 1, now);
     index.note(&mine, 2, now);

@@ -19,6 +19,7 @@ mod guest_agent;
 mod housekeeping;
 mod nats;
 mod partition;
+mod push;
 mod replica;
 mod rotation;
 mod slow;
