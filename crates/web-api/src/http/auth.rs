@@ -10,7 +10,7 @@ use axum::http::header;
 use axum::http::request::Parts;
 
 use super::error::{ApiError, ApiResult, busy, no_such_run, problem};
-use super::limits::GuestPlace;
+use super::limits::{Counted, Seat};
 use crate::run::{Entry, Lease, State};
 use crate::service::Service;
 use crate::tokens::{Bearer, BearerKind, SandboxRefusal, read};
@@ -49,7 +49,15 @@ fn token(parts: &Parts) -> ApiResult<&str> {
 async fn bearer(parts: &Parts, service: &Service, kinds: &[BearerKind]) -> ApiResult<Bearer> {
     let found = service.bearers.recognise(token(parts)?).await?;
     match found {
-        Some(bearer) if kinds.contains(&bearer.kind) => Ok(bearer),
+        Some(bearer) if kinds.contains(&bearer.kind) => {
+            if let Some(seat) = parts.extensions.get::<Arc<Seat>>() {
+                let counted = service.limits.token(&bearer.id);
+                seat.count(
+                    counted.ok_or_else(|| busy("the token has too many requests under way", 1))?,
+                );
+            }
+            Ok(bearer)
+        }
         Some(_) => Err(problem(
             ProblemKind::Forbidden,
             match kinds {
@@ -164,7 +172,7 @@ pub struct Guest {
     pub run: RunId,
     /// Its claim.
     pub epoch: Epoch,
-    _place: GuestPlace,
+    _place: Counted,
 }
 
 impl FromRequestParts<Arc<Service>> for Guest {

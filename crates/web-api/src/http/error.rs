@@ -28,6 +28,11 @@ pub fn busy(detail: &str, retry_after: u64) -> ApiError {
     ApiError(Box::new(problem))
 }
 
+/// There is no place for the request.
+pub fn too_many() -> ApiError {
+    busy("the server has too many requests under way", 1)
+}
+
 /// There is no such run, or none that the token may see.
 pub fn no_such_run() -> ApiError {
     problem(

@@ -1,6 +1,7 @@
 //! What comes in, parsed once: bodies, path and query parameters.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use api_types::{ProblemKind, RunId};
 use axum::body::Bytes;
@@ -11,11 +12,15 @@ use axum::http::request::Parts;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::error::{ApiError, no_such_run, problem};
+use super::error::{ApiError, no_such_run, problem, too_many};
+use super::limits::Seat;
 use crate::service::Service;
 
 /// Most of a deserializer's text that is repeated to the sender, characters.
 const MAX_SHOWN: usize = 300;
+
+/// Longest time for a body to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a parser says, without control characters and bounded: it may repeat what was sent.
 fn shown(error: &dyn std::fmt::Display) -> String {
@@ -46,20 +51,28 @@ impl<T: DeserializeOwned> FromRequest<Arc<Service>> for Json<T> {
                 "the Content-Type must be application/json",
             ));
         }
-        let bytes =
-            Bytes::from_request(request, state)
-                .await
-                .map_err(|rejection| match rejection {
-                    BytesRejection::FailedToBufferBody(error)
-                        if error.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE =>
-                    {
-                        problem(
-                            ProblemKind::TooLarge,
-                            "the body is larger than this path takes",
-                        )
-                    }
-                    _ => problem(ProblemKind::Malformed, "the body did not arrive whole"),
-                })?;
+        let seat = request.extensions().get::<Arc<Seat>>().cloned();
+        if let Some(seat) = &seat {
+            seat.leave();
+        }
+        let arrived = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, state));
+        let bytes = arrived
+            .await
+            .map_err(|_| problem(ProblemKind::Malformed, "the body came too slowly"))?
+            .map_err(|rejection| match rejection {
+                BytesRejection::FailedToBufferBody(error)
+                    if error.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE =>
+                {
+                    problem(
+                        ProblemKind::TooLarge,
+                        "the body is larger than this path takes",
+                    )
+                }
+                _ => problem(ProblemKind::Malformed, "the body did not arrive whole"),
+            })?;
+        if seat.is_some_and(|seat| !seat.come_back()) {
+            return Err(too_many());
+        }
         parse(&bytes).map(Self).map_err(|error| {
             use serde_json::error::Category;
             let kind = match error.classify() {

@@ -23,6 +23,7 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
+use tokio::sync::Semaphore;
 use utoipa::OpenApi as _;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, OpenApi, RefOr, ResponseBuilder};
@@ -30,7 +31,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::service::Service;
-use error::{busy, problem};
+use error::{problem, too_many};
+use limits::Seat;
 
 /// Largest body where nothing else is said, bytes.
 const MAX_BODY_BYTES: usize = 2 << 20;
@@ -118,8 +120,8 @@ impl utoipa::Modify for Security {
     }
 }
 
-/// Requests that are over soon.
-fn short() -> OpenApiRouter<Arc<Service>> {
+/// Requests of clients that are over soon.
+fn of_clients() -> OpenApiRouter<Arc<Service>> {
     OpenApiRouter::new()
         .routes(routes!(runs::list))
         .routes(routes!(runs::get))
@@ -128,6 +130,17 @@ fn short() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(runs::set_policy))
         .routes(routes!(policies::get, policies::put, policies::delete))
         .routes(routes!(runners::fleet))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .merge(
+            OpenApiRouter::new()
+                .routes(routes!(runs::create))
+                .layer(DefaultBodyLimit::max(MAX_CREATE_BYTES)),
+        )
+}
+
+/// Requests of runners that are over soon.
+fn of_runners() -> OpenApiRouter<Arc<Service>> {
+    OpenApiRouter::new()
         .routes(routes!(runners::claim))
         .routes(routes!(runners::heartbeat))
         .routes(routes!(runners::renew))
@@ -137,16 +150,17 @@ fn short() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(runners::policy))
         .routes(routes!(runners::inputs))
         .routes(routes!(guest::firewall_auth))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+}
+
+/// Requests of guests.
+fn of_guests() -> OpenApiRouter<Arc<Service>> {
+    OpenApiRouter::new()
         .routes(routes!(guest::heartbeat))
         .routes(routes!(guest::events))
         .routes(routes!(guest::telemetry))
         .routes(routes!(guest::complete))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .merge(
-            OpenApiRouter::new()
-                .routes(routes!(runs::create))
-                .layer(DefaultBodyLimit::max(MAX_CREATE_BYTES)),
-        )
         .merge(
             OpenApiRouter::new()
                 .routes(routes!(guest::checkpoints))
@@ -176,7 +190,9 @@ fn unlimited() -> OpenApiRouter<Arc<Service>> {
 
 fn described() -> OpenApiRouter<Arc<Service>> {
     OpenApiRouter::with_openapi(Description::openapi())
-        .merge(short())
+        .merge(of_clients())
+        .merge(of_runners())
+        .merge(of_guests())
         .merge(long())
         .merge(unlimited())
 }
@@ -190,10 +206,14 @@ pub fn openapi() -> Result<serde_json::Value, serde_json::Error> {
 
 /// The whole API.
 pub fn router(service: Arc<Service>) -> Router {
-    let gate = middleware::from_fn_with_state(Arc::clone(&service), gate);
+    let gated = |places: &Arc<Semaphore>| {
+        middleware::from_fn_with_state::<_, _, (State<_>, Request)>(Arc::clone(places), gate)
+    };
+    let limits = &service.limits;
     let (router, _) = OpenApiRouter::new()
-        .merge(short())
-        .layer(gate)
+        .merge(of_clients().layer(gated(&limits.clients)))
+        .merge(of_runners().layer(gated(&limits.runners)))
+        .merge(of_guests().layer(gated(&limits.guests)))
         .merge(long())
         .merge(unlimited())
         .split_for_parts();
@@ -208,10 +228,12 @@ pub fn router(service: Arc<Service>) -> Router {
 }
 
 /// Lets in what there is room for, and ends what takes too long.
-async fn gate(State(service): State<Arc<Service>>, request: Request, next: Next) -> Response {
-    let Some(_place) = limits::place(&service.limits.requests) else {
-        return busy("the server has too many requests under way", 1).into_response();
+async fn gate(State(places): State<Arc<Semaphore>>, mut request: Request, next: Next) -> Response {
+    let Some(seat) = Seat::take(places).map(Arc::new) else {
+        return too_many().into_response();
     };
+    // Held by this function until there is an answer.
+    request.extensions_mut().insert(Arc::clone(&seat));
     match tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).await {
         Ok(response) => response,
         Err(_) => problem(

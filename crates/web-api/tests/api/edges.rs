@@ -1,6 +1,7 @@
 //! What is sent may be anything.
 
 use std::io::{Read as _, Write as _};
+use std::sync::Arc;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -213,6 +214,66 @@ async fn under_pressure_the_answer_is_429_with_retry_after() {
     let second = runner.post("/api/runners/poll", waiting).await;
     assert_eq!(second.problem(), ProblemKind::TooManyRequests);
     waiter.abort();
+}
+
+/// Bodies that never arrive cost nobody a place but who sends them.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_api_key_keeps_neither_other_groups_nor_runners_out() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let config = Config {
+        limits: Ceilings {
+            requests: 4,
+            per_token: 6,
+            ..Ceilings::default()
+        },
+        ..Config::default()
+    };
+    let replica = world.replica(config).await;
+    let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
+    let other = Api::new(&replica.url, &world.other_client);
+    let me = RunnerId::random();
+    let id = client.create(json!({})).await.run_id;
+    let guest = Api::new(&replica.url, &runner.claim(me, id).await.sandbox_token);
+
+    let address = replica.url.strip_prefix("http://").unwrap();
+    let slow: Vec<_> = (0..6)
+        .map(|_| {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            let head = format!(
+                "POST /api/runs HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {}\r\n\
+                 Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{{",
+                world.other_client
+            );
+            stream.write_all(head.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    crate::replica::eventually("all of them are there", || async {
+        other.get("/api/runs").await.status == StatusCode::TOO_MANY_REQUESTS
+    })
+    .await;
+    let lease = json!({"runnerId": me, "epoch": 1});
+    let renewed = runner.job(id, "renew", lease.clone()).await;
+    assert_eq!(renewed.status, StatusCode::OK, "{renewed:?}");
+    client.create(json!({})).await;
+    drop(slow);
+    crate::replica::eventually("its places come back", || async {
+        other.get("/api/runs").await.status == StatusCode::OK
+    })
+    .await;
+
+    let places = Arc::clone(&replica.service.limits.clients);
+    let _all = places.acquire_many_owned(4).await.unwrap();
+    let refused = client.get("/api/runs").await;
+    assert_eq!(refused.problem(), ProblemKind::TooManyRequests);
+    let renewed = runner.job(id, "renew", lease).await;
+    assert_eq!(renewed.status, StatusCode::OK, "{renewed:?}");
+    let alive = guest
+        .post("/api/webhooks/agent/heartbeat", json!({"runId": id}))
+        .await;
+    assert_eq!(alive.status, StatusCode::OK, "{alive:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
