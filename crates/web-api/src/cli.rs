@@ -122,37 +122,43 @@ pub enum TokenCommand {
     },
 }
 
-/// Where NATS is.
+/// Where NATS is. Global: also behind `token create`, where they are looked for.
 #[derive(Clone, Debug, Args)]
 pub struct Nats {
     /// Addresses of the NATS servers, separated by commas: nats://user:password@host:port
     #[arg(
         long,
+        global = true,
         env = "VM0_NATS_URL",
         default_value = "nats://127.0.0.1:4222",
         hide_env_values = true
     )]
     pub nats_url: String,
     /// The same for a user of the system account, by whom it is learnt whether the servers sync each write
-    #[arg(long, env = "VM0_NATS_SYSTEM_URL", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        env = "VM0_NATS_SYSTEM_URL",
+        hide_env_values = true
+    )]
     pub nats_system_url: Option<String>,
     /// Authorities that may have signed the servers' certificates, PEM
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     pub nats_ca: Option<PathBuf>,
     /// Take servers that may lose what they acknowledged
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub allow_data_loss: bool,
     /// First part of every name in NATS
-    #[arg(long, default_value = "vm0")]
+    #[arg(long, global = true, default_value = "vm0")]
     pub namespace: String,
-    /// Copies of everything in NATS: 3 in a cluster
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=5))]
+    /// Copies of everything in NATS: 3 in a cluster. Whichever command is the first one makes them; `serve` refuses fewer
+    #[arg(long, global = true, env = "VM0_NATS_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=5))]
     pub replicas: u8,
     /// How long events, outputs and logs are kept, days
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=3650))]
+    #[arg(long, global = true, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=3650))]
     pub feed_days: u32,
     /// Most of them in all, MiB; the oldest go first
-    #[arg(long, default_value_t = 10_240, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, global = true, default_value_t = 10_240, value_parser = clap::value_parser!(u32).range(1..))]
     pub feed_mb: u32,
 }
 
@@ -215,5 +221,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn who_makes_the_first_token_can_say_how_many_copies_there_are_to_be() {
+        let mut cli = super::Cli::command();
+        cli.build();
+        let create = cli
+            .find_subcommand_mut("token")
+            .and_then(|token| token.find_subcommand_mut("create"))
+            .unwrap();
+        let help = create.render_long_help().to_string();
+        assert!(help.contains("--replicas"), "{help}");
+        assert!(help.contains("VM0_NATS_REPLICAS"), "{help}");
     }
 }

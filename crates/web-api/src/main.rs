@@ -130,6 +130,9 @@ async fn serve_api(serve: Serve) -> Result<(), Failure> {
     };
     let masters = MasterKeys::new(MasterKey::read(&serve.master_key)?, others);
     let engine = Engine::open(&serve.nats.settings()).await?;
+    engine
+        .check_copies(usize::from(serve.nats.replicas))
+        .await?;
     let config = Config {
         lease: Duration::from_secs(serve.lease_secs),
         default_timeout_secs: serve.default_timeout_secs,

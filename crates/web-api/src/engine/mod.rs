@@ -104,6 +104,17 @@ pub enum OpenError {
         /// What NATS says.
         why: String,
     },
+    /// Too few copies.
+    #[error(
+        "NATS keeps fewer copies than --replicas {wanted} of {few}: they were made under another setting, and what is there is \
+         never changed. Hint: for each of them, nats stream edit NAME --replicas {wanted}"
+    )]
+    Copies {
+        /// How many there should be.
+        wanted: usize,
+        /// Names of streams with how many they have.
+        few: String,
+    },
     /// The namespace.
     #[error("the namespace {0:?} is not usable: it is 1 to 32 letters and digits")]
     Namespace(String),
@@ -137,6 +148,11 @@ impl std::fmt::Debug for Engine {
         write!(f, "Engine({})", self.namespace)
     }
 }
+
+/// The buckets, without the namespace before them.
+const BUCKETS: [&str; 7] = [
+    "runs", "specs", "tokens", "keys", "policies", "sessions", "fleet",
+];
 
 /// A group as two parts of a key or subject.
 pub fn dotted(group: &GroupName) -> String {
@@ -181,6 +197,30 @@ impl Engine {
         })
     }
 
+    /// Refuses a storage that keeps fewer copies than these: one that was made before by somebody who said nothing of it
+    /// would lose everything with one node of a cluster.
+    pub async fn check_copies(&self, wanted: usize) -> Result<(), OpenError> {
+        let ns = &self.namespace;
+        let buckets = BUCKETS.iter().map(|bucket| format!("KV_{ns}_{bucket}"));
+        let others = [format!("{ns}_feed"), format!("OBJ_{ns}_blobs")];
+        let mut few = Vec::new();
+        for name in buckets.chain(others) {
+            let stream = self.context.get_stream(&name).await;
+            let stream = stream.map_err(|error| Maker::error(&name, error))?;
+            let copies = stream.cached_info().config.num_replicas;
+            if copies < wanted {
+                few.push(format!("{name} ({copies})"));
+            }
+        }
+        if few.is_empty() {
+            return Ok(());
+        }
+        Err(OpenError::Copies {
+            wanted,
+            few: few.join(", "),
+        })
+    }
+
     /// For messages that need not be kept: pushes between replicas.
     pub fn client(&self) -> &async_nats::Client {
         &self.client
@@ -203,9 +243,7 @@ impl Engine {
 
     /// Deletes everything under the namespace. For tests and tools; nothing of it comes back.
     pub async fn destroy(&self) {
-        for bucket in [
-            "runs", "specs", "tokens", "keys", "policies", "sessions", "fleet",
-        ] {
+        for bucket in BUCKETS {
             let _ = self
                 .context
                 .delete_key_value(format!("{}_{bucket}", self.namespace))
@@ -307,7 +345,8 @@ impl Maker<'_> {
         };
         let store = match self.context.create_key_value(config).await {
             Ok(store) => store,
-            // There already, made with other settings by an operator, who knows why.
+            // There already, made with other settings: by an operator, who knows why, or under another --replicas, which
+            // `check_copies` finds out.
             Err(made) => match self.context.get_key_value(&name).await {
                 Ok(store) => store,
                 Err(_) => return Err(Self::error(&name, made)),

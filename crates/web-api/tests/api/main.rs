@@ -9,6 +9,7 @@
 )]
 
 mod claims;
+mod copies;
 mod described;
 mod edges;
 mod faults;
