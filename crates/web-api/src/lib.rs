@@ -6,6 +6,7 @@ pub mod cli;
 pub mod clock;
 pub mod engine;
 pub mod follow;
+mod housekeeping;
 pub mod http;
 pub mod index;
 pub mod read_model;

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use api_types::runner::{Heartbeat, MAX_WAIT_SECS, RunnerInfo, RunnerMode};
-use api_types::{GroupName, RunId, RunnerId, UnixMillis};
+use api_types::{GroupName, RunId, RunnerId};
 use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -19,9 +19,6 @@ use crate::index::{Index, Timing};
 use crate::read_model::ReadModel;
 use crate::run::{Command, Entry, State};
 use crate::tokens::{Bearers, Keyring, KeyringError, MasterKeys};
-
-/// How often it is looked for keys that nothing needs.
-const KEY_REMOVAL_MILLIS: u64 = 24 * 3600 * 1000;
 
 /// What an operator may set.
 #[derive(Clone, Copy, Debug)]
@@ -361,53 +358,6 @@ impl Service {
                 }
             }
         }
-    }
-
-    /// Removes finished runs after their time, and keys.
-    async fn keep_house(self: Arc<Self>) {
-        let mut ticks = tokio::time::interval(self.config.housekeeping);
-        let mut looked_for_keys: Option<UnixMillis> = None;
-        loop {
-            ticks.tick().await;
-            if !self.is_ready() {
-                continue;
-            }
-            let kept = u64::try_from(self.config.run_retention.as_millis()).unwrap_or(u64::MAX);
-            let before = self.clock.now().saturating_sub(kept);
-            while let Ok(runs) = self.read_model.ended_before(before, 100) {
-                if runs.is_empty() {
-                    break;
-                }
-                for run in runs {
-                    if let Ok(Some((entry, _))) = self.engine.run(run).await
-                        && matches!(entry.state, State::Done { .. })
-                        && let Err(error) = self.engine.remove_run(&entry).await
-                    {
-                        tracing::warn!(%run, %error, "an old run cannot be removed");
-                    }
-                    let _ = self.read_model.forget(run);
-                }
-            }
-            // One pass over all runs: cheap once a day.
-            let now = self.clock.now();
-            if looked_for_keys.is_none_or(|at| now.abs_diff(at) >= KEY_REMOVAL_MILLIS) {
-                match self.remove_old_keys(now).await {
-                    Ok(()) => looked_for_keys = Some(now),
-                    Err(error) => tracing::warn!(%error, "old keys cannot be removed"),
-                }
-            }
-        }
-    }
-
-    /// Removes the keys that went out of use before the oldest run was made: no secret and no token needs them.
-    async fn remove_old_keys(&self, now: UnixMillis) -> Result<(), KeyringError> {
-        // As NATS knows them: the list here may lack some.
-        let oldest = self.engine.oldest_run().await?.unwrap_or(now);
-        let removed = self.keyring.remove_unused(oldest.min(now)).await?;
-        if removed > 0 {
-            tracing::info!(removed, "keys that nothing needs any more are removed");
-        }
-        Ok(())
     }
 }
 

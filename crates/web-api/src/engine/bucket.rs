@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::kv::{CreateErrorKind, Operation, Store, UpdateErrorKind, Watch};
+use async_nats::jetstream::kv::{CreateErrorKind, Entry, Operation, Store, UpdateErrorKind, Watch};
 use async_nats::jetstream::stream::LastRawMessageErrorKind;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -111,6 +111,14 @@ impl Bucket {
             .map_err(EngineError::unavailable)
     }
 
+    /// Removes the key where this revision is, and fails where another is.
+    pub async fn remove_at(&self, key: &str, revision: u64) -> Result<(), EngineError> {
+        self.store
+            .purge_expect_revision_with_ttl(key, revision, MARKER_TTL)
+            .await
+            .map_err(EngineError::unavailable)
+    }
+
     /// All that is there, then all that changes.
     pub async fn watch(&self) -> Result<Watch, EngineError> {
         self.store
@@ -122,7 +130,7 @@ impl Bucket {
     /// Shows each key that holds a value to `each`, and ends with what was there when it began.
     pub async fn scan(
         &self,
-        mut each: impl FnMut(&str, &[u8]) -> Result<(), EngineError>,
+        mut each: impl FnMut(&Entry) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
         // Where nothing is, nothing would come.
         if self.messages().await? == 0 {
@@ -136,7 +144,7 @@ impl Bucket {
                 .ok_or_else(|| EngineError::unavailable("the list of keys broke off"))?
                 .map_err(EngineError::unavailable)?;
             if holds_value(change.operation) {
-                each(&change.key, &change.value)?;
+                each(&change)?;
             }
             if change.delta == 0 {
                 return Ok(());

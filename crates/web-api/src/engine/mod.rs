@@ -9,6 +9,7 @@
 //! | events, outputs, logs, inputs | stream `<ns>_feed`, subject `<ns>.feed.<kind>.<run>` | compare-and-set on the subject |
 //! | large blobs | object store `<ns>_blobs` | once |
 
+mod blobs;
 mod bucket;
 mod check;
 mod feed;
@@ -22,10 +23,11 @@ use async_nats::jetstream::stream::{self, DiscardPolicy, StorageType};
 use async_nats::jetstream::{self, kv, object_store};
 use percent_encoding::percent_decode_str;
 
+pub use blobs::session_blob;
 pub use bucket::{Bucket, Found, Swap, holds_value};
 pub use check::{MIN_VERSION, ServerFault};
 pub use feed::{Appended, Chunk, FeedKind, Position, body_json};
-pub use runs::{Applied, ApplyError, Created, parse as parse_entry};
+pub use runs::{Applied, ApplyError, Created, parse as parse_entry, run_policy};
 pub use specs::{MAX_INLINE_BYTES, Spec};
 
 /// How long a storage operation is tried again before its caller hears that the storage does not answer. A node's

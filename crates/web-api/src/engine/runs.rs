@@ -54,6 +54,11 @@ pub fn parse(value: &[u8]) -> Result<Entry, EngineError> {
     serde_json::from_slice(value).map_err(|error| EngineError::Corrupt(error.to_string()))
 }
 
+/// Key of a run's own policy, where a client has changed it.
+pub fn run_policy(run: RunId) -> String {
+    format!("run.{run}")
+}
+
 impl Engine {
     /// The run, as the leader knows it.
     pub async fn run(&self, run: RunId) -> Result<Option<(Entry, u64)>, EngineError> {
@@ -170,14 +175,19 @@ impl Engine {
     pub async fn remove_run(&self, entry: &Entry) -> Result<(), EngineError> {
         self.remove_feeds(entry.run).await?;
         self.remove_spec(entry).await?;
+        let policy = run_policy(entry.run);
+        // A removal leaves a mark, so it is looked first.
+        if self.policies.get(&policy).await?.is_some() {
+            self.policies.remove(&policy).await?;
+        }
         self.runs.remove(&entry.run.to_string()).await
     }
 
     /// When the oldest run was made that is still there. Fails where one entry cannot be read: it may be that one.
     pub async fn oldest_run(&self) -> Result<Option<UnixMillis>, EngineError> {
         let mut oldest: Option<UnixMillis> = None;
-        let look = |_: &str, value: &[u8]| {
-            let made = parse(value)?.created_at;
+        let look = |found: &async_nats::jetstream::kv::Entry| {
+            let made = parse(&found.value)?.created_at;
             oldest = Some(oldest.map_or(made, |known| known.min(made)));
             Ok(())
         };

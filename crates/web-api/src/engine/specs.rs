@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use api_types::{AgentType, RunId, SecretName};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::io::AsyncReadExt as _;
 
 use super::{Engine, EngineError};
 use crate::run::{Entry, SpecAt};
@@ -13,8 +12,6 @@ use crate::tokens::Sealed;
 
 /// Larger ones go to the object store: a NATS message has at most 1 MiB unless the server is told otherwise.
 pub const MAX_INLINE_BYTES: usize = 512 << 10;
-/// Largest blob that is read back, bytes.
-const MAX_BLOB_BYTES: u64 = 64 << 20;
 
 /// What never changes of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,37 +81,7 @@ impl Engine {
         let name = name(entry.run, &entry.fingerprint);
         match entry.spec {
             SpecAt::Bucket => self.specs.remove(&name).await,
-            SpecAt::Objects => self
-                .blobs
-                .delete(name)
-                .await
-                .map_err(EngineError::unavailable),
+            SpecAt::Objects => self.remove_blob(&name).await,
         }
-    }
-
-    /// Writes a blob.
-    pub async fn put_blob(&self, name: &str, mut bytes: &[u8]) -> Result<(), EngineError> {
-        self.blobs
-            .put(name, &mut bytes)
-            .await
-            .map(|_| ())
-            .map_err(EngineError::unavailable)
-    }
-
-    /// Reads a blob.
-    pub async fn blob(&self, name: &str) -> Result<Option<Vec<u8>>, EngineError> {
-        use async_nats::jetstream::object_store::GetErrorKind;
-        let object = match self.blobs.get(name).await {
-            Ok(object) => object,
-            Err(error) if error.kind() == GetErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(EngineError::unavailable(error)),
-        };
-        let mut bytes = Vec::new();
-        object
-            .take(MAX_BLOB_BYTES)
-            .read_to_end(&mut bytes)
-            .await
-            .map_err(EngineError::unavailable)?;
-        Ok(Some(bytes))
     }
 }

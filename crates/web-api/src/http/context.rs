@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::error::ApiResult;
 use super::policies;
-use crate::engine::{EngineError, dotted};
+use crate::engine::{EngineError, dotted, run_policy};
 use crate::run::Entry;
 use crate::service::Service;
 use crate::tokens::mint;
@@ -68,11 +68,7 @@ pub(super) async fn newer_policy(
     if entry.policy_revision == 0 {
         return Ok(None);
     }
-    let found = service
-        .engine
-        .policies
-        .get(&format!("run.{}", entry.run))
-        .await?;
+    let found = service.engine.policies.get(&run_policy(entry.run)).await?;
     Ok(match found {
         Some(found) => Some(
             serde_json::from_slice(&found.value)

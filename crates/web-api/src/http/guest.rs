@@ -19,7 +19,7 @@ use super::context::{SessionRecord, session_key};
 use super::error::{ApiResult, problem};
 use super::extract::Json;
 use super::runners::appended;
-use crate::engine::{Chunk, EngineError, FeedKind, body_json};
+use crate::engine::{Chunk, EngineError, FeedKind, body_json, session_blob};
 use crate::run::{Advice, Command};
 use crate::service::Service;
 
@@ -169,30 +169,34 @@ pub(super) async fn checkpoints(
             "a history has at most 32 MiB",
         ));
     }
-    let checkpoint_id = ClaimId::random().to_string();
-    // Runs that belong to no session are resumed by nobody; theirs are kept with the run all the same.
-    let blob = match &entry.session {
-        Some(session) => format!("session/{}", session_key(&entry, session)),
-        None => format!("checkpoint/{}", entry.run),
+    // Runs that belong to no session are resumed by nobody: theirs would be kept for nothing.
+    if let Some(session) = &entry.session {
+        let key = session_key(&entry, session);
+        // Goes on when the sender is gone: half a history would be kept for nobody.
+        let kept = tokio::spawn(async move { keep(&service, &key, body).await });
+        kept.await
+            .map_err(|error| problem(ProblemKind::Internal, error.to_string()))??;
+    }
+    Ok(axum::Json(CheckpointAccepted {
+        checkpoint_id: ClaimId::random().to_string(),
+    }))
+}
+
+/// Keeps a checkpoint as its session's newest.
+async fn keep(service: &Service, key: &str, checkpoint: Checkpoint) -> Result<(), EngineError> {
+    let record = SessionRecord {
+        cli_session: checkpoint.cli_agent_session_id.to_string(),
+        blob: session_blob(key),
     };
+    let history = checkpoint.cli_agent_session_history.as_bytes();
+    service.engine.put_blob(&record.blob, history).await?;
+    let value = serde_json::to_vec(&record).map_err(|e| EngineError::Corrupt(e.to_string()))?;
     service
         .engine
-        .put_blob(&blob, body.cli_agent_session_history.as_bytes())
-        .await?;
-    if let Some(session) = &entry.session {
-        let record = SessionRecord {
-            cli_session: body.cli_agent_session_id.to_string(),
-            blob,
-        };
-        let value = serde_json::to_vec(&record).map_err(|e| EngineError::Corrupt(e.to_string()))?;
-        let key = session_key(&entry, session);
-        service
-            .engine
-            .sessions
-            .put(&key, Bytes::from(value))
-            .await?;
-    }
-    Ok(axum::Json(CheckpointAccepted { checkpoint_id }))
+        .sessions
+        .put(key, Bytes::from(value))
+        .await
+        .map(|_| ())
 }
 
 /// The agent believes to be done. Only noted: the runner completes the run.

@@ -17,7 +17,7 @@ use super::Problems;
 use super::auth::Client;
 use super::error::{ApiError, ApiResult, busy, problem};
 use super::extract::{Json, Params, RunPath};
-use crate::engine::{Appended, Chunk, Created, FeedKind, Spec, body_json};
+use crate::engine::{Appended, Chunk, Created, FeedKind, Spec, body_json, run_policy};
 use crate::read_model::Filter;
 use crate::run::{Command, Entry, State as RunStateOf, TITLE_CHARS};
 use crate::service::Service;
@@ -475,11 +475,7 @@ pub(super) async fn set_policy(
     }
     let policy = canonical(&body)?;
     let bytes = Bytes::from(policy.to_string());
-    let policy_revision = service
-        .engine
-        .policies
-        .put(&format!("run.{run}"), bytes)
-        .await?;
+    let policy_revision = service.engine.policies.put(&run_policy(run), bytes).await?;
     announce(&service, run, policy_revision, 0).await?;
     Ok(axum::Json(RunPolicy {
         policy: Some(policy),

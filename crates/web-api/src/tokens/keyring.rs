@@ -261,8 +261,8 @@ impl Keyring {
     /// newest key for each purpose stays, whatever this replica's clock says.
     pub async fn remove_unused(&self, since: UnixMillis) -> Result<usize, KeyringError> {
         let mut listed = HashMap::new();
-        let list = |name: &str, value: &[u8]| {
-            listed.insert(name.to_owned(), Record::read(value)?.created_at);
+        let list = |found: &async_nats::jetstream::kv::Entry| {
+            listed.insert(found.key.clone(), Record::read(&found.value)?.created_at);
             Ok(())
         };
         self.bucket.scan(list).await?;

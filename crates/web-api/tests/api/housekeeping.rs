@@ -1,5 +1,7 @@
 //! What has had its time goes, and nothing else.
 
+use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::time::Duration;
 
 use api_types::client::{Run, RunState};
@@ -11,7 +13,7 @@ use web_api::service::Config;
 use web_api::tokens::KeyringError;
 
 use crate::nats::Kind;
-use crate::replica::{Api, eventually};
+use crate::replica::{Api, World, eventually, open};
 use crate::world;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -27,6 +29,7 @@ async fn finished_runs_go_after_their_time_with_all_that_was_kept_of_them() {
     let replica = world.replica(config).await;
     let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
     let me = RunnerId::random();
+    let engine = &replica.service.engine;
     // One small, one whose specification is a blob.
     let mut finished = Vec::new();
     for prompt in ["true".to_owned(), "x".repeat(700 << 10)] {
@@ -37,13 +40,21 @@ async fn finished_runs_go_after_their_time_with_all_that_was_kept_of_them() {
             .post("/api/webhooks/agent/events", events)
             .await;
         assert_eq!(said.status, StatusCode::OK, "{said:?}");
+        let checkpoint = json!({"runId": id, "cliAgentType": "claude-code", "cliAgentSessionId": "s",
+            "cliAgentSessionHistory": "x".repeat(300 << 10)});
+        let said = Api::new(&replica.url, &token)
+            .post("/api/webhooks/agent/checkpoints", checkpoint)
+            .await;
+        assert_eq!(said.status, StatusCode::OK, "{said:?}");
+        let policy = json!({"rules": [{"host": "example.com", "action": "deny"}]});
+        let set = client.put(&format!("/api/runs/{id}/policy"), policy).await;
+        assert_eq!(set.status, StatusCode::OK, "{set:?}");
         runner.complete(me, id, 1).await.ok::<Run>();
         finished.push(id);
     }
     let waits = client.create(json!({})).await.run_id;
     let runs = client.create(json!({})).await.run_id;
     runner.claim(me, runs).await;
-    let engine = &replica.service.engine;
     let (mut entries, mut specs) = (Vec::new(), 0);
     for id in &finished {
         let (entry, _) = engine.run(*id).await.unwrap().unwrap();
@@ -62,7 +73,10 @@ async fn finished_runs_go_after_their_time_with_all_that_was_kept_of_them() {
         engine.spec(entry).await.unwrap_err();
         let events = client.get(&format!("/api/runs/{id}/events")).await;
         assert_eq!(events.problem(), ProblemKind::NotFound);
+        let policy = engine.policies.get(&format!("run.{id}")).await.unwrap();
+        assert!(policy.is_none());
     }
+    assert_eq!(chunks(&world).await, 0, "blobs of runs are gone");
     eventually("the list forgets them, too", || async {
         let list = client.get("/api/runs").await;
         list.body["runs"].as_array().unwrap().len() == 2
@@ -70,6 +84,112 @@ async fn finished_runs_go_after_their_time_with_all_that_was_kept_of_them() {
     .await;
     assert_eq!(client.run(waits).await.state, RunState::Queued);
     assert_eq!(client.run(runs).await.state, RunState::Running);
+}
+
+/// Messages of blobs, without their names.
+async fn chunks(world: &World) -> usize {
+    use futures_util::TryStreamExt as _;
+    let stream = blobs(world)
+        .await
+        .get_stream("OBJ_vm0_blobs")
+        .await
+        .unwrap();
+    let all = stream.info_with_subjects("$O.vm0_blobs.C.>").await.unwrap();
+    all.try_fold(0, |sum, (_, count)| async move { Ok(sum + count) })
+        .await
+        .unwrap()
+}
+
+async fn blobs(world: &World) -> async_nats::jetstream::Context {
+    let options = async_nats::ConnectOptions::with_user_and_password("app".into(), "app".into());
+    let client = options.connect(world.nats.url()).await.unwrap();
+    async_nats::jetstream::new(client)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_upload_left_that_broke_off_goes_and_nothing_that_has_a_name() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let engine = open(&world.nats).await;
+    let whole = vec![7; 300 << 10];
+    engine.put_blob("whole", &whole).await.unwrap();
+    engine.put_blob("removed", &whole).await.unwrap();
+    engine.remove_blob("removed").await.unwrap();
+    engine.remove_blob("never").await.unwrap();
+    let there = chunks(&world).await;
+    let broken = "$O.vm0_blobs.C.broken";
+    let context = blobs(&world).await;
+    context
+        .publish(broken, "x".into())
+        .await
+        .unwrap()
+        .await
+        .unwrap();
+    // It may still be on its way.
+    let strays = engine.remove_strays(&BTreeSet::new()).await.unwrap();
+    assert_eq!(strays, BTreeSet::from([broken.to_owned()]));
+    assert_eq!(chunks(&world).await, there + 1);
+    let strays = engine.remove_strays(&strays).await.unwrap();
+    assert_eq!(strays, BTreeSet::new());
+    assert_eq!(chunks(&world).await, there);
+    assert_eq!(engine.blob("whole").await.unwrap(), Some(whole));
+    assert_eq!(engine.blob("removed").await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_is_kept_when_its_sender_has_gone_and_goes_after_its_time() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let replica = world.replica(Config::default()).await;
+    let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
+    let me = RunnerId::random();
+    let session = json!({"sessionId": "s-1"});
+    let id = client.create(session.clone()).await.run_id;
+    let token = runner.claim(me, id).await.sandbox_token;
+    let history = "x".repeat(8 << 20);
+    let body = json!({"runId": id, "cliAgentType": "claude-code", "cliAgentSessionId": "s",
+        "cliAgentSessionHistory": history})
+    .to_string();
+    let address = replica.url.strip_prefix("http://").unwrap().to_owned();
+    let sender = tokio::task::spawn_blocking(move || {
+        let mut stream = std::net::TcpStream::connect(&address).unwrap();
+        let head = format!(
+            "POST /api/webhooks/agent/checkpoints HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(body.as_bytes()).unwrap();
+        stream
+    });
+    let sender = sender.await.unwrap();
+    eventually("it is being written", || async { chunks(&world).await > 0 }).await;
+    drop(sender);
+    let sessions = &replica.service.engine.sessions;
+    eventually("the session is kept", || async {
+        sessions.messages().await.unwrap() > 0
+    })
+    .await;
+    runner.complete(me, id, 1).await.ok::<Run>();
+    let next = client.create(session.clone()).await.run_id;
+    let resumed = runner.claim(me, next).await.resume_session.unwrap();
+    assert!(resumed.session_history == history);
+
+    // Nobody goes on with it for a month.
+    let month = 31 * 24 * 3600 * 1000;
+    let config = Config {
+        housekeeping: Duration::from_millis(100),
+        ..Config::default()
+    };
+    let _later = world.skewed_replica(config, month).await;
+    eventually("the session is gone", || async {
+        let context = runner.claim(me, client.create(session.clone()).await.run_id);
+        context.await.resume_session.is_none()
+    })
+    .await;
+    eventually("so is its history", || async { chunks(&world).await == 0 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,133 @@
+//! What is too large for a message: blobs of the object store, each a name and the chunks that it stands for.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use api_types::UnixMillis;
+use async_nats::jetstream::kv::Entry;
+use async_nats::jetstream::object_store::{DeleteErrorKind, GetErrorKind, ObjectInfo};
+use async_nats::jetstream::stream::Stream;
+use futures_util::TryStreamExt as _;
+use tokio::io::AsyncReadExt as _;
+
+use super::{Engine, EngineError};
+
+/// Largest blob that is read back, bytes.
+const MAX_BLOB_BYTES: u64 = 64 << 20;
+/// Longest time for writing one.
+const MAX_PUT: Duration = Duration::from_secs(300);
+
+/// The name of a session's newest history.
+pub fn session_blob(key: &str) -> String {
+    format!("session/{key}")
+}
+
+impl Engine {
+    /// Writes a blob. Its name comes last: chunks of one that was broken off are found by [`Self::remove_strays`].
+    pub async fn put_blob(&self, name: &str, mut bytes: &[u8]) -> Result<(), EngineError> {
+        tokio::time::timeout(MAX_PUT, self.blobs.put(name, &mut bytes))
+            .await
+            .map_err(EngineError::unavailable)?
+            .map(|_| ())
+            .map_err(EngineError::unavailable)
+    }
+
+    /// Reads a blob.
+    pub async fn blob(&self, name: &str) -> Result<Option<Vec<u8>>, EngineError> {
+        let object = match self.blobs.get(name).await {
+            Ok(object) => object,
+            Err(error) if error.kind() == GetErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(EngineError::unavailable(error)),
+        };
+        let mut bytes = Vec::new();
+        object
+            .take(MAX_BLOB_BYTES)
+            .read_to_end(&mut bytes)
+            .await
+            .map_err(EngineError::unavailable)?;
+        Ok(Some(bytes))
+    }
+
+    /// Removes a blob, if it is there.
+    pub async fn remove_blob(&self, name: &str) -> Result<(), EngineError> {
+        match self.blobs.delete(name).await {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == DeleteErrorKind::NotFound => Ok(()),
+            Err(error) => Err(EngineError::unavailable(error)),
+        }
+    }
+
+    /// Removes sessions that have had no checkpoint since.
+    pub async fn remove_sessions(&self, since: UnixMillis) -> Result<(), EngineError> {
+        let mut old = Vec::new();
+        let look = |found: &Entry| {
+            let at = found.created.unix_timestamp_nanos() / 1_000_000;
+            if at < i128::from(since) {
+                old.push((found.key.clone(), found.revision));
+            }
+            Ok(())
+        };
+        self.sessions.scan(look).await?;
+        for (key, revision) in old {
+            // One that has another checkpoint meanwhile stays.
+            if self.sessions.remove_at(&key, revision).await.is_ok() {
+                self.remove_blob(&session_blob(&key)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes chunks that no name stands for and that were in `before`, what an earlier call gave: longer ago than
+    /// writing a blob takes. Gives those that are left.
+    pub async fn remove_strays(
+        &self,
+        before: &BTreeSet<String>,
+    ) -> Result<BTreeSet<String>, EngineError> {
+        let prefix = format!("$O.{}_blobs", self.namespace);
+        let stream = self
+            .context
+            .get_stream(format!("OBJ_{}_blobs", self.namespace))
+            .await
+            .map_err(EngineError::unavailable)?;
+        // Chunks first: a name that is written meanwhile is seen.
+        let mut strays = subjects(&stream, &format!("{prefix}.C.>")).await?;
+        for name in subjects(&stream, &format!("{prefix}.M.>")).await? {
+            // One by one from the leader, rather than as a list that may break off: what is missing here is removed.
+            let message = stream
+                .get_last_raw_message_by_subject(&name)
+                .await
+                .map_err(EngineError::unavailable)?;
+            let info: ObjectInfo = serde_json::from_slice(&message.payload)
+                .map_err(|error| EngineError::Corrupt(error.to_string()))?;
+            if !info.deleted {
+                strays.remove(&format!("{prefix}.C.{}", info.nuid));
+            }
+        }
+        let (old, new): (Vec<_>, Vec<_>) = strays.into_iter().partition(|s| before.contains(s));
+        for chunks in &old {
+            stream
+                .purge()
+                .filter(chunks)
+                .await
+                .map_err(EngineError::unavailable)?;
+        }
+        if !old.is_empty() {
+            tracing::info!(
+                blobs = old.len(),
+                "what was left of broken-off uploads is removed"
+            );
+        }
+        Ok(new.into_iter().collect())
+    }
+}
+
+async fn subjects(stream: &Stream, filter: &str) -> Result<BTreeSet<String>, EngineError> {
+    stream
+        .info_with_subjects(filter)
+        .await
+        .map_err(EngineError::unavailable)?
+        .map_ok(|(subject, _)| subject)
+        .try_collect()
+        .await
+        .map_err(EngineError::unavailable)
+}
