@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api_types::UnixMillis;
+use api_types::{RunId, UnixMillis};
 
 use crate::engine::EngineError;
 use crate::run::State;
@@ -30,20 +30,7 @@ impl Service {
             }
             let kept = u64::try_from(self.config.run_retention.as_millis()).unwrap_or(u64::MAX);
             let before = self.clock.now().saturating_sub(kept);
-            while let Ok(runs) = self.read_model.ended_before(before, 100) {
-                if runs.is_empty() {
-                    break;
-                }
-                for run in runs {
-                    if let Ok(Some((entry, _))) = self.engine.run(run).await
-                        && matches!(entry.state, State::Done { .. })
-                        && let Err(error) = self.engine.remove_run(&entry).await
-                    {
-                        tracing::warn!(%run, %error, "an old run cannot be removed");
-                    }
-                    let _ = self.read_model.forget(run);
-                }
-            }
+            self.remove_old_runs(before).await;
             if swept.is_none_or(|at| at.elapsed() >= SWEEP) {
                 match self.sweep(before, &strays).await {
                     Ok(left) => (swept, strays) = (Some(Instant::now()), left),
@@ -60,6 +47,44 @@ impl Service {
                     Err(error) => tracing::warn!(%error, "old keys cannot be removed"),
                 }
             }
+        }
+    }
+
+    /// Removes runs that ended before this. One that cannot be removed now is known still, for the next time.
+    async fn remove_old_runs(&self, before: UnixMillis) {
+        let mut kept: u32 = 0;
+        while let Ok(runs) = self.read_model.ended_before(before, kept, 100) {
+            if runs.is_empty() {
+                return;
+            }
+            for run in runs {
+                let removed = self.remove_old_run(run).await;
+                let outcome = match removed {
+                    Ok(true) => self.read_model.forget(run).map_err(|e| e.to_string()),
+                    Ok(false) => Err("it is not finished".to_owned()),
+                    // The others would fare no better, and each is waited for.
+                    Err(error @ EngineError::Unavailable(_)) => {
+                        tracing::warn!(%run, %error, "an old run cannot be removed now");
+                        return;
+                    }
+                    Err(error) => Err(error.to_string()),
+                };
+                if let Err(error) = outcome {
+                    tracing::warn!(%run, %error, "an old run cannot be removed");
+                    kept = kept.saturating_add(1);
+                }
+            }
+        }
+    }
+
+    /// Whether it is gone.
+    async fn remove_old_run(&self, run: RunId) -> Result<bool, EngineError> {
+        match self.engine.run(run).await? {
+            None => Ok(true),
+            Some((entry, _)) if matches!(entry.state, State::Done { .. }) => {
+                self.engine.remove_run(&entry).await.map(|()| true)
+            }
+            Some(_) => Ok(false),
         }
     }
 

@@ -199,15 +199,22 @@ impl ReadModel {
         Ok(RunPage { runs, next })
     }
 
-    /// Finished runs that ended before this, the oldest first.
-    pub fn ended_before(&self, at: UnixMillis, limit: u32) -> Result<Vec<RunId>, ReadModelError> {
+    /// Finished runs that ended before this, the oldest first, without the first `passed`.
+    pub fn ended_before(
+        &self,
+        at: UnixMillis,
+        passed: u32,
+        limit: u32,
+    ) -> Result<Vec<RunId>, ReadModelError> {
         let connection = self
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let mut statement =
-            connection.prepare("SELECT run FROM runs WHERE ended < ?1 ORDER BY ended LIMIT ?2")?;
-        let rows = statement.query_map((integer(at), limit), |row| row.get::<_, String>(0))?;
+        let mut statement = connection.prepare(
+            "SELECT run FROM runs WHERE ended < ?1 ORDER BY ended, run LIMIT ?2 OFFSET ?3",
+        )?;
+        let rows =
+            statement.query_map((integer(at), limit, passed), |row| row.get::<_, String>(0))?;
         let mut runs = Vec::new();
         for row in rows {
             runs.extend(row?.parse::<RunId>().ok());
@@ -314,7 +321,8 @@ mod tests {
         model.note(&[(done, 5), (queued.clone(), 4)]).unwrap();
         let page = model.list(&of("vm0/a")).unwrap();
         assert_eq!(page.runs[0].state, RunState::Done);
-        assert_eq!(model.ended_before(8, 10).unwrap(), vec![queued.run]);
-        assert!(model.ended_before(7, 10).unwrap().is_empty());
+        assert_eq!(model.ended_before(8, 0, 10).unwrap(), vec![queued.run]);
+        assert!(model.ended_before(8, 1, 10).unwrap().is_empty());
+        assert!(model.ended_before(7, 0, 10).unwrap().is_empty());
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use api_types::client::{Run, RunState};
 use api_types::runner::FirewallSecrets;
-use api_types::{ProblemKind, RunnerId};
+use api_types::{ProblemKind, RunId, RunnerId};
 use reqwest::StatusCode;
 use serde_json::json;
 use web_api::service::Config;
@@ -84,6 +84,53 @@ async fn finished_runs_go_after_their_time_with_all_that_was_kept_of_them() {
     .await;
     assert_eq!(client.run(waits).await.state, RunState::Queued);
     assert_eq!(client.run(runs).await.state, RunState::Running);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_cannot_be_removed_now_is_removed_later_and_keeps_no_other() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let config = Config {
+        run_retention: Duration::from_secs(3600),
+        housekeeping: Duration::from_millis(100),
+        ..Config::default()
+    };
+    let replica = world.replica(config).await;
+    let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
+    let me = RunnerId::random();
+    let mut finished = Vec::new();
+    for _ in 0..3 {
+        let id = client.create(json!({})).await.run_id;
+        runner.claim(me, id).await;
+        runner.complete(me, id, 1).await.ok::<Run>();
+        finished.push(id);
+    }
+    let listed = || async {
+        let list = client.get("/api/runs?state=done").await;
+        let ids = list.body["runs"].as_array().unwrap().iter();
+        ids.map(|run| run["runId"].as_str().unwrap().parse().unwrap())
+            .collect::<Vec<RunId>>()
+    };
+    eventually("all are listed as finished", || async {
+        listed().await.len() == 3
+    })
+    .await;
+    // The one that is looked at first cannot be read.
+    let damaged = finished[0];
+    let bucket = replica.service.engine.runs_bucket();
+    let whole = bucket.get(&damaged.to_string()).await.unwrap().unwrap();
+    let key = damaged.to_string();
+    bucket.put(&key, "{".into()).await.unwrap();
+
+    replica.clock.set_offset(3600 * 1000 + 60_000);
+    eventually("the others are gone", || async { listed().await.len() < 2 }).await;
+    assert_eq!(listed().await, [damaged]);
+    bucket.put(&key, whole.value).await.unwrap();
+    eventually("it is gone, too", || async {
+        bucket.get(&key).await.unwrap().is_none()
+    })
+    .await;
 }
 
 /// Messages of blobs, without their names.
