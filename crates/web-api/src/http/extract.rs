@@ -4,15 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api_types::{ProblemKind, RunId};
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
+use axum::RequestExt as _;
+use axum::body::HttpBody as _;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::header;
 use axum::http::request::Parts;
+use http_body_util::{BodyExt as _, LengthLimitError};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::error::{ApiError, no_such_run, problem, too_many};
+use super::MAX_BODY_BYTES;
+use super::error::{ApiError, busy, no_such_run, problem, too_many};
 use super::limits::Seat;
 use crate::service::Service;
 
@@ -38,7 +40,7 @@ pub(super) struct Json<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequest<Arc<Service>> for Json<T> {
     type Rejection = ApiError;
-    async fn from_request(request: Request, state: &Arc<Service>) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, _: &Arc<Service>) -> Result<Self, ApiError> {
         let json = request
             .headers()
             .get(header::CONTENT_TYPE)
@@ -55,21 +57,26 @@ impl<T: DeserializeOwned> FromRequest<Arc<Service>> for Json<T> {
         if let Some(seat) = &seat {
             seat.leave();
         }
-        let arrived = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, state));
-        let bytes = arrived
+        let body = request.into_limited_body();
+        // Of one that does not say how long it is, the most that its path takes.
+        let most = body.size_hint().upper().unwrap_or(u64::MAX);
+        if let Some(seat) = &seat
+            && most > u64::try_from(MAX_BODY_BYTES).unwrap_or(u64::MAX)
+            && !seat.spread(most)
+        {
+            return Err(busy("the server has too many large bodies under way", 1));
+        }
+        let bytes = tokio::time::timeout(BODY_TIMEOUT, body.collect())
             .await
             .map_err(|_| problem(ProblemKind::Malformed, "the body came too slowly"))?
-            .map_err(|rejection| match rejection {
-                BytesRejection::FailedToBufferBody(error)
-                    if error.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE =>
-                {
-                    problem(
-                        ProblemKind::TooLarge,
-                        "the body is larger than this path takes",
-                    )
-                }
-                _ => problem(ProblemKind::Malformed, "the body did not arrive whole"),
-            })?;
+            .map_err(|error| match error.into_inner().is::<LengthLimitError>() {
+                true => problem(
+                    ProblemKind::TooLarge,
+                    "the body is larger than this path takes",
+                ),
+                false => problem(ProblemKind::Malformed, "the body did not arrive whole"),
+            })?
+            .to_bytes();
         if seat.is_some_and(|seat| !seat.come_back()) {
             return Err(too_many());
         }

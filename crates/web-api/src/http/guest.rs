@@ -9,15 +9,16 @@ use api_types::guest::{
 };
 use api_types::runner::{FirewallAuth, FirewallSecrets, LeaseRef};
 use api_types::{ClaimId, ProblemKind};
-use axum::extract::State;
+use axum::extract::{FromRequest as _, Request, State};
 use axum::http::StatusCode;
 use bytes::Bytes;
 
 use super::Problems;
 use super::auth::{Guest, Runner, holds};
 use super::context::{SessionRecord, session_key};
-use super::error::{ApiResult, problem};
+use super::error::{ApiResult, busy, problem};
 use super::extract::Json;
+use super::limits::Seat;
 use super::runners::appended;
 use crate::engine::{Chunk, EngineError, FeedKind, body_json, session_blob};
 use crate::run::{Advice, Command};
@@ -160,8 +161,14 @@ pub(super) async fn telemetry(
 pub(super) async fn checkpoints(
     State(service): State<Arc<Service>>,
     guest: Guest,
-    Json(body): Json<Checkpoint>,
+    request: Request,
 ) -> ApiResult<axum::Json<CheckpointAccepted>> {
+    // One at a time, and only while the token is good: there may be much of the body.
+    let place = service.limits.checkpoint(&guest.run.to_string());
+    let place = place.ok_or_else(|| busy("another checkpoint of the run is under way", 1))?;
+    guest.lease(&service, guest.run).await?;
+    let seat = request.extensions().get::<Arc<Seat>>().cloned();
+    let Json(body) = Json::<Checkpoint>::from_request(request, &service).await?;
     let (entry, _) = guest.lease(&service, body.run_id).await?;
     if body.cli_agent_session_history.len() > MAX_HISTORY_BYTES {
         return Err(problem(
@@ -173,7 +180,11 @@ pub(super) async fn checkpoints(
     if let Some(session) = &entry.session {
         let key = session_key(&entry, session);
         // Goes on when the sender is gone: half a history would be kept for nobody.
-        let kept = tokio::spawn(async move { keep(&service, &key, body).await });
+        let kept = tokio::spawn(async move {
+            let kept = keep(&service, &key, body).await;
+            drop((seat, place, guest));
+            kept
+        });
         kept.await
             .map_err(|error| problem(ProblemKind::Internal, error.to_string()))??;
     }

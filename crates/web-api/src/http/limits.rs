@@ -18,6 +18,8 @@ pub struct Ceilings {
     pub followers: usize,
     /// Requests of one guest.
     pub per_guest: usize,
+    /// KiB of large bodies of clients; as many of guests.
+    pub body_kib: usize,
 }
 
 impl Default for Ceilings {
@@ -28,25 +30,36 @@ impl Default for Ceilings {
             waiters: 8192,
             followers: 8192,
             per_guest: 8,
+            body_kib: 256 << 10,
         }
     }
+}
+
+/// Room for the requests of one kind.
+#[derive(Clone, Debug)]
+pub struct Room {
+    /// Places.
+    pub requests: Arc<Semaphore>,
+    /// KiB of large bodies.
+    pub bodies: Arc<Semaphore>,
 }
 
 /// The gate.
 #[derive(Debug)]
 pub struct Limits {
-    /// For requests of clients. Each kind has places of its own: none keeps another out.
-    pub clients: Arc<Semaphore>,
+    /// For requests of clients. Each kind has room of its own: none keeps another out.
+    pub clients: Room,
     /// For requests of runners, which renew leases.
-    pub runners: Arc<Semaphore>,
+    pub runners: Room,
     /// For requests of guests.
-    pub guests: Arc<Semaphore>,
+    pub guests: Room,
     /// For those who wait for work.
     pub waiters: Arc<Semaphore>,
     /// For followers.
     pub followers: Arc<Semaphore>,
     tokens: Counts,
     runs: Counts,
+    checkpoints: Counts,
 }
 
 /// How many places each of many has.
@@ -101,14 +114,19 @@ impl Limits {
     /// A gate with these ceilings.
     pub fn new(ceilings: Ceilings) -> Self {
         let places = |most| Arc::new(Semaphore::new(most));
+        let room = || Room {
+            requests: places(ceilings.requests),
+            bodies: places(ceilings.body_kib),
+        };
         Self {
-            clients: places(ceilings.requests),
-            runners: places(ceilings.requests),
-            guests: places(ceilings.requests),
+            clients: room(),
+            runners: room(),
+            guests: room(),
             waiters: places(ceilings.waiters),
             followers: places(ceilings.followers),
             tokens: Counts::new(ceilings.per_token),
             runs: Counts::new(ceilings.per_guest),
+            checkpoints: Counts::new(1),
         }
     }
 
@@ -121,6 +139,11 @@ impl Limits {
     pub fn guest(&self, run: &str) -> Option<Counted> {
         self.runs.take(run)
     }
+
+    /// The place for a checkpoint of this run.
+    pub fn checkpoint(&self, run: &str) -> Option<Counted> {
+        self.checkpoints.take(run)
+    }
 }
 
 /// A place, if one is free.
@@ -128,43 +151,62 @@ pub fn place(semaphore: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
     Arc::clone(semaphore).try_acquire_owned().ok()
 }
 
-/// What a request has of the places until it is answered.
+/// What a request has of the room until it is answered.
 #[derive(Debug)]
 pub(super) struct Seat {
-    places: Arc<Semaphore>,
-    taken: Mutex<Option<OwnedSemaphorePermit>>,
-    counted: Mutex<Option<Counted>>,
+    room: Room,
+    held: Mutex<Held>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    place: Option<OwnedSemaphorePermit>,
+    body: Option<OwnedSemaphorePermit>,
+    counted: Option<Counted>,
 }
 
 impl Seat {
-    pub(super) fn take(places: Arc<Semaphore>) -> Option<Self> {
+    pub(super) fn take(room: Room) -> Option<Self> {
+        let held = Held {
+            place: Some(place(&room.requests)?),
+            ..Held::default()
+        };
         Some(Self {
-            taken: Mutex::new(Some(place(&places)?)),
-            places,
-            counted: Mutex::default(),
+            room,
+            held: Mutex::new(held),
         })
     }
 
     /// Counts it among those of its token, too.
     pub(super) fn count(&self, counted: Counted) {
-        *self.counted.lock().unwrap_or_else(PoisonError::into_inner) = Some(counted);
+        self.held().counted = Some(counted);
     }
 
     /// Who waits for the body leaves the place to others: how long it takes is up to the sender.
     pub(super) fn leave(&self) {
-        drop(self.taken().take());
+        self.held().place = None;
     }
 
     /// Whether there is a place again.
     pub(super) fn come_back(&self) -> bool {
-        let again = place(&self.places);
-        let there = again.is_some();
-        *self.taken() = again;
-        there
+        let mut held = self.held();
+        held.place = place(&self.room.requests);
+        held.place.is_some()
     }
 
-    fn taken(&self) -> std::sync::MutexGuard<'_, Option<OwnedSemaphorePermit>> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether there is room for a large body of so many bytes.
+    pub(super) fn spread(&self, bytes: u64) -> bool {
+        let Ok(kib) = u32::try_from(bytes.div_ceil(1024)) else {
+            return false;
+        };
+        let room = Arc::clone(&self.room.bodies);
+        let mut held = self.held();
+        held.body = room.try_acquire_many_owned(kib).ok();
+        held.body.is_some()
+    }
+
+    fn held(&self) -> std::sync::MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -187,15 +229,32 @@ mod tests {
 
     #[test]
     fn who_waits_for_a_body_has_no_place_and_may_find_none_afterwards() {
-        let places = Arc::new(Semaphore::new(1));
-        let first = Seat::take(Arc::clone(&places)).unwrap();
-        assert!(Seat::take(Arc::clone(&places)).is_none());
+        let room = Limits::new(Ceilings {
+            requests: 1,
+            body_kib: 100,
+            ..Ceilings::default()
+        })
+        .clients;
+        let first = Seat::take(room.clone()).unwrap();
+        assert!(Seat::take(room.clone()).is_none());
         first.leave();
-        let second = Seat::take(Arc::clone(&places)).unwrap();
+        let second = Seat::take(room.clone()).unwrap();
         assert!(!first.come_back());
         drop(second);
         assert!(first.come_back());
+
+        assert!(!first.spread(100 * 1024 + 1));
+        assert!(first.spread(100 * 1024));
+        first.leave();
+        let second = Seat::take(room.clone()).unwrap();
+        assert!(!second.spread(1));
         drop(first);
-        assert_eq!(places.available_permits(), 1);
+        assert!(second.spread(1));
+        drop(second);
+        let left = (
+            room.requests.available_permits(),
+            room.bodies.available_permits(),
+        );
+        assert_eq!(left, (1, 100));
     }
 }

@@ -23,7 +23,6 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use tokio::sync::Semaphore;
 use utoipa::OpenApi as _;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, OpenApi, RefOr, ResponseBuilder};
@@ -32,9 +31,9 @@ use utoipa_axum::routes;
 
 use crate::service::Service;
 use error::{problem, too_many};
-use limits::Seat;
+use limits::{Room, Seat};
 
-/// Largest body where nothing else is said, bytes.
+/// Largest body where nothing else is said, bytes. Larger ones share what room there is.
 const MAX_BODY_BYTES: usize = 2 << 20;
 /// Largest body of a creation: a prompt of 4 MiB whose characters are escaped, and the rest.
 const MAX_CREATE_BYTES: usize = 12 << 20;
@@ -206,8 +205,8 @@ pub fn openapi() -> Result<serde_json::Value, serde_json::Error> {
 
 /// The whole API.
 pub fn router(service: Arc<Service>) -> Router {
-    let gated = |places: &Arc<Semaphore>| {
-        middleware::from_fn_with_state::<_, _, (State<_>, Request)>(Arc::clone(places), gate)
+    let gated = |room: &Room| {
+        middleware::from_fn_with_state::<_, _, (State<_>, Request)>(room.clone(), gate)
     };
     let limits = &service.limits;
     let (router, _) = OpenApiRouter::new()
@@ -228,8 +227,8 @@ pub fn router(service: Arc<Service>) -> Router {
 }
 
 /// Lets in what there is room for, and ends what takes too long.
-async fn gate(State(places): State<Arc<Semaphore>>, mut request: Request, next: Next) -> Response {
-    let Some(seat) = Seat::take(places).map(Arc::new) else {
+async fn gate(State(room): State<Room>, mut request: Request, next: Next) -> Response {
+    let Some(seat) = Seat::take(room).map(Arc::new) else {
         return too_many().into_response();
     };
     // Held by this function until there is an answer.

@@ -237,18 +237,8 @@ async fn one_api_key_keeps_neither_other_groups_nor_runners_out() {
     let id = client.create(json!({})).await.run_id;
     let guest = Api::new(&replica.url, &runner.claim(me, id).await.sandbox_token);
 
-    let address = replica.url.strip_prefix("http://").unwrap();
     let slow: Vec<_> = (0..6)
-        .map(|_| {
-            let mut stream = std::net::TcpStream::connect(address).unwrap();
-            let head = format!(
-                "POST /api/runs HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {}\r\n\
-                 Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{{",
-                world.other_client
-            );
-            stream.write_all(head.as_bytes()).unwrap();
-            stream
-        })
+        .map(|_| announce(&replica.url, "/api/runs", &world.other_client, 1_000_000))
         .collect();
     crate::replica::eventually("all of them are there", || async {
         other.get("/api/runs").await.status == StatusCode::TOO_MANY_REQUESTS
@@ -264,7 +254,7 @@ async fn one_api_key_keeps_neither_other_groups_nor_runners_out() {
     })
     .await;
 
-    let places = Arc::clone(&replica.service.limits.clients);
+    let places = Arc::clone(&replica.service.limits.clients.requests);
     let _all = places.acquire_many_owned(4).await.unwrap();
     let refused = client.get("/api/runs").await;
     assert_eq!(refused.problem(), ProblemKind::TooManyRequests);
@@ -274,6 +264,76 @@ async fn one_api_key_keeps_neither_other_groups_nor_runners_out() {
         .post("/api/webhooks/agent/heartbeat", json!({"runId": id}))
         .await;
     assert_eq!(alive.status, StatusCode::OK, "{alive:?}");
+}
+
+/// The beginning of a request whose body is announced and does not come.
+fn announce(url: &str, path: &str, token: &str, bytes: usize) -> std::net::TcpStream {
+    let address = url.strip_prefix("http://").unwrap();
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\n\
+         Content-Type: application/json\r\nContent-Length: {bytes}\r\n\r\n{{"
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_come_one_by_one_within_the_room_that_there_is() {
+    const CHECKPOINTS: &str = "/api/webhooks/agent/checkpoints";
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let config = Config {
+        limits: Ceilings {
+            body_kib: 10 << 10,
+            ..Ceilings::default()
+        },
+        ..Config::default()
+    };
+    let replica = world.replica(config).await;
+    let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
+    let me = RunnerId::random();
+    let mut runs = Vec::new();
+    for _ in 0..2 {
+        let id = client.create(json!({"sessionId": "s-1"})).await.run_id;
+        runs.push((id, runner.claim(me, id).await.sandbox_token));
+    }
+    let checkpoint = |n: usize, bytes: usize| {
+        let (id, token) = &runs[n];
+        let body = json!({"runId": id, "cliAgentType": "claude-code", "cliAgentSessionId": "s",
+            "cliAgentSessionHistory": "x".repeat(bytes)});
+        let guest = Api::new(&replica.url, token);
+        async move { guest.post(CHECKPOINTS, body).await }
+    };
+    let room = &replica.service.limits.guests.bodies;
+    let slow = announce(&replica.url, CHECKPOINTS, &runs[0].1, 9 << 20);
+    crate::replica::eventually("the body has its room", || async {
+        room.available_permits() == 1 << 10
+    })
+    .await;
+    let second = checkpoint(0, 1).await;
+    assert_eq!(second.problem(), ProblemKind::TooManyRequests);
+    let large = checkpoint(1, 3 << 20).await;
+    assert_eq!(large.problem(), ProblemKind::TooManyRequests);
+    assert_eq!(checkpoint(1, 1 << 20).await.status, StatusCode::OK);
+    drop(slow);
+    crate::replica::eventually("the room comes back", || async {
+        room.available_permits() == 10 << 10
+    })
+    .await;
+    assert_eq!(checkpoint(0, 3 << 20).await.status, StatusCode::OK);
+
+    // Of an ended run nothing is read.
+    runner.complete(me, runs[0].0, 1).await.ok::<Value>();
+    let mut late = announce(&replica.url, CHECKPOINTS, &runs[0].1, 9 << 20);
+    let status = tokio::task::spawn_blocking(move || {
+        let mut status = [0; 12];
+        late.shutdown(std::net::Shutdown::Write).unwrap();
+        late.read_exact(&mut status).unwrap();
+        String::from_utf8_lossy(&status).into_owned()
+    });
+    assert_eq!(status.await.unwrap(), "HTTP/1.1 401");
 }
 
 #[tokio::test(flavor = "multi_thread")]
