@@ -35,6 +35,8 @@ pub struct Config {
     pub run_retention: Duration,
     /// How often it is looked for what is to be removed.
     pub housekeeping: Duration,
+    /// How often WebSockets are pinged; one that is silent for three times as long is dead.
+    pub ping: Duration,
     /// Requests, waiters and followers at once.
     pub limits: crate::http::limits::Ceilings,
     /// Of offers.
@@ -50,6 +52,7 @@ impl Default for Config {
             max_queued: 100_000,
             run_retention: Duration::from_secs(30 * 24 * 3600),
             housekeeping: Duration::from_secs(600),
+            ping: Duration::from_secs(15),
             limits: crate::http::limits::Ceilings::default(),
             timing: Timing::default(),
         }

@@ -4,11 +4,13 @@ pub mod auth;
 mod context;
 mod describe;
 pub mod error;
+mod exec;
 mod extract;
 mod follow;
 mod guest;
 pub mod limits;
 mod linger;
+mod outbox;
 mod policies;
 mod push;
 mod runners;
@@ -172,7 +174,7 @@ fn long() -> OpenApiRouter<Arc<Service>> {
     OpenApiRouter::new()
         .routes(routes!(runners::poll))
         .routes(routes!(push::connect))
-        .routes(routes!(push::exec))
+        .routes(routes!(exec::exec))
         .routes(routes!(follow::events))
         .routes(routes!(follow::output))
         .routes(routes!(follow::logs))

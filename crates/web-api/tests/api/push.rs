@@ -1,5 +1,7 @@
 //! WebSockets: words to runners, and commands that operators run in their VMs.
 
+use std::time::Duration;
+
 use api_types::client::Run;
 use api_types::runner::Fleet;
 use api_types::{RunId, RunnerId};
@@ -11,7 +13,7 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 use web_api::service::Config;
 
 use crate::nats::Kind;
-use crate::replica::{Api, run};
+use crate::replica::{Api, Replica, World, eventually, run};
 use crate::world;
 
 /// One end of a WebSocket.
@@ -40,6 +42,20 @@ impl Socket {
         self.0.send(Message::text(value.to_string())).await.unwrap();
     }
 
+    /// The next word of this kind.
+    async fn until(&mut self, kind: &str) -> Value {
+        let found = async {
+            loop {
+                let word = self.receive().await;
+                if word["type"] == kind {
+                    return word;
+                }
+            }
+        };
+        let found = tokio::time::timeout(Duration::from_secs(60), found).await;
+        found.unwrap_or_else(|_| panic!("never: {kind}"))
+    }
+
     async fn receive(&mut self) -> Value {
         loop {
             if let Message::Text(text) = self.0.next().await.unwrap().unwrap() {
@@ -47,6 +63,190 @@ impl Socket {
             }
         }
     }
+}
+
+/// A replica at which a runner has a run, with what is needed to talk about it.
+struct Stage {
+    world: World,
+    replica: Replica,
+    me: RunnerId,
+    run: RunId,
+}
+
+impl Stage {
+    async fn new() -> Option<Self> {
+        let world = world(Kind::default()).await?;
+        let config = Config {
+            ping: PING,
+            ..Config::default()
+        };
+        let replica = world.replica(config).await;
+        let me = RunnerId::random();
+        let run = world.as_client(&replica.url).create(json!({})).await.run_id;
+        world.as_runner(&replica.url).claim(me, run).await;
+        Some(Self {
+            world,
+            replica,
+            me,
+            run,
+        })
+    }
+
+    async fn runner(&self) -> Socket {
+        Socket::runner(&self.replica.url, &self.world.runner, self.me, "vm0/demo").await
+    }
+
+    async fn operator(&self) -> Socket {
+        Socket::exec(&self.replica.url, &self.world.client, self.run).await
+    }
+
+    /// NATS, as another replica has it.
+    async fn nats(&self) -> async_nats::Client {
+        let user = async_nats::ConnectOptions::with_user_and_password("app".into(), "app".into());
+        user.connect(self.world.nats.url()).await.unwrap()
+    }
+}
+
+const PING: Duration = Duration::from_millis(500);
+
+/// The command's last word, which says why it ended.
+async fn reason(operator: &mut Socket) -> String {
+    let exit = operator.until("execExit").await;
+    exit["error"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_ends_with_a_word_when_its_runner_or_run_does() {
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let mut runner = stage.runner().await;
+    // Both say nothing yet, as a command may.
+    let mut cut = stage.operator().await;
+    assert_eq!(runner.receive().await["type"], "execStart");
+    drop(runner);
+    let why = reason(&mut cut).await;
+    assert!(why.contains("WebSocket has ended"), "{why}");
+
+    let mut runner = stage.runner().await;
+    let mut over = stage.operator().await;
+    assert_eq!(runner.receive().await["type"], "execStart");
+    // The runner answers pings meanwhile.
+    let listening = tokio::spawn(async move { while let Some(Ok(_)) = runner.0.next().await {} });
+    let (url, world) = (&stage.replica.url, &stage.world);
+    let ended = world.as_runner(url).complete(stage.me, stage.run, 1).await;
+    assert!(ended.status.is_success(), "{ended:?}");
+    let why = reason(&mut over).await;
+    assert!(why.contains("the run has ended"), "{why}");
+    listening.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_whose_operator_is_silent_is_ended_at_the_runner() {
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let mut runner = stage.runner().await;
+    // Not read, so no ping is answered.
+    let _operator = stage.operator().await;
+    let start = runner.until("execStart").await;
+    let end = runner.until("execEnd").await;
+    assert_eq!(end["execId"], start["execId"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_whose_answers_get_lost_or_stop_is_ended_with_a_word() {
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let nats = stage.nats().await;
+    let subject = format!("vm0.push.vm0.demo.{}", stage.me);
+    let mut pushes = nats.subscribe(subject).await.unwrap();
+    nats.flush().await.unwrap();
+    for (numbers, expected) in [
+        // Of a replica that is killed nothing comes any more.
+        (&["0"][..], "nothing is heard"),
+        (&["0", "1", "3"][..], "lost on its way"),
+    ] {
+        let mut operator = stage.operator().await;
+        let start = loop {
+            let push = pushes.next().await.unwrap();
+            let push: Value = serde_json::from_slice(&push.payload).unwrap();
+            if push["type"] == "execStart" {
+                break push;
+            }
+        };
+        let id = start["execId"].as_str().unwrap();
+        for number in numbers {
+            let mut headers = async_nats::HeaderMap::new();
+            headers.insert("Vm0-Number", *number);
+            let output = json!({"type": "execOutput", "execId": id, "data": "aGk="}).to_string();
+            let body = if *number == "0" { "" } else { &output };
+            nats.publish_with_headers(format!("vm0.exec.{id}"), headers, body.to_owned().into())
+                .await
+                .unwrap();
+        }
+        let why = reason(&mut operator).await;
+        assert!(why.contains(expected), "{why}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_who_reads_too_slowly_is_given_up_and_told() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let replica = world.replica(Config::default()).await;
+    let me = RunnerId::random();
+    let run = world.as_client(&replica.url).create(json!({})).await.run_id;
+    world.as_runner(&replica.url).claim(me, run).await;
+    let mut runner = Socket::runner(&replica.url, &world.runner, me, "vm0/demo").await;
+    let mut operator = Socket::exec(&replica.url, &world.client, run).await;
+    let id = runner.receive().await["execId"].clone();
+    // Many times what waits for one, beside what the kernel holds.
+    let data = "QUJD".repeat(32 << 10);
+    let output = json!({"type": "execOutput", "execId": id, "data": data});
+    for _ in 0..800 {
+        runner.send(output.clone()).await;
+    }
+    assert_eq!(runner.until("execEnd").await["execId"], id);
+    let why = reason(&mut operator).await;
+    assert!(why.contains("more than is read"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn input_that_a_runner_does_not_read_ends_its_command_and_no_other() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let replica = world.replica(Config::default()).await;
+    let me = RunnerId::random();
+    let run = world.as_client(&replica.url).create(json!({})).await.run_id;
+    world.as_runner(&replica.url).claim(me, run).await;
+    let mut runner = Socket::runner(&replica.url, &world.runner, me, "vm0/demo").await;
+    let mut calm = Socket::exec(&replica.url, &world.client, run).await;
+    let calm_id = runner.until("execStart").await["execId"].clone();
+    let mut hasty = Socket::exec(&replica.url, &world.client, run).await;
+    let hasty_id = runner.until("execStart").await["execId"].clone();
+    let data = "QUJD".repeat(32 << 10);
+    for _ in 0..800 {
+        let input = json!({"type": "execInput", "execId": "", "data": data});
+        // It is told before it has said all.
+        if hasty
+            .0
+            .send(Message::text(input.to_string()))
+            .await
+            .is_err()
+        {
+            break;
+        }
+    }
+    let why = reason(&mut hasty).await;
+    assert!(why.contains("than it reads"), "{why}");
+    assert_eq!(runner.until("execEnd").await["execId"], hasty_id);
+    let exit = json!({"type": "execExit", "execId": calm_id, "exitCode": 0, "error": null});
+    runner.send(exit).await;
+    assert_eq!(calm.until("execExit").await["exitCode"], 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,7 +358,7 @@ async fn a_runners_id_opens_nothing_in_another_group() {
     assert_eq!(fleet.runners.len(), 1, "{fleet:?}");
     // Also at a replica that knows only what NATS keeps.
     let fresh = world.replica(Config::default()).await;
-    crate::replica::eventually("the fleet is known", || async {
+    eventually("the fleet is known", || async {
         let fleet: Fleet = world.as_client(&fresh.url).get("/api/runners").await.ok();
         fleet.runners.len() == 1
     })
