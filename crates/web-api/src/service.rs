@@ -113,8 +113,6 @@ pub struct Service {
     pub config: Config,
     /// Who is let in.
     pub limits: Limits,
-    /// This replica's id, for the others.
-    pub replica: String,
     ready: AtomicBool,
 }
 
@@ -149,7 +147,6 @@ impl Service {
             hub: Hub::new(engine.clone()),
             fleet: Fleet::default(),
             limits: Limits::new(config.limits),
-            replica: RunnerId::random().to_string(),
             ready: AtomicBool::new(false),
             engine,
             clock,
@@ -185,6 +182,16 @@ impl Service {
         self.index.note(entry, revision, Instant::now());
         if matches!(entry.state, State::Done { .. }) {
             self.hub.ended(entry.run);
+        }
+    }
+
+    /// Learns what a run is now, where the storage has just said that it is not what this replica believed. News that come
+    /// late, from a handler that was slow, could be believed for good: the watch says nothing twice.
+    pub async fn look_again(&self, run: RunId) {
+        match self.engine.run(run).await {
+            Ok(Some((entry, revision))) => self.noted(&entry, revision),
+            Ok(None) => self.index.forget(run),
+            Err(error) => tracing::warn!(%run, %error, "a run cannot be looked at again"),
         }
     }
 
@@ -329,7 +336,7 @@ impl Service {
         loop {
             ticks.tick().await;
             let asked = Instant::now();
-            if self.engine.probe(&self.replica).await.is_err() {
+            if self.engine.probe().await.is_err() {
                 continue;
             }
             // Between the last proof and this one there may have been an outage of up to that long.
@@ -353,8 +360,8 @@ impl Service {
                         tracing::warn!(run = %silent.entry.run, epoch = silent.entry.epoch, "runner lost");
                         self.note(&applied);
                     }
-                    // Somebody else was faster.
-                    Ok(None) => {}
+                    // Somebody else was faster, and the watch may have said so before this replica noted less.
+                    Ok(None) => self.look_again(silent.entry.run).await,
                     Err(error) => {
                         tracing::warn!(run = %silent.entry.run, %error, "a lost run cannot be ended yet")
                     }

@@ -9,6 +9,9 @@ use super::bucket::Swap;
 use super::{Engine, EngineError, PATIENCE, PAUSE};
 use crate::run::{Command, Entry, Refusal, Step, transition};
 
+/// A key that is no run's.
+const PROBE: &str = "probe";
+
 /// Why a command did not change a run.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ApplyError {
@@ -195,11 +198,9 @@ impl Engine {
         Ok(oldest)
     }
 
-    /// Whether the storage takes writes now.
-    pub async fn probe(&self, replica: &str) -> Result<(), EngineError> {
-        self.fleet
-            .put(&format!("replica.{replica}"), Bytes::from_static(b"{}"))
-            .await
-            .map(|_| ())
+    /// Whether the storage takes renewals now: in a cluster each bucket has a leader of its own, so it is asked where runs
+    /// are. It writes the mark of a removal, which is no run to anybody and goes by itself.
+    pub async fn probe(&self) -> Result<(), EngineError> {
+        self.runs.remove(PROBE).await
     }
 }

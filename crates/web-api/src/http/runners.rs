@@ -22,7 +22,7 @@ use super::context::{context, newer_policy};
 use super::error::{ApiError, ApiResult, busy, problem};
 use super::extract::{Json, Params, RunPath};
 use super::limits::place;
-use crate::engine::{Appended, Chunk, EngineError, FeedKind, dotted};
+use crate::engine::{Appended, ApplyError, Chunk, EngineError, FeedKind, dotted};
 use crate::index::Wants;
 use crate::run::{Command, Entry, State as RunState};
 use crate::service::Service;
@@ -115,7 +115,12 @@ pub(super) async fn claim(
             claim: body.claim_id,
             revision,
         })
-        .await?;
+        .await;
+    if let Err(ApplyError::Refused(_) | ApplyError::Unknown) = applied {
+        // Or it would be offered again and again.
+        service.look_again(run).await;
+    }
+    let applied = applied?;
     service.note(&applied);
     context(&service, &applied.entry, now).await.map(axum::Json)
 }

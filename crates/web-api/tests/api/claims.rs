@@ -1,7 +1,7 @@
 //! Every run is claimed once, whatever happens to runners and clocks.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api_types::client::{EndReason, Run, RunState};
 use api_types::{ProblemKind, RunId, RunnerId};
@@ -10,7 +10,7 @@ use serde_json::json;
 use web_api::service::Config;
 
 use crate::nats::Kind;
-use crate::replica::{Api, eventually};
+use crate::replica::{Api, eventually, open};
 use crate::world;
 
 fn short_lease() -> Config {
@@ -229,4 +229,56 @@ async fn a_run_that_is_given_back_keeps_its_place() {
     assert_eq!(back.status, StatusCode::NO_CONTENT);
     assert_eq!(runner.poll(me, 5).await.unwrap().run_id, first);
     assert_eq!(runner.claim(me, first).await.epoch, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn news_that_come_late_are_not_believed_for_good() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let replica = world.replica(short_lease()).await;
+    let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
+    let (engine, index) = (&replica.service.engine, &replica.service.index);
+    let me = RunnerId::random();
+    let id = client.create(json!({})).await.run_id;
+    let (queued, first) = engine.run(id).await.unwrap().unwrap();
+    runner.claim(me, id).await;
+    let (running, second) = engine.run(id).await.unwrap().unwrap();
+    runner.complete(me, id, 1).await.ok::<Run>();
+    eventually("it is known to be done", || async {
+        index.hint(id).is_none()
+    })
+    .await;
+
+    // As by a handler that slept between writing and noting.
+    index.note(&queued, first, Instant::now());
+    assert_eq!(runner.poll(me, 5).await.unwrap().run_id, id);
+    let refused = runner.try_claim(me, id).await;
+    assert_eq!(refused.problem(), ProblemKind::ClaimLost);
+    assert!(index.hint(id).is_none());
+    // Such a lease is silent.
+    index.note(&running, second, Instant::now());
+    eventually("it is known to be done again", || async {
+        index.hint(id).is_none()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leases_are_counted_by_the_bucket_that_renewals_go_to() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let engine = open(&world.nats).await;
+    let bucket = engine.runs_bucket();
+    assert_eq!(bucket.messages().await.unwrap(), 0);
+    for _ in 0..3 {
+        engine.probe().await.unwrap();
+    }
+    assert_eq!(bucket.messages().await.unwrap(), 1);
+    // It is no run to anybody.
+    assert_eq!(engine.oldest_run().await.unwrap(), None);
+    let replica = world.replica(Config::default()).await;
+    let list = world.as_client(&replica.url).get("/api/runs").await;
+    assert_eq!(list.body["runs"], json!([]));
 }
