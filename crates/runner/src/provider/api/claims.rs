@@ -8,7 +8,7 @@ use api_types::runner::{Claim, ExecutionContext, FirewallAuth, LeaseOf, LeaseRef
 use policy::Draft;
 use zeroize::Zeroizing;
 
-use super::{Inner, Pause};
+use super::{Held, Inner, Pause};
 use crate::provider::ProviderEvent;
 use crate::queue::{
     ApiSide, ClaimedJob, HandedSecret, Job, JobFields, JobHead, JobNetwork, JobResult, hand_over,
@@ -49,7 +49,18 @@ pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
         (inner.tell)(ProviderEvent::Lost(run));
         return;
     }
+    // Heartbeats renew the lease already, and may have brought its end while the secrets were on their way.
+    let mark = |mark: fn(&Held) -> bool| inner.lock().held.get(&run).is_some_and(mark);
+    if mark(|held| held.lost) {
+        inner.forget(run);
+        (inner.tell)(ProviderEvent::Lost(run));
+        return;
+    }
     (inner.tell)(ProviderEvent::Claimed(Box::new(job)));
+    // The daemon cannot cancel what it does not have. Looked at after it was told, so that no cancel falls in between.
+    if mark(|held| held.cancelled) {
+        (inner.tell)(ProviderEvent::Cancelled(run));
+    }
 }
 
 /// Sends the claim until it is answered: one that the API has taken and whose answer was lost is the same one.

@@ -1,14 +1,14 @@
 //! Answers that were left, taken and refused, over HTTP to an API that a test scripts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+mod claims;
 
-use api_types::runner::HeartbeatAnswer;
+use api_types::runner::{HeartbeatAnswer, LeaseAnswer};
 use api_types::{Problem, ProblemKind};
 use host::fs::LockKind;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use zeroize::Zeroizing;
 
 use super::*;
@@ -41,33 +41,49 @@ async fn request(stream: &mut tokio::net::TcpStream) -> Option<(String, Value)> 
     }
 }
 
-/// Serves until the runtime ends; tells of every completion.
-async fn api(script: Script) -> (ApiSettings, mpsc::UnboundedReceiver<Value>) {
+/// One request, in the test's hands.
+struct Asked {
+    path: String,
+    body: Value,
+    answer: oneshot::Sender<(u16, String)>,
+}
+
+impl Asked {
+    fn answer(self, body: &impl Serialize) {
+        let body = serde_json::to_string(body).unwrap();
+        // A runner that has stopped listening needs no answer.
+        let _ = self.answer.send((200, body));
+    }
+
+    fn refuse(self, kind: ProblemKind) {
+        let problem = Problem::new(kind, "scripted");
+        let body = serde_json::to_string(&problem).unwrap();
+        let _ = self.answer.send((problem.status, body));
+    }
+
+    /// Of a heartbeat: this is what became of the leases.
+    fn take_heartbeat(self, leases: Vec<LeaseAnswer>) {
+        let lease_secs = 60;
+        self.answer(&HeartbeatAnswer { leases, lease_secs });
+    }
+}
+
+/// Serves until the runtime ends; what is answered is the test's to say.
+async fn open_api() -> (ApiSettings, mpsc::UnboundedReceiver<Asked>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let (tell, completions) = mpsc::unbounded_channel();
-    let count = Arc::new(AtomicU64::new(0));
+    let (ask, asked) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
-            let (tell, count) = (tell.clone(), Arc::clone(&count));
+            let ask = ask.clone();
             tokio::spawn(async move {
                 let Some((path, body)) = request(&mut stream).await else {
                     return;
                 };
-                let (status, body) = if path.ends_with("/complete") {
-                    let _ = tell.send(body);
-                    match script(count.fetch_add(1, Ordering::SeqCst)) {
-                        None => (204, String::new()),
-                        Some(kind) => {
-                            let problem = Problem::new(kind, "scripted");
-                            (problem.status, serde_json::to_string(&problem).unwrap())
-                        }
-                    }
-                } else {
-                    let leases = Vec::new();
-                    let lease_secs = 60;
-                    let answer = HeartbeatAnswer { leases, lease_secs };
-                    (200, serde_json::to_string(&answer).unwrap())
+                let (answer, answered) = oneshot::channel();
+                let _ = ask.send(Asked { path, body, answer });
+                let Ok((status, body)) = answered.await else {
+                    return;
                 };
                 let length = body.len();
                 let head = format!(
@@ -81,6 +97,28 @@ async fn api(script: Script) -> (ApiSettings, mpsc::UnboundedReceiver<Value>) {
         url: url.parse().unwrap(),
         token: Zeroizing::new("vm0_runner_a_b".to_owned()),
     };
+    (settings, asked)
+}
+
+/// Serves until the runtime ends; tells of every completion.
+async fn api(script: Script) -> (ApiSettings, mpsc::UnboundedReceiver<Value>) {
+    let (settings, mut asked) = open_api().await;
+    let (tell, completions) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut count = 0;
+        while let Some(asked) = asked.recv().await {
+            if !asked.path.ends_with("/complete") {
+                asked.take_heartbeat(Vec::new());
+                continue;
+            }
+            let _ = tell.send(asked.body.clone());
+            match script(count) {
+                None => asked.answer(&()),
+                Some(kind) => asked.refuse(kind),
+            }
+            count += 1;
+        }
+    });
     (settings, completions)
 }
 
@@ -94,6 +132,18 @@ fn runner(instance: &str) -> ApiRunner {
         max_concurrent: 0,
         submitter: 0,
         networks: None,
+    }
+}
+
+/// What an offer says of a run.
+fn head(run: RunId) -> JobHead {
+    JobHead {
+        run_id: run,
+        profile: "vm0/small".parse().unwrap(),
+        session_id: None,
+        variables: Vec::new(),
+        submitter: 0,
+        submitted: discover::now(),
     }
 }
 
@@ -231,15 +281,7 @@ async fn a_run_is_not_claimed_while_an_answer_of_it_is_on_its_way() {
     };
     let provider = ApiProvider::start(settings, &home, runner("new"), told_too).unwrap();
     let run = answer.result.run_id;
-    let head = JobHead {
-        run_id: run,
-        profile: "vm0/small".parse().unwrap(),
-        session_id: None,
-        variables: Vec::new(),
-        submitter: 0,
-        submitted: discover::now(),
-    };
-    provider.0.lock().offered.insert(run, head);
+    provider.0.lock().offered.insert(run, head(run));
     drop(alive);
     provider.0.adopt();
     next(&mut completions).await;

@@ -1,0 +1,142 @@
+//! Claims that are on their way while something else happens.
+
+use api_types::runner::{ExecutionContext, FirewallSecrets, LeaseVerdict};
+use std::collections::BTreeMap;
+
+use super::*;
+
+/// A provider that has been told to claim a run.
+struct Bench {
+    _top: tempfile::TempDir,
+    provider: ApiProvider,
+    run: RunId,
+    asked: mpsc::UnboundedReceiver<Asked>,
+    told: mpsc::UnboundedReceiver<ProviderEvent>,
+}
+
+impl Bench {
+    async fn claiming() -> Self {
+        let (top, home) = home();
+        let (settings, asked) = open_api().await;
+        let (tell, told) = mpsc::unbounded_channel();
+        let tell = move |event| {
+            let _ = tell.send(event);
+        };
+        let provider = ApiProvider::start(settings, &home, runner("new"), tell).unwrap();
+        let run = RunId::random();
+        provider.0.lock().offered.insert(run, head(run));
+        provider.claim(run);
+        Self {
+            _top: top,
+            provider,
+            run,
+            asked,
+            told,
+        }
+    }
+
+    /// The next request but heartbeats that nobody waits for, and those without the lease.
+    async fn asked(&mut self, path: &str) -> Asked {
+        loop {
+            let next = tokio::time::timeout(PATIENCE, self.asked.recv()).await;
+            let asked = next.unwrap_or_else(|_| panic!("{path} is not asked for"));
+            let asked = asked.unwrap();
+            let idle = asked.body["leases"].as_array().is_some_and(Vec::is_empty);
+            if asked.path.ends_with("/heartbeat") && (idle || path != "/heartbeat") {
+                asked.take_heartbeat(Vec::new());
+                continue;
+            }
+            assert!(asked.path.ends_with(path), "{} {}", asked.path, asked.body);
+            return asked;
+        }
+    }
+
+    /// What is told next, but that something changed.
+    async fn told(&mut self) -> ProviderEvent {
+        loop {
+            let next = tokio::time::timeout(PATIENCE, self.told.recv());
+            match next.await.expect("nothing is told").unwrap() {
+                ProviderEvent::Changed => {}
+                event => return event,
+            }
+        }
+    }
+
+    fn context(&self) -> ExecutionContext {
+        ExecutionContext {
+            run_id: self.run,
+            epoch: 1,
+            lease_secs: 60,
+            sandbox_token: "token".to_owned(),
+            profile: "vm0/small".parse().unwrap(),
+            prompt: "true".to_owned(),
+            working_dir: "/tmp".to_owned(),
+            cli_agent_type: "claude-code".parse().unwrap(),
+            environment: BTreeMap::new(),
+            session_id: None,
+            resume_session: None,
+            timeout_secs: None,
+            policy: None,
+            group_policy: None,
+            secrets: vec!["KEY".parse().unwrap()],
+            api_start_time: 0,
+            policy_revision: 0,
+            inputs: 0,
+        }
+    }
+
+    /// The run is won, its secrets are on their way, and a heartbeat brings this meanwhile.
+    async fn won_and_told(&mut self, verdict: LeaseVerdict, cancel_requested: bool) -> Asked {
+        let claim = self.asked("/claim").await;
+        claim.answer(&self.context());
+        let secrets = self.asked("/firewall/auth").await;
+        self.provider.0.beat.notify_one();
+        let heartbeat = self.asked("/heartbeat").await;
+        heartbeat.take_heartbeat(vec![LeaseAnswer {
+            run_id: self.run,
+            epoch: 1,
+            verdict,
+            cancel_requested,
+            policy_revision: 0,
+            inputs: 0,
+        }]);
+        // To a daemon that does not have the run yet.
+        let event = self.told().await;
+        assert!(matches!(event, ProviderEvent::Cancelled(run) if run == self.run));
+        secrets
+    }
+}
+
+#[tokio::test]
+async fn a_run_that_is_cancelled_while_it_is_claimed_is_cancelled_when_it_is_ours() {
+    let mut bench = Bench::claiming().await;
+    let secrets = bench.won_and_told(LeaseVerdict::Renewed, true).await;
+    secrets.answer(&FirewallSecrets {
+        secrets: Vec::new(),
+    });
+    let event = bench.told().await;
+    assert!(
+        matches!(&event, ProviderEvent::Claimed(job) if job.job.run_id == bench.run),
+        "{event:?}"
+    );
+    let event = bench.told().await;
+    assert!(
+        matches!(event, ProviderEvent::Cancelled(run) if run == bench.run),
+        "{event:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_run_whose_lease_is_lost_while_it_is_claimed_is_not_ours() {
+    let mut bench = Bench::claiming().await;
+    let secrets = bench.won_and_told(LeaseVerdict::Lost, false).await;
+    secrets.answer(&FirewallSecrets {
+        secrets: Vec::new(),
+    });
+    let event = bench.told().await;
+    assert!(
+        matches!(event, ProviderEvent::Lost(run) if run == bench.run),
+        "{event:?}"
+    );
+    assert!(bench.provider.0.lock().held.is_empty());
+}
