@@ -75,6 +75,7 @@ impl LocalProvider {
             offered: HashMap::new(),
             claimed: HashMap::new(),
             unwritten: Vec::new(),
+            uncleaned: HashSet::new(),
             nameless: HashSet::new(),
             unfinished: FirstSeen::default(),
             markers: FirstSeen::default(),
@@ -141,6 +142,8 @@ struct Worker {
     claimed: HashMap<RunId, Claimed>,
     /// Answers that could not be written yet; `true`: the daemon waits to hear of it.
     unwritten: Vec<(JobResult, bool)>,
+    /// Runs that are answered, of which something could not be removed yet: their claims stay.
+    uncleaned: HashSet<RunId>,
     /// Names that were complained about already.
     nameless: HashSet<OsString>,
     /// Malformed files that somebody may still be writing.
@@ -256,7 +259,10 @@ impl Worker {
             }
             Err(error) => tracing::warn!(%error, "cannot look through the group's directory"),
         }
+        let queue = &self.queue;
+        self.uncleaned.retain(|id| queue.clean_up(*id).is_err());
         let mut ours: HashSet<RunId> = self.claimed.keys().copied().collect();
+        ours.extend(&self.uncleaned);
         ours.extend(self.unwritten.iter().map(|(result, _)| result.run_id));
         match self.queue.recover(&ours) {
             Ok(answered) => {
@@ -394,10 +400,15 @@ impl Worker {
     }
 
     fn answer(&mut self, result: JobResult, tell: bool) {
-        if let Err(error) = self.queue.answer(&result) {
-            tracing::error!(run = %result.run_id, %error, "cannot write an answer; trying again");
-            self.unwritten.push((result, tell));
-            return;
+        match self.queue.answer(&result) {
+            Ok(true) => {}
+            // Nobody waits for this: whatever is in the way, somebody of the group may have put it there.
+            Ok(false) => drop(self.uncleaned.insert(result.run_id)),
+            Err(error) => {
+                tracing::error!(run = %result.run_id, %error, "cannot write an answer; trying again");
+                self.unwritten.push((result, tell));
+                return;
+            }
         }
         self.claimed.remove(&result.run_id);
         if tell {

@@ -180,3 +180,32 @@ fn the_claims_of_a_runner_that_was_killed_are_answered_by_the_next() {
         Some("runner stopped while the job was running")
     );
 }
+
+#[test]
+fn what_cannot_be_removed_under_a_job_s_names_holds_up_neither_its_end_nor_others() {
+    let bench = Bench::new();
+    let (provider, events) = bench.provider("vm0/small");
+    let id = bench.submit("vm0/small");
+    assert_eq!(found(&events), id);
+    provider.claim(id);
+    let event = events.recv_timeout(PATIENCE).unwrap();
+    assert!(matches!(event, ProviderEvent::Claimed(_)), "{event:?}");
+    // Deeper than anything is removed: as good as somebody else's directory, also for root.
+    for name in ["job", "cancel"] {
+        let path = bench.temp.path().join(format!("{id}.{name}"));
+        let _ = std::fs::remove_file(&path);
+        std::fs::create_dir_all(path.join("d/".repeat(300))).unwrap();
+    }
+    provider.complete(JobResult::exited(id, 0));
+    let event = events.recv_timeout(PATIENCE).unwrap();
+    assert!(
+        matches!(event, ProviderEvent::Completed(run) if run == id),
+        "{event:?}"
+    );
+    assert_eq!(bench.result(id).exit_code, 0);
+    for left in ["job", "cancel"].map(|name| format!("{id}.{name}")) {
+        assert!(!bench.temp.path().join(&left).exists(), "{left}");
+    }
+    let claim = bench.temp.path().join(format!(".claims/{id}.claim"));
+    assert!(!claim.exists());
+}

@@ -138,6 +138,12 @@ impl GroupQueue {
         Ok(queue)
     }
 
+    /// Gives what somebody planted under a name of the queue another one, under which nobody looks for anything.
+    pub(super) fn put_aside(&self, name: &str) -> Result<(), QueueError> {
+        let aside = format!(".refused-{}", RunId::random());
+        Ok(self.dir.rename(name, &self.dir, aside)?)
+    }
+
     /// Opens one of the runner's own directories, if it is there and nobody else could have written in it.
     pub(super) fn own_dir(&self, name: &str) -> Result<Option<Dir>, QueueError> {
         let dir = match self.dir.open_dir(name) {

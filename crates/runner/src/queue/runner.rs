@@ -1,17 +1,17 @@
 //! A group's directory as the runner uses it.
 
-use std::collections::HashSet;
+mod clearing;
+
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use api_types::runner::ResumeSession;
-use host::fs::{Access, Dir, FsError, LockKind};
+use host::fs::{Access, Dir, FsError};
 use policy::Draft;
 use serde::{Deserialize, Serialize};
 
-use super::first_seen::FirstSeen;
 use super::group::{
     CLAIMS, GroupQueue, QueueError, QueueFile, RESULTS, RUNNERS, cancel_name, claim_name,
     collected_name, job_name, result_name,
@@ -23,13 +23,6 @@ use super::watch::Watch;
 use zeroize::Zeroizing;
 
 use crate::names::{ProfileName, RunId, SessionId};
-
-/// Results that nobody fetched are removed after this long, by the host's clock: they outlive runners.
-const RESULT_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Cancel markers without a job are removed after this long: they may be early, not lost.
-const MARKER_LIFE: Duration = Duration::from_secs(60);
-/// Largest claim, bytes.
-const MAX_CLAIM_BYTES: u64 = 4096;
 
 /// What a claim says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -294,23 +287,20 @@ impl RunnerQueue {
         }
     }
 
-    /// Answers a claimed job: durably, then cleans up after it.
-    pub(crate) fn answer(&self, result: &JobResult) -> Result<(), QueueError> {
+    /// Answers a claimed job: durably, then cleans up after it. False: the answer is there, but something of the job is
+    /// in the way still, and [`RunnerQueue::clean_up`] is to be tried again.
+    pub(crate) fn answer(&self, result: &JobResult) -> Result<bool, QueueError> {
         let bytes = serde_json::to_vec(result).map_err(|error| QueueError::BadResult {
             run_id: result.run_id,
             reason: error.to_string(),
         })?;
         self.results
             .write_atomic(result_name(result.run_id), 0o644, &bytes)?;
-        self.clean_up(result.run_id)
-    }
-
-    /// Removes job, marker and claim, in this order: without the claim the job would run again.
-    fn clean_up(&self, id: RunId) -> Result<(), QueueError> {
-        self.group.dir.remove_tree(job_name(id))?;
-        self.group.dir.remove_tree(cancel_name(id))?;
-        self.claims.remove_file(claim_name(id))?;
-        Ok(())
+        let cleaned = self.clean_up(result.run_id);
+        if let Err(error) = &cleaned {
+            tracing::warn!(run = %result.run_id, %error, "cannot clean up after a job that is answered");
+        }
+        Ok(cleaned.is_ok())
     }
 
     /// A second descriptor on the directory of answers, for [`RunnerQueue::collect_dir`].
@@ -333,107 +323,6 @@ impl RunnerQueue {
         Ok(registry::live(&self.runners)?
             .iter()
             .any(|runner| runner.profiles.contains(profile)))
-    }
-
-    /// Finishes the stories of runners that died, and of claims that no runner made; `running` are our own. Returns
-    /// the runs it answered.
-    pub(crate) fn recover(&self, running: &HashSet<RunId>) -> Result<Vec<RunId>, QueueError> {
-        // One runner at a time: two would answer the same claim, the second after its submitter has left.
-        let Some(_lock) = self
-            .claims
-            .try_lock(".recovery", LockKind::Exclusive, 0o644)?
-        else {
-            return Ok(Vec::new());
-        };
-        let mut answered = Vec::new();
-        for entry in self.claims.list()? {
-            let Some(name) = entry.name.to_str() else {
-                continue;
-            };
-            if let Some(instance) = name.strip_prefix(".instance-") {
-                if instance != self.instance && !registry::is_live(&self.runners, instance)? {
-                    self.claims.remove_file(name)?;
-                }
-                continue;
-            }
-            let Some(id) = name.strip_suffix(".claim").and_then(|s| s.parse().ok()) else {
-                continue;
-            };
-            if running.contains(&id) {
-                continue;
-            }
-            let reason = match self.claimant(name) {
-                Some(instance) if instance == self.instance => {
-                    "the claim on this job was not made by a runner"
-                }
-                Some(instance) if registry::is_live(&self.runners, &instance)? => continue,
-                _ => "runner stopped while the job was running",
-            };
-            if let Err(error) = self.bury(id, reason) {
-                tracing::warn!(run = %id, %error, "cannot answer the claim of a dead runner");
-                continue;
-            }
-            answered.push(id);
-        }
-        registry::sweep(&self.runners)?;
-        self.remove_half_written()?;
-        Ok(answered)
-    }
-
-    /// Removes files that a runner was killed over. Only while no other runner of the group lives, which might be
-    /// writing one; we ourselves are not, as whoever writes is who calls this.
-    fn remove_half_written(&self) -> Result<(), QueueError> {
-        let mut found = Vec::new();
-        for dir in [&self.claims, &self.results] {
-            let entries = dir.list()?.into_iter().map(|entry| entry.name);
-            let half = entries.filter(|name| name.as_encoded_bytes().starts_with(b".tmp-"));
-            found.extend(half.map(|name| (dir, name)));
-        }
-        // Looked for after the files: whoever wrote one of them was registered before, and who comes now wrote none of them.
-        let others = registry::live(&self.runners)?;
-        if others.iter().all(|runner| runner.instance == self.instance) {
-            for (dir, name) in found {
-                dir.remove_file(&name)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn claimant(&self, claim: &str) -> Option<String> {
-        let bytes = self.claims.read_bounded(claim, MAX_CLAIM_BYTES).ok()?;
-        let text: ClaimText = serde_json::from_slice(&bytes).ok()?;
-        Some(text.instance)
-    }
-
-    fn bury(&self, id: RunId, reason: &str) -> Result<(), QueueError> {
-        let has_job = self.group.dir.metadata(job_name(id))?.is_some();
-        let has_result = self.results.metadata(result_name(id))?.is_some();
-        if has_job && !has_result {
-            self.answer(&JobResult::failed(id, 1, reason))
-        } else {
-            // Answered and only not cleaned up, or taken back by its submitter.
-            self.clean_up(id)
-        }
-    }
-
-    /// Removes answers that nobody fetched and markers that nothing belongs to.
-    pub(crate) fn expire(&self, markers: &mut FirstSeen<()>) -> Result<(), QueueError> {
-        for entry in self.results.list()? {
-            if is_older(&self.results, &entry.name, RESULT_LIFE) {
-                self.results.remove_tree(&entry.name)?;
-            }
-        }
-        let cancels: HashSet<RunId> = self.scan()?.cancels.into_iter().collect();
-        markers.keep(|id| cancels.contains(&id));
-        let now = Instant::now();
-        for id in cancels {
-            if self.group.dir.metadata(job_name(id))?.is_some() {
-                markers.forget(id);
-            } else if markers.age(id, (), now) >= MARKER_LIFE {
-                self.group.dir.remove_tree(cancel_name(id))?;
-            }
-        }
-        Ok(())
     }
 
     fn read_job(&self, id: RunId) -> ReadJob {
@@ -548,20 +437,10 @@ fn own_or_replace(group: &GroupQueue, name: &str) -> Result<Dir, QueueError> {
         Ok(None) => {}
         Err(error) => {
             tracing::warn!(%error, "put a planted directory of the queue aside");
-            let aside = format!(".refused-{}", RunId::random());
-            group.dir.rename(name, &group.dir, aside)?;
+            group.put_aside(name)?;
         }
     }
     Ok(group.dir.create_new_dir(name, 0o755)?)
-}
-
-fn is_older(dir: &Dir, name: &OsStr, limit: Duration) -> bool {
-    dir.metadata(name)
-        .ok()
-        .flatten()
-        .and_then(|meta| meta.modified().ok())
-        .and_then(|at| at.elapsed().ok())
-        .is_some_and(|age| age > limit)
 }
 
 #[cfg(test)]

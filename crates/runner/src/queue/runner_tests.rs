@@ -1,7 +1,10 @@
+use std::collections::HashSet;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::super::JobState;
+use super::super::first_seen::FirstSeen;
 use super::super::job::tests::fields;
 use super::*;
 
