@@ -120,6 +120,8 @@ enum Stage {
         /// What the VM was kept for, if it goes back there.
         idle: Option<Reuse>,
         fresh: bool,
+        /// Why it is cancelled as soon as it is ours.
+        cancelled: Option<CancelReason>,
     },
     MakingRoom(Box<ClaimedJob>),
     Executing,
@@ -250,9 +252,7 @@ impl Plan {
                 }
             }
             Event::Drain | Event::Resume => {}
-            Event::Stop if self.mode == Mode::Stopping => {
-                self.cancel_all(CancelReason::Stopping, now)
-            }
+            Event::Stop if self.mode == Mode::Stopping => self.cancel_all(now),
             Event::Stop => {
                 self.mode = Mode::Stopping;
                 self.stop_at = Some(now + self.rules.stop_timeout);
@@ -271,7 +271,7 @@ impl Plan {
         }
         if self.stop_at.is_some_and(|at| at <= now) {
             self.stop_at = None;
-            self.cancel_all(CancelReason::Stopping, now);
+            self.cancel_all(now);
         }
         let timeout = self.rules.idle_timeout;
         let running = self.mode == Mode::Running;

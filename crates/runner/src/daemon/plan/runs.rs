@@ -137,6 +137,7 @@ impl Plan {
                 stage: Stage::Claiming {
                     idle: chosen.and_then(|vm| vm.idle),
                     fresh,
+                    cancelled: None,
                 },
                 evicting,
                 phase: Phase::Preparing,
@@ -182,7 +183,10 @@ impl Plan {
         run.head = head;
         run.started = now;
         run.enter(Phase::Preparing, now);
-        run.stage = Stage::MakingRoom(job);
+        let cancelled = match std::mem::replace(&mut run.stage, Stage::MakingRoom(job)) {
+            Stage::Claiming { cancelled, .. } => cancelled,
+            _ => None,
+        };
         if let Some(reason) = &self.failed {
             let result = JobResult::failed(id, 1, reason);
             self.complete(result, false, now);
@@ -190,6 +194,8 @@ impl Plan {
             // Somebody rewrote it after it was found: what was decided for it was decided for another job.
             let result = JobResult::failed(id, 1, "the job file was changed while it was claimed");
             self.complete(result, false, now);
+        } else if let Some(why) = cancelled {
+            self.complete(why.result(id), false, now);
         } else {
             self.start_if_there_is_room(id);
         }
@@ -217,24 +223,28 @@ impl Plan {
             return;
         };
         match run.stage {
-            Stage::Claiming { idle, fresh: false } => self.give_back(run.slot, idle, now),
+            Stage::Claiming {
+                idle, fresh: false, ..
+            } => self.give_back(run.slot, idle, now),
             _ => self.destroy(run.slot),
         }
     }
 
     pub(super) fn cancel(&mut self, id: RunId, why: CancelReason, now: Instant) {
-        match self.runs.get(&id).map(|run| &run.stage) {
+        match self.runs.get_mut(&id).map(|run| &mut run.stage) {
             Some(Stage::MakingRoom(_)) => self.complete(why.result(id), false, now),
             Some(Stage::Executing) => self.actions.push(Action::Cancel { run: id, why }),
-            // Not claimed yet: the provider answers it, or tells us again when it is. Completing: too late.
-            Some(Stage::Claiming { .. } | Stage::Completing { .. }) | None => {}
+            Some(Stage::Claiming { cancelled, .. }) => *cancelled = cancelled.or(Some(why)),
+            // Completing: too late. Nothing of ours: the provider answers it.
+            Some(Stage::Completing { .. }) | None => {}
         }
     }
 
-    pub(super) fn cancel_all(&mut self, why: CancelReason, now: Instant) {
+    /// The runner stops and has waited long enough.
+    pub(super) fn cancel_all(&mut self, now: Instant) {
         let ids: Vec<RunId> = self.runs.keys().copied().collect();
         for id in ids {
-            self.cancel(id, why, now);
+            self.cancel(id, CancelReason::Stopping, now);
         }
     }
 

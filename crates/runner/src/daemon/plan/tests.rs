@@ -1,6 +1,7 @@
 //! Every order of events we could think of, without a VM, a file or a clock.
 
 mod any_order;
+mod leaving;
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;

@@ -2,17 +2,26 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api_types::ClaimId;
-use api_types::runner::{Claim, ExecutionContext, FirewallAuth, LeaseOf, LeaseRef};
+use api_types::runner::{
+    Claim, ExecutionContext, FirewallAuth, FirewallSecrets, LeaseOf, LeaseRef,
+};
 use policy::Draft;
+use tokio::time::sleep;
 use zeroize::Zeroizing;
 
-use super::{Held, Inner, Pause};
+use super::{CallError, Held, Inner, Pause, View};
+use crate::names::RunId;
 use crate::provider::ProviderEvent;
 use crate::queue::{
     ApiSide, ClaimedJob, HandedSecret, Job, JobFields, JobHead, JobNetwork, JobResult, hand_over,
 };
+use crate::status::Mode;
+
+/// How long a daemon that leaves waits for an answer about a run that it is claiming.
+const LAST_ANSWER: Duration = Duration::from_secs(5);
 
 /// Claims the run of an offer and tells what came of it.
 pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
@@ -39,27 +48,76 @@ pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
     let actual = JobHead::of(&job.job, job.submitter, job.submitted);
     if !head.decides_like(&actual) {
         // It was admitted as something else. The next offer of it is known for what it is.
-        give_back(&inner, lease, actual).await;
+        inner.lock().known.insert(run, actual);
+        give_back(&inner, lease).await;
         (inner.tell)(ProviderEvent::Lost(run));
         return;
     }
-    if let Err(reason) = secrets(&inner, lease, &job.job).await {
+    let handed = secrets(&inner, lease, &job.job).await;
+    if let Some(Err(reason)) = handed {
         let why = format!("the run's secrets cannot be had: {reason}");
         inner.answered(JobResult::failed(run, 1, &why));
         (inner.tell)(ProviderEvent::Lost(run));
         return;
     }
+    if handed.is_none() || is_leaving(&inner.view.borrow()) {
+        // It has not begun: another runner may have it.
+        give_back(&inner, lease).await;
+        (inner.tell)(ProviderEvent::Lost(run));
+        return;
+    }
     // Heartbeats renew the lease already, and may have brought its end while the secrets were on their way.
-    let mark = |mark: fn(&Held) -> bool| inner.lock().held.get(&run).is_some_and(mark);
-    if mark(|held| held.lost) {
+    let is = |mark: fn(&Held) -> bool| inner.lock().held.get(&run).is_some_and(mark);
+    if is(|held| held.lost) {
         inner.forget(run);
         (inner.tell)(ProviderEvent::Lost(run));
         return;
     }
     (inner.tell)(ProviderEvent::Claimed(Box::new(job)));
     // The daemon cannot cancel what it does not have. Looked at after it was told, so that no cancel falls in between.
-    if mark(|held| held.cancelled) {
+    if is(|held| held.cancelled) {
         (inner.tell)(ProviderEvent::Cancelled(run));
+    }
+}
+
+/// Whether the daemon takes no more jobs.
+fn is_leaving(view: &View) -> bool {
+    !matches!(view.mode, None | Some(Mode::Starting | Mode::Running))
+}
+
+/// Asks until it is answered for good. `None`: the daemon leaves, and cannot wait any longer.
+async fn ask<T, F>(inner: &Inner, run: RunId, call: impl Fn() -> F) -> Option<Result<T, CallError>>
+where
+    F: Future<Output = Result<T, CallError>>,
+{
+    let leaving = || async {
+        // The sender is part of `inner`.
+        let _ = inner.view.subscribe().wait_for(is_leaving).await;
+    };
+    let limit = async {
+        leaving().await;
+        sleep(LAST_ANSWER).await;
+    };
+    tokio::pin!(limit);
+    let (mut pause, mut hurried) = (Pause::default(), false);
+    loop {
+        let answer = tokio::select! {
+            biased;
+            answer = call() => answer,
+            () = &mut limit => return None,
+        };
+        match answer {
+            Err(error) if error.may_pass() => {
+                tracing::warn!(%run, %error, "no answer about a run that is being claimed; asking again");
+                tokio::select! {
+                    () = pause.wait(Some(&error)) => {}
+                    // At once, whatever the pause has grown to: what the API has given us is best given back.
+                    () = leaving(), if !hurried => (pause, hurried) = (Pause::default(), true),
+                    () = &mut limit => return None,
+                }
+            }
+            answer => return Some(answer),
+        }
     }
 }
 
@@ -70,22 +128,16 @@ async fn win(inner: &Inner, head: &JobHead) -> Option<ExecutionContext> {
         runner_name: Some(inner.runner.name.clone()),
         claim_id: ClaimId::random(),
     };
-    let mut pause = Pause::default();
-    loop {
-        match inner.api.claim(head.run_id, &claim).await {
-            Ok(context) if context.run_id == head.run_id => return Some(context),
-            Ok(_) => {
-                tracing::error!(run = %head.run_id, "the API answered a claim with another run");
-                return None;
-            }
-            Err(error) if error.may_pass() => {
-                tracing::warn!(run = %head.run_id, %error, "the claim is not answered; trying again");
-                pause.wait(Some(&error)).await;
-            }
-            Err(error) => {
-                tracing::info!(run = %head.run_id, %error, "not claimed");
-                return None;
-            }
+    let run = head.run_id;
+    match ask(inner, run, || inner.api.claim(run, &claim)).await? {
+        Ok(context) if context.run_id == run => Some(context),
+        Ok(_) => {
+            tracing::error!(%run, "the API answered a claim with another run");
+            None
+        }
+        Err(error) => {
+            tracing::info!(%run, %error, "not claimed");
+            None
         }
     }
 }
@@ -135,41 +187,36 @@ fn job_of(inner: &Inner, context: ExecutionContext, head: &JobHead) -> Result<Cl
     })
 }
 
-async fn give_back(inner: &Inner, lease: LeaseRef, actual: JobHead) {
+/// Gives a run back. Where the API does not hear of it, it finds out by the lease that nobody renews.
+async fn give_back(inner: &Inner, lease: LeaseRef) {
     let body = LeaseOf {
         runner_id: inner.id,
         epoch: lease.epoch,
     };
-    inner.lock().known.insert(lease.run_id, actual);
-    let mut pause = Pause::default();
-    while let Err(error) = inner.api.release(lease.run_id, &body).await {
-        if !error.may_pass() {
-            break;
-        }
-        pause.wait(Some(&error)).await;
-    }
-    inner.forget(lease.run_id);
+    let run = lease.run_id;
+    // Whatever it says: we do not have the run any more.
+    let _ = ask(inner, run, || inner.api.release(run, &body)).await;
+    inner.forget(run);
 }
 
-/// Fetches the values of the job's secrets, and leaves them where the network takes them from: in memory.
-async fn secrets(inner: &Inner, lease: LeaseRef, job: &Job) -> Result<(), String> {
+/// Fetches the values of the job's secrets, and leaves them where the network takes them from: in memory. `None`: the
+/// daemon leaves.
+async fn secrets(inner: &Inner, lease: LeaseRef, job: &Job) -> Option<Result<(), String>> {
     let wanted = job.network.iter().flat_map(|network| &network.secrets);
     if wanted.count() == 0 {
-        return Ok(());
+        return Some(Ok(()));
     }
     let body = FirewallAuth {
         run_id: lease.run_id,
         runner_id: inner.id,
         epoch: lease.epoch,
     };
-    let mut pause = Pause::default();
-    let found = loop {
-        match inner.api.secrets(&body).await {
-            Ok(found) => break found,
-            Err(error) if error.may_pass() => pause.wait(Some(&error)).await,
-            Err(error) => return Err(error.to_string()),
-        }
-    };
+    let found = ask(inner, lease.run_id, || inner.api.secrets(&body)).await?;
+    let found = found.map_err(|error| error.to_string());
+    Some(found.and_then(|found| leave(inner, lease.run_id, found)))
+}
+
+fn leave(inner: &Inner, run: RunId, found: FirewallSecrets) -> Result<(), String> {
     let mut handed = Vec::new();
     for secret in found.secrets {
         let value = Zeroizing::new(secret.value);
@@ -183,8 +230,8 @@ async fn secrets(inner: &Inner, lease: LeaseRef, job: &Job) -> Result<(), String
                 .map_err(|_| format!("the hosts of secret {} are none", secret.name))?,
         });
     }
-    let left = hand_over(lease.run_id, &handed).map_err(|error| error.to_string())?;
-    if let Some(held) = inner.lock().held.get_mut(&lease.run_id) {
+    let left = hand_over(run, &handed).map_err(|error| error.to_string())?;
+    if let Some(held) = inner.lock().held.get_mut(&run) {
         held.secrets = Some(left);
     }
     Ok(())

@@ -37,29 +37,40 @@ impl Bench {
 
     /// The next request but heartbeats that nobody waits for, and those without the lease.
     async fn asked(&mut self, path: &str) -> Asked {
-        loop {
-            let next = tokio::time::timeout(PATIENCE, self.asked.recv()).await;
-            let asked = next.unwrap_or_else(|_| panic!("{path} is not asked for"));
-            let asked = asked.unwrap();
-            let idle = asked.body["leases"].as_array().is_some_and(Vec::is_empty);
-            if asked.path.ends_with("/heartbeat") && (idle || path != "/heartbeat") {
+        let next = async {
+            loop {
+                let asked = self.asked.recv().await.unwrap();
+                let idle = asked.body["leases"].as_array().is_some_and(Vec::is_empty);
+                if !asked.path.ends_with("/heartbeat") || (!idle && path == "/heartbeat") {
+                    return asked;
+                }
                 asked.take_heartbeat(Vec::new());
-                continue;
             }
-            assert!(asked.path.ends_with(path), "{} {}", asked.path, asked.body);
-            return asked;
-        }
+        };
+        let asked = tokio::time::timeout(PATIENCE, next).await;
+        let asked = asked.unwrap_or_else(|_| panic!("{path} is not asked for"));
+        assert!(asked.path.ends_with(path), "{} {}", asked.path, asked.body);
+        asked
+    }
+
+    /// The daemon is told to stop.
+    fn leave(&self) {
+        let stopping = |view: &mut View| view.mode = Some(Mode::Stopping);
+        self.provider.0.view.send_modify(stopping);
     }
 
     /// What is told next, but that something changed.
     async fn told(&mut self) -> ProviderEvent {
-        loop {
-            let next = tokio::time::timeout(PATIENCE, self.told.recv());
-            match next.await.expect("nothing is told").unwrap() {
-                ProviderEvent::Changed => {}
-                event => return event,
+        let next = async {
+            loop {
+                match self.told.recv().await.unwrap() {
+                    ProviderEvent::Changed => {}
+                    event => return event,
+                }
             }
-        }
+        };
+        let told = tokio::time::timeout(PATIENCE, next).await;
+        told.expect("nothing is told")
     }
 
     fn context(&self) -> ExecutionContext {
@@ -133,6 +144,43 @@ async fn a_run_whose_lease_is_lost_while_it_is_claimed_is_not_ours() {
     secrets.answer(&FirewallSecrets {
         secrets: Vec::new(),
     });
+    let event = bench.told().await;
+    assert!(
+        matches!(event, ProviderEvent::Lost(run) if run == bench.run),
+        "{event:?}"
+    );
+    assert!(bench.provider.0.lock().held.is_empty());
+}
+
+#[tokio::test]
+async fn a_claim_that_nobody_answers_does_not_keep_a_daemon_that_leaves() {
+    let mut bench = Bench::claiming().await;
+    let claim = bench.asked("/claim").await;
+    claim.refuse(ProblemKind::Unavailable);
+    let _hanging = bench.asked("/claim").await;
+    bench.leave();
+    // Whatever is waited for from here on, it is not the network.
+    tokio::time::pause();
+    let event = bench.told().await;
+    assert!(
+        matches!(event, ProviderEvent::Lost(run) if run == bench.run),
+        "{event:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_run_that_is_won_by_a_daemon_that_leaves_is_given_back() {
+    let mut bench = Bench::claiming().await;
+    let claim = bench.asked("/claim").await;
+    claim.answer(&bench.context());
+    let secrets = bench.asked("/firewall/auth").await;
+    bench.leave();
+    secrets.answer(&FirewallSecrets {
+        secrets: Vec::new(),
+    });
+    let release = bench.asked("/release").await;
+    assert_eq!(release.body["epoch"], 1);
+    release.answer(&());
     let event = bench.told().await;
     assert!(
         matches!(event, ProviderEvent::Lost(run) if run == bench.run),
