@@ -110,8 +110,11 @@ impl Plan {
                 return;
             }
         };
-        // It may have been taken back, or cancelled and answered, while its lease was on its way.
-        let Some(head) = self.waiting.admit(id) else {
+        // It may have been taken back, or cancelled and answered, while its lease was on its way. And who drains or stops
+        // takes nothing new: then it waits on.
+        let running = self.mode == Mode::Running;
+        let head = running.then(|| self.waiting.admit(id)).flatten();
+        let Some(head) = head else {
             match chosen {
                 Some(vm) => self.give_back(vm.slot, vm.idle, now),
                 None => self.add_vm_for_nobody(slot, now),

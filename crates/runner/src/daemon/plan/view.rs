@@ -14,12 +14,14 @@ impl Plan {
         }
     }
 
-    /// Runs that are ours, oldest first.
+    /// Runs that are ours, oldest first. Who waits for the end of a runner that drains or stops also waits for those
+    /// that may become ours yet.
     pub(in crate::daemon) fn active_runs(&self, clock: &Clock) -> Vec<ActiveRun> {
+        let leaving = self.mode != Mode::Running;
         let mut runs: Vec<(&RunId, &Run)> = self
             .runs
             .iter()
-            .filter(|(_, run)| !matches!(run.stage, Stage::Claiming { .. }))
+            .filter(|(_, run)| leaving || !matches!(run.stage, Stage::Claiming { .. }))
             .collect();
         runs.sort_by_key(|(_, run)| run.admitted_at);
         runs.into_iter()
