@@ -46,6 +46,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Limit on copying all of a job's files out.
 const COLLECT_LIMIT: Duration = Duration::from_secs(300);
+/// Limit on putting a session's history into the VM. The job's own time begins after it.
+const SESSION_LIMIT: Duration = Duration::from_secs(300);
 /// A disk with less than this free is what a failed job failed of, most likely.
 const DISK_FULL_BYTES: u64 = 1 << 20;
 /// Limit on the warm-up job: an emulated guest on a busy host.
@@ -220,7 +222,16 @@ async fn attempt(
     progress.vm(&sandbox);
     let mut env = environment(job, api, admission.as_ref(), setting.mock.as_deref());
     if let Some(session) = api.and_then(|api| api.resume.as_ref()) {
-        match leave_session(session, &sandbox).await {
+        // The guest decides when it takes the data: one that never does must not hold the job.
+        let left = timeout(SESSION_LIMIT, leave_session(session, &sandbox)).await;
+        let left = left.unwrap_or_else(|_| {
+            Err(SandboxError::Timeout {
+                step: "the session's history",
+                limit: SESSION_LIMIT,
+                detail: String::new(),
+            })
+        });
+        match left {
             Ok(variables) => env.extend(variables),
             Err(error) => {
                 let why = explain(&sandbox, error).await;

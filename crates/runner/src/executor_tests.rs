@@ -350,6 +350,41 @@ async fn a_job_that_runs_too_long_is_ended() {
     running.recv().await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_takes_no_session_holds_its_job_for_a_bounded_time() {
+    let mut bench = Bench::new(|exec| exec.exit(0));
+    let vm = bench.engine.template(SHAPE);
+    let vm = vm.restore(Place::unplugged(SlotId(3))).await.unwrap();
+    let sandbox = Sandbox::adopt(vm, SlotId(3));
+    sandbox.pause(sandbox::PausedAs::Parked).await.unwrap();
+    bench.guests.recv().await.unwrap().turn_deaf();
+    let api = ApiSide {
+        url: "https://api.example.com".to_owned(),
+        token: "token".to_owned().into(),
+        group_policy: policy::Draft::default(),
+        resume: Some(ResumeSession {
+            session_id: "s".to_owned(),
+            session_history: "x".repeat(1 << 20),
+        }),
+    };
+    let job = job(|_| ());
+    let work = Work {
+        job: &job,
+        submitter: 0,
+        api: Some(&api),
+        source: VmSource::Paused(sandbox),
+        network: None,
+        steps: &Steps::default(),
+    };
+    let (cancel, heard) = (bench.cancel.subscribe(), Heard::default());
+    let executed = execute(&bench.setting, work, cancel, &heard);
+    let ended = timeout(SESSION_LIMIT * 2, executed).await;
+    let ended = ended.unwrap_or_else(|_| panic!("it hangs"));
+    let error = ended.result.error.unwrap();
+    assert!(error.contains("session's history"), "{error}");
+    assert!(!ended.reusable);
+}
+
 #[tokio::test]
 async fn output_beyond_the_limit_is_cut_and_does_not_hold_the_job_back() {
     let mut bench = Bench::new(|mut exec| {

@@ -54,6 +54,8 @@ pub(super) struct GuestState {
     death: watch::Sender<Option<Death>>,
     /// True once the control channel is to end.
     cut: watch::Sender<bool>,
+    /// True once nothing that is said over it is heard any more.
+    deaf: watch::Sender<bool>,
 }
 
 /// What has happened, and a way to wait for more.
@@ -73,11 +75,21 @@ impl FakeGuest {
         let (host, mut guest) = tokio::io::duplex(256 * 1024);
         let log = Log(Arc::new(watch::Sender::new(Vec::new())));
         let (cut, mut cut_rx) = watch::channel(false);
+        let (deaf, mut deaf_rx) = watch::channel(false);
         let os = Arc::new(FakeOs::new(program, log.clone()));
         tokio::spawn(async move {
             // The stream is dropped, and with it closed, when this task ends.
+            let turns_deaf = async {
+                let _ = deaf_rx.wait_for(|deaf| *deaf).await;
+            };
+            let hears = async {
+                tokio::select! {
+                    _ = guest_control::server::serve(&mut guest, &os) => {}
+                    () = turns_deaf => std::future::pending().await,
+                }
+            };
             tokio::select! {
-                _ = guest_control::server::serve(&mut guest, &os) => {}
+                () = hears => {}
                 _ = cut_rx.wait_for(|cut| *cut) => {}
             }
         });
@@ -91,6 +103,7 @@ impl FakeGuest {
             devices: watch::Sender::new(DeviceStats::default()),
             death: watch::Sender::new(None),
             cut,
+            deaf,
         };
         let guest = FakeGuest {
             state: Arc::new(state),
@@ -139,6 +152,11 @@ impl FakeGuest {
     pub fn die(&self, death: Death) {
         self.state.death.send_replace(Some(death));
         self.close_channel();
+    }
+
+    /// The guest reads nothing more from its control channel and answers nothing, but keeps it open.
+    pub fn turn_deaf(&self) {
+        self.state.deaf.send_replace(true);
     }
 
     /// The guest closes its control channel; the process lives on.
