@@ -12,17 +12,19 @@ use crate::names::RunId;
 use crate::provider::ProviderEvent;
 use crate::status::Mode;
 
-/// Between two heartbeats.
+/// Most time between two heartbeats, and for one.
 const PERIOD: Duration = Duration::from_secs(10);
+/// Least time for one: on a slow way shorter ones would all fail.
+const LEAST_LIMIT: Duration = Duration::from_secs(2);
 /// Most leases and sessions that one heartbeat names.
 const MAX_LIST: usize = 1024;
 
 /// Beats for ever.
 pub(super) async fn run(inner: Arc<Inner>) {
-    let mut period = PERIOD;
+    let (mut period, mut limit) = (PERIOD, PERIOD);
     loop {
         let next = tokio::time::sleep(period);
-        match inner.api.heartbeat(&heartbeat(&inner, None)).await {
+        match inner.api.heartbeat(&heartbeat(&inner, None), limit).await {
             Ok(answer) => {
                 {
                     let mut state = inner.lock();
@@ -33,8 +35,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
                 (inner.tell)(ProviderEvent::Changed);
                 // An instance that we replaced may have ended while the API was away. Now it is there.
                 inner.adopt();
-                // Two may get lost.
-                period = Duration::from_secs((answer.lease_secs / 3).max(1)).min(PERIOD);
+                (period, limit) = pace(answer.lease_secs);
                 for lease in &answer.leases {
                     heed(&inner, lease);
                 }
@@ -55,10 +56,20 @@ pub(super) async fn run(inner: Arc<Inner>) {
     }
 }
 
+/// The time between two heartbeats and the limit of one, for leases that last so long. Two may hang until their limit:
+/// the third is answered before a lease ends.
+fn pace(lease_secs: u64) -> (Duration, Duration) {
+    let quarter = Duration::from_secs(lease_secs) / 4;
+    (
+        quarter.clamp(Duration::from_secs(1), PERIOD),
+        quarter.clamp(LEAST_LIMIT, PERIOD),
+    )
+}
+
 /// The last one.
 pub(super) async fn goodbye(inner: &Inner) {
     let last = heartbeat(inner, Some(RunnerMode::Stopped));
-    if let Err(error) = inner.api.heartbeat(&last).await {
+    if let Err(error) = inner.api.heartbeat(&last, PERIOD).await {
         tracing::debug!(%error, "nobody heard that we leave");
     }
 }
@@ -167,4 +178,24 @@ async fn try_new_policy(inner: &Inner, lease: LeaseRef) -> Result<(), String> {
     };
     let set = networks.replace(lease.run_id, draft).await;
     set.map(drop).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_heartbeats_may_hang_before_a_lease_ends() {
+        for lease_secs in [8, 30, 60, 3600] {
+            let (period, limit) = pace(lease_secs);
+            assert!(
+                period >= limit,
+                "one that hangs delays the next: {lease_secs}"
+            );
+            let third_is_answered = period * 3 + limit;
+            assert!(third_is_answered <= Duration::from_secs(lease_secs));
+        }
+        assert_eq!(pace(60), (PERIOD, PERIOD));
+        assert_eq!(pace(1), (Duration::from_secs(1), LEAST_LIMIT));
+    }
 }

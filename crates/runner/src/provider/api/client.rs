@@ -9,7 +9,8 @@ use api_types::runner::{
 };
 use api_types::{GroupName, Problem, ProblemKind, RunId, RunnerId};
 use reqwest::{
-    Client, Method, RequestBuilder, Response, StatusCode, Upgraded, Url, header, redirect,
+    Client, ClientBuilder, Method, RequestBuilder, Response, StatusCode, Upgraded, Url, header,
+    redirect,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -110,19 +111,27 @@ impl CallError {
 #[derive(Clone)]
 pub(super) struct Api {
     http: Client,
+    /// For heartbeats: one connection, which no other call uses. Where it hangs, the next heartbeat has a new one.
+    beats: Client,
     settings: ApiSettings,
 }
 
 impl Api {
     pub(super) fn new(settings: ApiSettings) -> Result<Self, CallError> {
-        let http = Client::builder()
-            .user_agent(format!("vm0-runner/{VERSION}"))
-            .connect_timeout(CONNECT_LIMIT)
-            // A redirect would carry the token to wherever it points.
-            .redirect(redirect::Policy::none())
-            .build()
-            .map_err(|error| CallError::Unreachable(causes(&error)))?;
-        Ok(Self { http, settings })
+        let client = || {
+            Client::builder()
+                .user_agent(format!("vm0-runner/{VERSION}"))
+                .connect_timeout(CONNECT_LIMIT)
+                // A redirect would carry the token to wherever it points.
+                .redirect(redirect::Policy::none())
+        };
+        let beats = client().pool_max_idle_per_host(1);
+        let [http, beats] = [client(), beats].map(ClientBuilder::build);
+        Ok(Self {
+            http: http.map_err(unreachable)?,
+            beats: beats.map_err(unreachable)?,
+            settings,
+        })
     }
 
     /// The API's address, as guests are told it.
@@ -131,7 +140,11 @@ impl Api {
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http
+        self.request_by(&self.http, method, path)
+    }
+
+    fn request_by(&self, client: &Client, method: Method, path: &str) -> RequestBuilder {
+        client
             .request(method, format!("{}{path}", self.url()))
             .bearer_auth(self.settings.token.as_str())
             .timeout(REQUEST_LIMIT)
@@ -160,8 +173,13 @@ impl Api {
             .await
     }
 
-    pub(super) async fn heartbeat(&self, body: &Heartbeat) -> Result<HeartbeatAnswer, CallError> {
-        self.post("/api/runners/heartbeat", body).await
+    pub(super) async fn heartbeat(
+        &self,
+        body: &Heartbeat,
+        limit: Duration,
+    ) -> Result<HeartbeatAnswer, CallError> {
+        let request = self.request_by(&self.beats, Method::POST, "/api/runners/heartbeat");
+        parse(answer(request.json(body).timeout(limit)).await?).await
     }
 
     pub(super) async fn release(&self, run: RunId, body: &LeaseOf) -> Result<(), CallError> {

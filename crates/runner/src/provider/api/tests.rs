@@ -240,6 +240,25 @@ async fn every_heartbeat_that_is_taken_is_told_also_of_a_runner_without_work() {
 }
 
 #[tokio::test]
+async fn a_heartbeat_that_hangs_is_given_up_long_before_its_leases_end() {
+    let (_top, home) = home();
+    let (settings, mut asked) = open_api().await;
+    let provider = ApiProvider::start(settings, &home, runner("new"), |_| {}).unwrap();
+    let first = asked.recv().await.unwrap();
+    // Short leases, so that it does not take long here.
+    first.answer(&HeartbeatAnswer {
+        leases: Vec::new(),
+        lease_secs: 8,
+    });
+    let _hanging = asked.recv().await.unwrap();
+    // Less than any other call has.
+    let next = tokio::time::timeout(PATIENCE, asked.recv()).await;
+    next.expect("nothing comes after it").unwrap();
+    let failed = provider.0.lock().error.clone();
+    assert!(failed.is_some(), "it was not given up");
+}
+
+#[tokio::test]
 async fn an_answer_is_brought_again_until_it_is_taken() {
     let (_top, home) = home();
     left(&home);
