@@ -95,6 +95,8 @@ struct Vm {
     state: VmState,
     /// Since when it is in this state: the least recently used go first.
     since: Instant,
+    /// It died while it was set aside for a job: nobody may have it again.
+    dead: bool,
 }
 
 /// A VM that was set aside for a job.
@@ -372,6 +374,7 @@ impl Vm {
             profile,
             state,
             since: now,
+            dead: false,
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod any_order;
 mod leaving;
+mod set_aside;
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;

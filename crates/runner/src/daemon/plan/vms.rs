@@ -58,13 +58,15 @@ impl Plan {
         }
     }
 
-    /// Makes a paused VM available, or destroys it if there is no use for it in this mode.
+    /// Makes a paused VM available, or destroys it if it is dead or there is no use for it in this mode.
     pub(super) fn settle(&mut self, slot: SlotId, idle: Option<Reuse>, now: Instant) {
-        if self.mode != Mode::Running {
+        let running = self.mode == Mode::Running;
+        let Some(vm) = self.vms.get_mut(&slot) else {
+            return;
+        };
+        if !running || vm.dead {
             self.destroy(slot);
-        } else if let Some(vm) = self.vms.get_mut(&slot)
-            && !matches!(vm.state, VmState::Dying)
-        {
+        } else if !matches!(vm.state, VmState::Dying) {
             vm.enter(idle.map_or(VmState::Warm, VmState::Idle), now);
         }
     }
@@ -111,12 +113,14 @@ impl Plan {
     }
 
     pub(super) fn on_vm_died(&mut self, slot: SlotId, reason: String, now: Instant) {
-        let Some(vm) = self.vms.get(&slot) else {
+        let Some(vm) = self.vms.get_mut(&slot) else {
             return;
         };
         match vm.state {
-            // Its executor finds out by itself; a dying one is meant to.
-            VmState::Used | VmState::Dying => {}
+            // Its executor finds out by itself, if it gets one.
+            VmState::Used => vm.dead = true,
+            // It is meant to.
+            VmState::Dying => {}
             VmState::Warm => {
                 tracing::warn!(slot = slot.0, reason, "a warm VM died");
                 if let Some(pool) = self.pools.get_mut(&vm.profile) {
