@@ -19,6 +19,7 @@ mod start;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -101,6 +102,8 @@ struct Starting {
 struct Ending {
     kills: Vec<u64>,
     releases: Vec<u64>,
+    /// Nothing runs in it and it could not be given back, as whoever asked has heard: it is tried again then.
+    again: Option<Instant>,
 }
 
 pub(super) struct Server {
@@ -174,12 +177,15 @@ impl Server {
 
     /// Waits for something to do; true if the socket has something.
     fn poll(&self) -> rustix::io::Result<bool> {
-        let ending = self.units.values().any(|held| held.ending.is_some());
-        let timeout = match (self.unpublished, ending, self.has_errands()) {
-            (true, _, _) => Some(Timespec::default()),
-            (false, true, _) => Timespec::try_from(end::LOOK).ok(),
-            (false, false, true) => Timespec::try_from(errand::LOOK).ok(),
-            (false, false, false) => None,
+        let endings = self.units.values().filter_map(|held| held.ending.as_ref());
+        let look = endings.map(|ending| match ending.again {
+            Some(_) => end::TRY_AGAIN,
+            None => end::LOOK,
+        });
+        let look = look.chain(self.has_errands().then_some(errand::LOOK));
+        let timeout = match self.unpublished {
+            true => Some(Timespec::default()),
+            false => look.min().and_then(|look| Timespec::try_from(look).ok()),
         };
         let mut fds = vec![
             PollFd::new(&self.socket, PollFlags::IN),

@@ -14,6 +14,11 @@ use crate::slot::SlotId;
 
 /// How often a slot that is ending is looked at again, beside every death that is reported.
 pub(super) const LOOK: Duration = Duration::from_millis(10);
+/// How often it is tried again to give back a slot that could not be.
+pub(super) const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// How long an empty group may take until it can be removed: the kernel lets go of it a moment after its last process is
+/// reaped by somebody else.
+const LETTING_GO: Duration = Duration::from_millis(200);
 /// How long the end of the connection may take: VMs must be gone within a second of their daemon.
 const LAST_CLEANING: Duration = Duration::from_millis(900);
 /// How long processes of a dead owner may take to die.
@@ -103,6 +108,10 @@ impl Server {
         let Some(held) = self.units.get_mut(&unit) else {
             return;
         };
+        let again = held.ending.as_ref().and_then(|ending| ending.again);
+        if again.is_some_and(|at| at > Instant::now()) {
+            return;
+        }
         if held.main.is_some() || held.keeper.is_some() || !kill_rest(&self.cgroups, uid) {
             return;
         }
@@ -113,10 +122,25 @@ impl Server {
         for id in ending.kills {
             self.answer(id, Ok(Reply::Reaped(last)));
         }
-        if ending.releases.is_empty() {
+        if ending.releases.is_empty() && again.is_none() {
             return;
         }
-        let result = self.give_back(unit);
+        // Nobody else is kept waiting for what is tried again.
+        let patience = if again.is_none() {
+            LETTING_GO
+        } else {
+            Duration::ZERO
+        };
+        let result = self.give_back(unit, patience);
+        if result.is_err()
+            && let Some(held) = self.units.get_mut(&unit)
+        {
+            // Whoever asked thinks of it no more: without this it was held until the daemon ends.
+            held.ending = Some(Ending {
+                again: Some(Instant::now() + TRY_AGAIN),
+                ..Ending::default()
+            });
+        }
         for id in ending.releases {
             let result = result.as_ref().map(|()| Reply::Done);
             self.answer(id, result.map_err(|e| Refusal::step("release a slot", e)));
@@ -124,8 +148,8 @@ impl Server {
     }
 
     /// Removes what is named after an empty slot and unlocks it.
-    fn give_back(&mut self, unit: Unit) -> Result<(), String> {
-        if !self.remove_group(self.uid(unit)) {
+    fn give_back(&mut self, unit: Unit, patience: Duration) -> Result<(), String> {
+        if !self.remove_group(self.uid(unit), patience) {
             return Err(format!("the cgroup of {unit} is not empty"));
         }
         let Some(held) = self.units.remove(&unit) else {
@@ -151,12 +175,11 @@ impl Server {
     /// The same for a uid.
     pub(super) fn clean_uid(&self, uid: u32) -> bool {
         self.cgroups.forbid_forks(uid);
-        process::kill_uid(uid, ORPHAN_LIMIT) && self.remove_group(uid)
+        process::kill_uid(uid, ORPHAN_LIMIT) && self.remove_group(uid, LETTING_GO)
     }
 
-    /// The kernel lets go of a group a moment after its last process is reaped by somebody else.
-    fn remove_group(&self, uid: u32) -> bool {
-        let deadline = Instant::now() + Duration::from_millis(200);
+    fn remove_group(&self, uid: u32, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
         loop {
             match self.cgroups.remove(uid) {
                 Ok(()) => return true,
@@ -189,7 +212,7 @@ impl Server {
                     .is_some_and(|held| held.main.is_none() && held.keeper.is_none());
                 if dead && kill_rest(&self.cgroups, self.uid(unit)) {
                     // What stays behind is found by the next runner's reclaim.
-                    let _ = self.give_back(unit);
+                    let _ = self.give_back(unit, LETTING_GO);
                 }
             }
             if self.units.is_empty() && !self.has_errands() {
