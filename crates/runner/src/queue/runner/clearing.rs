@@ -21,10 +21,12 @@ const MARKER_LIFE: Duration = Duration::from_secs(60);
 const MAX_CLAIM_BYTES: u64 = 4096;
 
 impl RunnerQueue {
-    /// Removes job, marker and claim, in this order: without the claim the job would run again.
+    /// Removes job, marker and claim, in this order: without the claim the job would run again. Also after a power cut,
+    /// so the first two are gone for good before the third goes: they are in other directories.
     pub(crate) fn clean_up(&self, id: RunId) -> Result<(), QueueError> {
         self.discard(&job_name(id))?;
         self.discard(&cancel_name(id))?;
+        self.group.dir.sync()?;
         self.claims.remove_file(claim_name(id))?;
         Ok(())
     }
