@@ -7,13 +7,15 @@
 mod account;
 pub(crate) mod rel;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use host::fs::{Dir, FsError};
 
 pub(crate) use account::Account;
 
-use crate::names::GroupName;
+use crate::names::{GroupName, RunnerName};
+use crate::status::STATUS_FILE;
 
 /// Others may pass through, to a group that a Unix group shares, but not look around.
 const PASSAGE: u32 = 0o711;
@@ -172,6 +174,13 @@ impl Home {
     /// [`rel`].
     pub(crate) fn at(&self, rel: impl AsRef<Path>) -> PathBuf {
         self.path.join(rel)
+    }
+
+    /// The instance whose status stands under the runner's name, whether it lives or not.
+    pub(crate) fn shown_instance(&self, runner: &RunnerName) -> Option<OsString> {
+        let link = self.at(rel::runner(runner).join(STATUS_FILE));
+        let target = std::fs::read_link(link).ok()?;
+        Some(target.parent()?.file_name()?.to_owned())
     }
 
     /// Its descriptor.

@@ -3,6 +3,7 @@
 mod collector;
 mod handover;
 pub(super) mod source;
+mod sweep;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use host::fs::{Access, Dir, Lock, LockKind, lock_holder};
+use host::fs::{Access, Lock, LockKind, lock_holder};
 use host::launcher::{ForkedLauncher, Launcher, LauncherConfig};
 use sandbox::{Engine, EngineKind, IoLimits, Template};
 use tokio::sync::Semaphore;
@@ -22,6 +23,7 @@ use tracing_subscriber::fmt::writer::MakeWriterExt;
 
 use self::handover::{Readiness, Side};
 use self::source::Source;
+use self::sweep::sweep;
 use crate::audit::{Action, Audit, Outcome, Who};
 use crate::config::{self, Config, EngineChoice};
 use crate::context::{CliError, Context};
@@ -288,7 +290,7 @@ impl Starting {
             tracing::warn!(orphans, "reclaimed slots that dead runners had left");
         }
         let instances = home.ensure_dir(rel::instances(&config.name))?;
-        sweep(&instances);
+        sweep(&instances, home.shown_instance(&config.name).as_deref());
         let instance_dir = instances.create_dir(instance.as_str(), 0o700)?;
         let _alive = instance_dir.lock("lock", LockKind::Exclusive, 0o600)?;
 
@@ -504,22 +506,6 @@ impl Starting {
         tracing::info!(code, "stopped");
         let _ = instance_dir.remove_file("control.sock");
         Ok(code)
-    }
-}
-
-/// Removes what instances that are gone left, but the one whose status people may still want to read.
-fn sweep(instances: &Dir) {
-    let Ok(entries) = instances.list() else {
-        return;
-    };
-    for entry in entries {
-        let lock = std::path::Path::new(&entry.name).join("lock");
-        if instances.is_locked(&lock).unwrap_or(true) {
-            continue;
-        }
-        if let Err(error) = instances.remove_tree(&entry.name) {
-            tracing::warn!(%error, "what a dead instance left cannot be removed");
-        }
     }
 }
 

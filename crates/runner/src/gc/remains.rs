@@ -7,7 +7,6 @@ use host::fs::{EntryKind, FsError, LockKind};
 use super::{Collector, Kind, modified, size};
 use crate::home::rel::{self, IMAGES, LOCKS};
 use crate::names::{ImageHash, RunId};
-use crate::status::STATUS_FILE;
 
 /// Directories of instances whose lock is free, but the one whose status people may still want to read.
 pub(super) fn instances(collector: &mut Collector<'_>) -> Result<(), FsError> {
@@ -16,9 +15,7 @@ pub(super) fn instances(collector: &mut Collector<'_>) -> Result<(), FsError> {
         let Some(instances) = collector.dir(&below)? else {
             continue;
         };
-        let shown = std::fs::read_link(collector.home.at(rel::runner(&runner).join(STATUS_FILE)))
-            .ok()
-            .and_then(|target| Some(target.parent()?.file_name()?.to_owned()));
+        let shown = collector.home.shown_instance(&runner);
         for entry in instances.list()? {
             let is_instance = entry
                 .name
