@@ -19,7 +19,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use super::{Provider, ProviderEvent};
 use crate::names::{ProfileName, RunId};
 use crate::queue::{
-    Change, Claim, FirstSeen, JobResult, LiveRunner, Look, QueueError, RunnerQueue, Scan, Watch,
+    Change, Claim, FirstSeen, JobResult, LiveRunner, Look, QueueError, RunnerQueue, Scan, Unwanted,
+    Watch,
 };
 
 /// How often the directory is looked through whatever inotify says.
@@ -78,7 +79,7 @@ impl LocalProvider {
             uncleaned: HashSet::new(),
             nameless: HashSet::new(),
             unfinished: FirstSeen::default(),
-            markers: FirstSeen::default(),
+            unwanted: Unwanted::default(),
             next_scan: Instant::now(),
             next_expire: Instant::now(),
         };
@@ -148,8 +149,7 @@ struct Worker {
     nameless: HashSet<OsString>,
     /// Malformed files that somebody may still be writing.
     unfinished: FirstSeen<SystemTime>,
-    /// Cancel markers without a job.
-    markers: FirstSeen<()>,
+    unwanted: Unwanted,
     next_scan: Instant,
     next_expire: Instant,
 }
@@ -274,7 +274,7 @@ impl Worker {
         }
         if Instant::now() >= self.next_expire {
             self.next_expire = Instant::now() + EXPIRE;
-            if let Err(error) = self.queue.expire(&mut self.markers) {
+            if let Err(error) = self.queue.expire(&mut self.unwanted, Instant::now()) {
                 tracing::warn!(%error, "cannot remove old answers");
             }
         }

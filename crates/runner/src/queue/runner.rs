@@ -2,6 +2,8 @@
 
 mod clearing;
 
+pub(crate) use clearing::Unwanted;
+
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;

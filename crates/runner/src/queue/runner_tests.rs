@@ -1,10 +1,9 @@
 use std::collections::HashSet;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::super::JobState;
-use super::super::first_seen::FirstSeen;
 use super::super::job::tests::fields;
 use super::*;
 
@@ -245,17 +244,35 @@ fn a_cancel_marker_without_a_job_may_be_early_and_is_kept_a_while() {
         .append(true)
         .open(group.path(cancel_name(id)))
         .unwrap();
-    let mut markers = FirstSeen::default();
     // The clock was set: the marker looks a day old and is not.
     marker
         .set_modified(SystemTime::now() - Duration::from_secs(86_400))
         .unwrap();
-    runner.expire(&mut markers).unwrap();
+    let now = Instant::now();
+    runner.expire(&mut Unwanted::default(), now).unwrap();
     assert!(
         runner
             .cancelled_by(id, rustix::process::geteuid().as_raw())
             .is_some()
     );
+}
+
+#[test]
+fn an_answer_that_nobody_fetched_goes_when_it_is_old_and_no_clock_only_says_so() {
+    let group = Group::new();
+    let runner = group.runner();
+    let id = group.submit();
+    won(runner.claim(id).unwrap());
+    runner.answer(&JobResult::exited(id, 0)).unwrap();
+    let day = Duration::from_secs(86_400);
+    let result = group.path(format!("{RESULTS}/{}", result_name(id)));
+    let file = std::fs::File::options().append(true).open(&result).unwrap();
+    file.set_modified(SystemTime::now() - day * 8).unwrap();
+    let (mut unwanted, now) = (Unwanted::default(), Instant::now());
+    runner.expire(&mut unwanted, now).unwrap();
+    assert!(result.exists(), "it has only just been seen");
+    runner.expire(&mut unwanted, now + day).unwrap();
+    assert!(!result.exists());
 }
 
 #[test]

@@ -15,10 +15,20 @@ use crate::queue::result::JobResult;
 
 /// Results that nobody fetched are removed after this long, by the host's clock: they outlive runners.
 const RESULT_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// And no sooner than this after we first saw them: the host's clock may just have been set.
+const RESULT_SEEN: Duration = Duration::from_secs(24 * 3600);
 /// Cancel markers without a job are removed after this long: they may be early, not lost.
 const MARKER_LIFE: Duration = Duration::from_secs(60);
 /// Largest claim, bytes.
 const MAX_CLAIM_BYTES: u64 = 4096;
+
+/// Since when we have seen what nobody wants, as it seems.
+#[derive(Debug, Default)]
+pub(crate) struct Unwanted {
+    results: FirstSeen<()>,
+    /// Cancel markers without a job.
+    markers: FirstSeen<()>,
+}
 
 impl RunnerQueue {
     /// Removes job, marker and claim, in this order: without the claim the job would run again. Also after a power cut,
@@ -123,15 +133,22 @@ impl RunnerQueue {
     }
 
     /// Removes answers that nobody fetched and markers that nothing belongs to.
-    pub(crate) fn expire(&self, markers: &mut FirstSeen<()>) -> Result<(), QueueError> {
-        for entry in self.results.list()? {
-            if is_older(&self.results, &entry.name, RESULT_LIFE) {
+    pub(crate) fn expire(&self, unwanted: &mut Unwanted, now: Instant) -> Result<(), QueueError> {
+        let Unwanted { results, markers } = unwanted;
+        let entries = self.results.list()?;
+        let there: HashSet<RunId> = entries.iter().filter_map(|e| run_of(&e.name)).collect();
+        results.keep(|id| there.contains(&id));
+        for entry in entries {
+            // What is nobody's has been there as long as it says.
+            let seen = run_of(&entry.name).map(|id| results.age(id, (), now));
+            if seen.is_none_or(|age| age >= RESULT_SEEN)
+                && is_older(&self.results, &entry.name, RESULT_LIFE)
+            {
                 self.results.remove_tree(&entry.name)?;
             }
         }
         let cancels: HashSet<RunId> = self.scan()?.cancels.into_iter().collect();
         markers.keep(|id| cancels.contains(&id));
-        let now = Instant::now();
         for id in cancels {
             if self.group.dir.metadata(job_name(id))?.is_some() {
                 markers.forget(id);
@@ -141,6 +158,11 @@ impl RunnerQueue {
         }
         Ok(())
     }
+}
+
+/// Whose a file of `.results` is.
+fn run_of(name: &OsStr) -> Option<RunId> {
+    name.to_str()?.split_once('.')?.0.parse().ok()
 }
 
 fn is_older(dir: &Dir, name: &OsStr, limit: Duration) -> bool {
