@@ -42,6 +42,9 @@ impl Plan {
     pub(super) fn choose(&self) -> Option<(RunId, ProfileName, Option<SlotId>)> {
         let mut spoken_for: BTreeMap<&ProfileName, u32> = BTreeMap::new();
         for head in self.waiting.candidates() {
+            if self.is_about_to_keep(head) {
+                continue;
+            }
             let profile = &head.profile;
             let slot = self.idle_for(head).or_else(|| self.warm_for(profile));
             if slot.is_none() {
@@ -74,6 +77,20 @@ impl Plan {
         let mut vms = self.vms.iter();
         vms.find(|(_, vm)| matches!(&vm.state, VmState::Idle(key) if *key == wanted))
             .map(|(slot, _)| *slot)
+    }
+
+    /// Whether the VM of the session's last job is about to be kept: whoever sends the next job as soon as he has read the
+    /// answer finds the files of the last.
+    fn is_about_to_keep(&self, head: &JobHead) -> bool {
+        let Some(wanted) = self.reuse_key(head) else {
+            return false;
+        };
+        let is_parking = |vm: &Vm| matches!(&vm.state, VmState::Parking(key) if *key == wanted);
+        let will_park = |run: &Run| {
+            matches!(run.stage, Stage::Completing { reusable: true })
+                && self.reuse_key(&run.head).as_ref() == Some(&wanted)
+        };
+        self.vms.values().any(is_parking) || (self.may_park() && self.runs.values().any(will_park))
     }
 
     /// The warm VM that was made last: its memory is the warmest in the host's caches.

@@ -2,6 +2,7 @@
 
 mod any_order;
 mod leaving;
+mod next_of_session;
 mod set_aside;
 
 use std::collections::BTreeMap;
