@@ -77,13 +77,24 @@ impl NetworkArgs {
         draft.rules.splice(0..0, first);
 
         let mut secrets: Vec<HandedSecret> = Vec::new();
+        // Of each secret, the variable that its value is from.
+        let mut variables: Vec<String> = Vec::new();
         for argument in self.secret {
             let SecretArgument {
                 name,
                 variable,
                 host,
             } = argument;
-            if let Some(known) = secrets.iter_mut().find(|secret| secret.name == name) {
+            let mut known = secrets.iter_mut().zip(&variables);
+            if let Some((known, from)) = known.find(|(secret, _)| secret.name == name) {
+                // Or one of both values would go to the host that the other is for.
+                if *from != variable {
+                    return Err(CliError::usage(format_args!(
+                        "--secret {} is given twice, from {from} and from {variable}",
+                        name.as_str()
+                    ))
+                    .with_hint("give each value a name of its own"));
+                }
                 // Several hosts for one secret.
                 match host {
                     Some(host) if !known.hosts.is_empty() => known.hosts.push(host),
@@ -102,6 +113,7 @@ impl NetworkArgs {
                 value,
                 hosts: host.into_iter().collect(),
             });
+            variables.push(variable);
         }
         let network = JobNetwork {
             policy: draft,
@@ -159,6 +171,30 @@ mod tests {
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_secret_has_one_value_for_all_its_hosts() {
+        let resolve = |secrets: &[&str]| {
+            NetworkArgs {
+                allow: Vec::new(),
+                deny: Vec::new(),
+                firewall: None,
+                secret: secrets.iter().map(|text| text.parse().unwrap()).collect(),
+            }
+            .resolve()
+        };
+        // Two variables that cargo sets.
+        let here = "KEY=env:CARGO_MANIFEST_DIR@api.example.com";
+        let (_, secrets) = resolve(&[here, "KEY=env:CARGO_MANIFEST_DIR@b.example.com"]).unwrap();
+        assert_eq!((secrets.len(), secrets[0].hosts.len()), (1, 2));
+        let there = "KEY=env:CARGO_MANIFEST_PATH@b.example.com";
+        let error = resolve(&[here, there]).unwrap_err().to_string();
+        assert!(error.contains("CARGO_MANIFEST_PATH"), "{error}");
+        // As ever: with a host both times, or the first goes everywhere.
+        assert!(resolve(&["KEY=env:CARGO_MANIFEST_DIR", here]).is_err());
+        let (_, secrets) = resolve(&[here, "OTHER=env:CARGO_MANIFEST_PATH@b.example.com"]).unwrap();
+        assert_eq!(secrets.len(), 2);
     }
 
     #[test]
