@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::cmd::{gc, service};
 use crate::context::{CliError, Context, note};
 use crate::control::client::Instance;
-use crate::home::Home;
+use crate::home::{Home, rel};
 use crate::names::RunnerName;
 use crate::terminal;
 
@@ -19,7 +19,8 @@ use crate::terminal;
     after_help = "Removed are the services of the home's runners, slots that dead runners left, and the home itself: images, the \
 certificate authority, queue, logs and configurations. Packages that `runner setup` installed stay, and what is in /run \
 goes with the next boot.\n\n\
-Refused while jobs run, unless --force, and while a runner runs that is no service: end that first.\n\n\
+Refused while jobs run, unless --force, and while a runner runs that is no service: end that first. Refused in any case \
+where the home holds something that no runner has put there.\n\n\
 Examples:\n  sudo runner uninstall --dry-run\n  sudo runner uninstall\n  sudo runner uninstall --yes --force"
 )]
 pub(crate) struct Args {
@@ -83,7 +84,17 @@ impl fmt::Display for Plan {
 
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
+    let path = context.home_path()?;
+    // Nor made by a look at what would be removed.
+    if !path.exists() {
+        return Err(CliError::failed(format_args!(
+            "there is no home at {}: nothing to remove",
+            path.display()
+        ))
+        .with_hint("--home DIR names another"));
+    }
     let home = context.home()?;
+    require_own(&home)?;
     let plan = Plan::of(&home, args.dry_run)?;
     if !args.dry_run {
         if !rustix::process::geteuid().is_root() {
@@ -119,6 +130,25 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Fails for a directory that no runner made, or that holds something else beside: everything in it would go.
+fn require_own(home: &Home) -> Result<(), CliError> {
+    let entries = home.dir().list()?;
+    let known = |name: &std::ffi::OsStr| rel::TOP.iter().any(|own| name == *own);
+    let why = match entries.iter().find(|entry| !known(&entry.name)) {
+        Some(entry) => format!(
+            "it holds {}, which is no runner's",
+            terminal::escape(&entry.name.to_string_lossy())
+        ),
+        None if entries.is_empty() => "it is empty".to_owned(),
+        None => return Ok(()),
+    };
+    Err(CliError::failed(format_args!(
+        "{} is not removed: {why}",
+        home.path().display()
+    ))
+    .with_hint("--home DIR names the home that is meant; move away what is to stay"))
+}
+
 /// Asks whoever sits there.
 fn agreed(plan: &Plan) -> Result<bool, CliError> {
     if !terminal::is_terminal(std::io::stdin()) {
@@ -137,4 +167,50 @@ fn agreed(plan: &Plan) -> Result<bool, CliError> {
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     Ok(answer.trim() == "yes")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn uninstall(home: &Path, dry_run: bool) -> Result<ExitCode, CliError> {
+        let args = Args {
+            dry_run,
+            yes: true,
+            force: false,
+            json: true,
+        };
+        run(args, &Context::new(Some(home.to_owned())))
+    }
+
+    #[test]
+    fn what_is_no_home_or_holds_more_than_one_stays() {
+        let temp = tempfile::tempdir().unwrap();
+        let home = temp.path().join("home");
+        for dry_run in [true, false] {
+            let error = uninstall(&home, dry_run).unwrap_err().to_string();
+            assert!(error.contains("no home at"), "{error}");
+            assert!(!home.exists());
+        }
+        std::fs::create_dir(&home).unwrap();
+        let error = uninstall(&home, true).unwrap_err().to_string();
+        assert!(error.contains("empty"), "{error}");
+        std::fs::create_dir(home.join("photos")).unwrap();
+        std::fs::write(home.join("photos/a.jpg"), "a").unwrap();
+        for known in [false, true] {
+            if known {
+                std::fs::create_dir(home.join(rel::IMAGES)).unwrap();
+            }
+            for dry_run in [true, false] {
+                let error = uninstall(&home, dry_run).unwrap_err().to_string();
+                assert!(error.contains("photos"), "{error}");
+                assert!(home.join("photos/a.jpg").exists());
+            }
+        }
+        std::fs::remove_dir_all(home.join("photos")).unwrap();
+        uninstall(&home, true).unwrap();
+        assert!(home.exists());
+    }
 }

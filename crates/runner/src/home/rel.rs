@@ -22,6 +22,18 @@ pub(crate) const FIRECRACKER: &str = "firecracker";
 pub(crate) const BIN: &str = "bin";
 /// `locks`.
 pub(crate) const LOCKS: &str = "locks";
+/// Everything that stands at the top of a home.
+pub(crate) const TOP: [&str; 9] = [
+    RUNNERS,
+    GROUPS,
+    IMAGES,
+    LOGS,
+    CA,
+    PROXY,
+    FIRECRACKER,
+    BIN,
+    LOCKS,
+];
 
 /// `runners/<name>`.
 pub(crate) fn runner(name: &RunnerName) -> PathBuf {
