@@ -8,7 +8,7 @@ use host::launcher::{ForkedLauncher, LauncherConfig};
 use host::slot::{SlotId, SlotRecord, held_slots, orphaned_slots};
 
 use crate::context::{CliError, Context, block_on, note};
-use crate::control::client::{self, RunPrefix};
+use crate::control::client::{self, Instance, RunPrefix};
 use crate::control::protocol::{Reply, Request};
 use crate::home::Home;
 use crate::names::RunId;
@@ -43,7 +43,11 @@ pub(crate) struct Args {
 /// Runs it.
 pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     let home = context.home()?;
-    let asked = block_on(ask_owner(&home, &args));
+    let mut search = Search {
+        run: args.run.clone(),
+        instances: Vec::new(),
+    };
+    let asked = block_on(ask_owner(&home, &args, &mut search));
     let unanswered = match asked {
         Ok(run) => {
             context.print_line(run)?;
@@ -52,7 +56,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         Err(error) => error,
     };
     let config = LauncherConfig::from_env(format!("kill-{}", std::process::id()))?;
-    let found = without_owner(&config.run_dir, &args)?;
+    let found = without_owner(&config.run_dir, &search, args.force)?;
     let Some((run, slot, of)) = found else {
         return Err(unanswered);
     };
@@ -71,19 +75,35 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Has the owner cancel the run; with `--force` waits until it is over, which is an error if it does not come.
-async fn ask_owner(home: &Home, args: &Args) -> Result<RunId, CliError> {
-    let found = client::find(home, &args.run).await?;
+/// What to look for among the slots, which are the whole host's: runs of other homes are in them, too.
+struct Search {
+    run: RunPrefix,
+    /// Only in slots of these.
+    instances: Vec<String>,
+}
+
+/// Has the owner cancel the run; with `--force` waits until it is over, which is an error if it does not come. Where the
+/// owner has not done it, `search` says afterwards whose slots may have it.
+async fn ask_owner(home: &Home, args: &Args, search: &mut Search) -> Result<RunId, CliError> {
+    let (active, mut lost) = client::survey(home).await?;
+    if !active.iter().any(|run| args.run.matches(run.info.run_id)) {
+        // It may be a run of those that do not answer, or are dead.
+        lost.extend(Instance::all(home)?.into_iter().filter(|it| !it.is_live()));
+        search.instances = lost.into_iter().map(|instance| instance.id).collect();
+    }
+    let found = client::choose(active, &args.run)?;
     let run = found.info.run_id;
-    let reply = found
-        .instance
-        .ask(&Request::Cancel { run })
-        .await
-        .map_err(|error| client::broken(&error))?;
+    let reply = found.instance.ask(&Request::Cancel { run }).await;
+    if let Ok(Reply::Failed(failure)) = reply {
+        return Err(client::told(failure));
+    }
+    // From here on it is this run of this instance.
+    search.run = run.into();
+    search.instances.push(found.instance.id);
     match reply {
-        Reply::Done => {}
-        Reply::Failed(failure) => return Err(client::told(failure)),
-        _ => return Err(client::odd()),
+        Ok(Reply::Done) => {}
+        Ok(_) => return Err(client::odd()),
+        Err(error) => return Err(client::broken(&error)),
     }
     if !args.force {
         return Ok(run);
@@ -113,15 +133,25 @@ enum Of {
 }
 
 /// The one run with a slot but no daemon that answers for it. Slots of launchers that live are touched with `--force` only.
-fn without_owner(run_dir: &Path, args: &Args) -> Result<Option<(RunId, SlotId, Of)>, CliError> {
+fn without_owner(
+    run_dir: &Path,
+    search: &Search,
+    force: bool,
+) -> Result<Option<(RunId, SlotId, Of)>, CliError> {
     let mut found: Vec<(RunId, SlotId, Of)> = Vec::new();
+    if search.instances.is_empty() {
+        return Ok(None);
+    }
     let mut add = |slot: SlotId, record: &SlotRecord, of: Of| {
+        if !search.instances.contains(&record.instance) {
+            return;
+        }
         let run: Option<RunId> = record.run_id.as_deref().and_then(|run| run.parse().ok());
-        if let Some(run) = run.filter(|run| args.run.matches(*run)) {
+        if let Some(run) = run.filter(|run| search.run.matches(*run)) {
             found.push((run, slot, of));
         }
     };
-    if args.force {
+    if force {
         for held in held_slots(run_dir)? {
             add(held.slot, &held.record, Of::Silent);
         }
@@ -142,7 +172,7 @@ fn without_owner(run_dir: &Path, args: &Args) -> Result<Option<(RunId, SlotId, O
             Err(CliError::failed(format_args!(
                 "{} runs begin with {}:{list}",
                 several.len(),
-                args.run
+                search.run
             ))
             .with_hint("give more of the id"))
         }
@@ -209,4 +239,130 @@ fn reclaim(config: LauncherConfig, slot: SlotId) -> Result<(), CliError> {
         "its runner is dead, and what it left is removed; the next one of the group answers the submitter",
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use host::fs::LockKind;
+    use host::slot::{CHANGES_FILE, HeldSlot, LeaseKind, Resources};
+
+    use super::*;
+    use crate::control::protocol::{self, RunInfo};
+    use crate::home::rel;
+
+    /// A home with a live instance that runs these, or does not answer at all.
+    struct Place {
+        temp: tempfile::TempDir,
+        home: Home,
+        _lock: host::fs::Lock,
+    }
+
+    impl Place {
+        fn new(runs: Option<Vec<RunId>>) -> Self {
+            let temp = tempfile::tempdir().unwrap();
+            let home = Home::open_or_create(&temp.path().join("home")).unwrap();
+            let directory = rel::instances(&"demo".parse().unwrap()).join("own");
+            let instance = home.ensure_dir(directory).unwrap();
+            let lock = instance.lock("lock", LockKind::Exclusive, 0o600).unwrap();
+            if let Some(runs) = runs {
+                let listener = instance.bind_socket("control.sock", 0o600).unwrap();
+                listener.set_nonblocking(true).unwrap();
+                let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+                tokio::spawn(answer(listener, runs));
+            }
+            Self {
+                temp,
+                home,
+                _lock: lock,
+            }
+        }
+
+        /// What `kill` finds, where slots of these instances have these runs.
+        async fn kill(&self, prefix: &str, slots: &[(&str, RunId)]) -> Result<RunId, String> {
+            let held: Vec<HeldSlot> = (0..)
+                .zip(slots)
+                .map(|(number, (instance, run))| HeldSlot {
+                    slot: SlotId(number),
+                    launcher_pid: std::process::id(),
+                    record: SlotRecord {
+                        instance: (*instance).to_owned(),
+                        kind: LeaseKind::Firm,
+                        resources: Resources::default(),
+                        run_id: Some(run.to_string()),
+                    },
+                })
+                .collect();
+            let run_dir = self.temp.path();
+            let text = serde_json::to_vec(&held).unwrap();
+            std::fs::write(run_dir.join(CHANGES_FILE), text).unwrap();
+            let args = Args {
+                run: prefix.parse().unwrap(),
+                force: true,
+            };
+            let mut search = Search {
+                run: args.run.clone(),
+                instances: Vec::new(),
+            };
+            let error = match ask_owner(&self.home, &args, &mut search).await {
+                Ok(run) => panic!("{run} was ended by its owner"),
+                Err(error) => error.to_string(),
+            };
+            match without_owner(run_dir, &search, true) {
+                Ok(Some((run, ..))) => Ok(run),
+                Ok(None) => Err(error),
+                Err(error) => Err(error.to_string()),
+            }
+        }
+    }
+
+    /// A daemon that takes a cancellation and does nothing about it but to hang up.
+    async fn answer(listener: tokio::net::UnixListener, runs: Vec<RunId>) {
+        while let Ok((stream, _)) = listener.accept().await {
+            let mut connection = protocol::frame(stream);
+            if let Ok(Some(Request::Runs)) = protocol::receive(&mut connection).await {
+                let info = |run: &RunId| RunInfo {
+                    run_id: *run,
+                    profile: "vm0/small".parse().unwrap(),
+                    phase: "running".to_owned(),
+                    since_unix: 1,
+                };
+                let reply = Reply::Runs(runs.iter().map(info).collect());
+                protocol::send(&mut connection, &reply).await.unwrap();
+            }
+        }
+    }
+
+    fn run(number: u32) -> RunId {
+        format!("6f1c{number:04}-3a7b-4c1d-9e55-0a1b2c3d4e5f")
+            .parse()
+            .unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_run_of_another_home_is_never_found() {
+        let answers = Place::new(Some(vec![run(1), run(2)]));
+        let others = [("other", run(3)), ("own", run(4))];
+        // Nobody knows it, and whoever is ours has said so.
+        let error = answers.kill("6f1c0003", &others).await.unwrap_err();
+        assert!(error.contains("no active run"), "{error}");
+        let error = answers.kill("6f1c0004", &others).await.unwrap_err();
+        assert!(error.contains("no active run"), "{error}");
+        let error = answers.kill("6f1c", &others).await.unwrap_err();
+        assert!(error.contains("2 active runs"), "{error}");
+        let silent = Place::new(None);
+        let error = silent.kill("6f1c0003", &others).await.unwrap_err();
+        assert!(error.contains("no active run"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_run_of_an_instance_that_fails_is_found_among_its_own() {
+        let slots = [("other", run(3)), ("own", run(1)), ("own", run(2))];
+        let silent = Place::new(None);
+        assert_eq!(silent.kill("6f1c0001", &slots).await, Ok(run(1)));
+        let error = silent.kill("6f1c", &slots).await.unwrap_err();
+        assert!(error.contains("2 runs begin with"), "{error}");
+        // It hangs up when it is told to cancel: this run is meant and no other.
+        let fails = Place::new(Some(vec![run(1)]));
+        assert_eq!(fails.kill("6f1c", &slots).await, Ok(run(1)));
+    }
 }

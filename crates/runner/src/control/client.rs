@@ -35,9 +35,16 @@ pub(crate) struct ActiveRun {
 impl Instance {
     /// Every instance of the home whose lock is held.
     pub(crate) fn live(home: &Home) -> Result<Vec<Self>, HomeError> {
-        let mut live = Vec::new();
+        let mut live = Self::all(home)?;
+        live.retain(Self::is_live);
+        Ok(live)
+    }
+
+    /// Every instance of the home, with dead ones that nobody has cleaned up after.
+    pub(crate) fn all(home: &Home) -> Result<Vec<Self>, HomeError> {
+        let mut all = Vec::new();
         let runners = match home.dir().open_dir(rel::RUNNERS) {
-            Err(error) if error.is_not_found() => return Ok(live),
+            Err(error) if error.is_not_found() => return Ok(all),
             other => other?,
         };
         for entry in runners.list()? {
@@ -49,20 +56,18 @@ impl Instance {
                 other => other?,
             };
             for entry in instances.list()? {
-                // It may be removed while we look: then it is not live.
+                // It may be removed while we look.
                 let Ok(dir) = instances.open_dir(&entry.name) else {
                     continue;
                 };
-                if dir.is_locked("lock").unwrap_or(false) {
-                    live.push(Self {
-                        runner: runner.clone(),
-                        id: entry.name.to_string_lossy().into_owned(),
-                        dir,
-                    });
-                }
+                all.push(Self {
+                    runner: runner.clone(),
+                    id: entry.name.to_string_lossy().into_owned(),
+                    dir,
+                });
             }
         }
-        Ok(live)
+        Ok(all)
     }
 
     /// Whether its process still lives.
@@ -99,7 +104,13 @@ impl Instance {
 
 /// The active runs of every live runner of the home. A runner that does not answer is named on stderr.
 pub(crate) async fn active_runs(home: &Home) -> Result<Vec<ActiveRun>, CliError> {
+    Ok(survey(home).await?.0)
+}
+
+/// The same, and the instances that did not answer.
+pub(crate) async fn survey(home: &Home) -> Result<(Vec<ActiveRun>, Vec<Instance>), CliError> {
     let mut active = Vec::new();
+    let mut silent = Vec::new();
     for instance in Instance::live(home)? {
         match instance.ask(&Request::Runs).await {
             Ok(Reply::Runs(runs)) => {
@@ -114,17 +125,23 @@ pub(crate) async fn active_runs(home: &Home) -> Result<Vec<ActiveRun>, CliError>
                     });
                 }
             }
-            Ok(_) => note(format_args!(
-                "warning: runner {} gave an odd answer",
-                instance.runner
-            )),
-            Err(error) => note(format_args!(
-                "warning: runner {} does not answer: {error}",
-                instance.runner
-            )),
+            Ok(_) => {
+                note(format_args!(
+                    "warning: runner {} gave an odd answer",
+                    instance.runner
+                ));
+                silent.push(instance);
+            }
+            Err(error) => {
+                note(format_args!(
+                    "warning: runner {} does not answer: {error}",
+                    instance.runner
+                ));
+                silent.push(instance);
+            }
         }
     }
-    Ok(active)
+    Ok((active, silent))
 }
 
 /// The one active run whose id begins with `prefix`.
@@ -132,7 +149,8 @@ pub(crate) async fn find(home: &Home, prefix: &RunPrefix) -> Result<ActiveRun, C
     choose(active_runs(home).await?, prefix)
 }
 
-fn choose(active: Vec<ActiveRun>, prefix: &RunPrefix) -> Result<ActiveRun, CliError> {
+/// The one of these.
+pub(crate) fn choose(active: Vec<ActiveRun>, prefix: &RunPrefix) -> Result<ActiveRun, CliError> {
     let listing = |runs: &[ActiveRun]| -> String {
         runs.iter()
             .map(|run| format!("\n  {}", line(run)))
@@ -181,6 +199,13 @@ impl RunPrefix {
     /// Whether the run's id begins with it.
     pub(crate) fn matches(&self, run: RunId) -> bool {
         run.to_string().starts_with(&self.0)
+    }
+}
+
+impl From<RunId> for RunPrefix {
+    /// All of it.
+    fn from(run: RunId) -> Self {
+        Self(run.to_string())
     }
 }
 
