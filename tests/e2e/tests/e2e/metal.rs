@@ -360,6 +360,12 @@ fn a_drain_with_a_job_that_never_ends_is_told_and_can_be_taken_back_or_forced() 
         ))
     };
     assert!(status().contains("\"mode\": \"draining\""), "{}", status());
+    // Somebody with another home has no such runner, whatever its jobs: not even by force.
+    for command in ["stop --force", "uninstall --force", "drain --wait 1s"] {
+        let stranger = format!("--home /root/other service {command} --name {METAL_NAME}");
+        refused(&metal.root_runner(&stranger), "another home");
+    }
+    assert_eq!(metal.property("ActiveState"), "active");
     assert!(service("resume").status.success());
     waits.expect_exit(0);
     let forced = service("stop --force");

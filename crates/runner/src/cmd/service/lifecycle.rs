@@ -7,7 +7,7 @@ use std::time::Duration;
 use host::fs::{Lock, LockKind};
 
 use super::systemd::{JournalMark, State, require_root, systemctl};
-use super::unit::{Place, Unit, UnitName};
+use super::unit::{Place, Unit, UnitName, other_home};
 use super::{Run, instances};
 use crate::cmd::start::source;
 use crate::config::{self, Config};
@@ -39,6 +39,7 @@ pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitC
         )));
     }
     let unit = UnitName::of(&config.name);
+    require_own(&unit, context)?;
     let _one = one_at_a_time(&context.home()?, &config.name)?;
     if place == Place::UntilReboot && Place::Persistent.read(&unit)?.is_some() {
         return Err(
@@ -74,6 +75,20 @@ pub(super) fn start(args: &Run, place: Place, context: &Context) -> Result<ExitC
     }
     context.print_line(format_args!("{unit} is running"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Fails for a unit of another home: units are the whole host's, and the jobs of this one are in that home.
+fn require_own(unit: &UnitName, context: &Context) -> Result<(), CliError> {
+    let Some(home) = other_home(unit, &context.home_path()?)? else {
+        return Ok(());
+    };
+    let home = home.display();
+    Err(CliError::failed(format_args!(
+        "{unit} is of the runner in another home, {home}"
+    ))
+    .with_hint(format_args!(
+        "--home {home} is the one that is meant, or name another runner"
+    )))
 }
 
 /// Two deploys at once, one after the other.
@@ -215,6 +230,7 @@ pub(super) fn remove(
 
 /// Ends the service, if no job would be lost by it or that is wanted.
 fn end(unit: &UnitName, name: &RunnerName, force: bool, context: &Context) -> Result<(), CliError> {
+    require_own(unit, context)?;
     let home = context.home()?;
     let _one = one_at_a_time(&home, name)?;
     let state = State::of(unit)?;
@@ -319,6 +335,7 @@ pub(super) fn drain(
 ) -> Result<ExitCode, CliError> {
     require_root("drain")?;
     let unit = UnitName::of(name);
+    require_own(&unit, context)?;
     require_active(&unit)?;
     let home = context.home()?;
     signal(&unit, "SIGUSR1")?;
@@ -346,6 +363,7 @@ pub(super) fn drain(
 pub(super) fn resume(name: &RunnerName, context: &Context) -> Result<ExitCode, CliError> {
     require_root("resume")?;
     let unit = UnitName::of(name);
+    require_own(&unit, context)?;
     require_active(&unit)?;
     signal(&unit, "SIGUSR2")?;
     context.print_line(format_args!("{unit} takes jobs again"))?;

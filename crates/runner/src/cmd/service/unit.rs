@@ -106,7 +106,6 @@ impl Place {
 
 /// Runners whose units start them with this home.
 pub(super) fn of_home(home: &Path) -> Result<Vec<RunnerName>, CliError> {
-    let home = format!(" --home {} ", argument(path(home)?));
     let mut found = BTreeSet::new();
     for place in [Place::Persistent, Place::UntilReboot] {
         let entries = match std::fs::read_dir(place.directory()) {
@@ -120,13 +119,35 @@ pub(super) fn of_home(home: &Path) -> Result<Vec<RunnerName>, CliError> {
                 continue;
             };
             let text = place.read(&UnitName::of(&name))?.unwrap_or_default();
-            let start = text.lines().find(|line| line.starts_with("ExecStart="));
-            if start.is_some_and(|line| line.contains(&home)) {
+            if home_of(&text).is_some_and(|of| is_same(&of, home)) {
                 found.insert(name);
             }
         }
     }
     Ok(found.into_iter().collect())
+}
+
+/// The home of a unit of this name, where that is another than this one.
+pub(super) fn other_home(unit: &UnitName, home: &Path) -> Result<Option<PathBuf>, CliError> {
+    for place in [Place::Persistent, Place::UntilReboot] {
+        let of = place.read(unit)?.as_deref().and_then(home_of);
+        if let Some(of) = of.filter(|of| !is_same(of, home)) {
+            return Ok(Some(of));
+        }
+    }
+    Ok(None)
+}
+
+/// The home that a unit starts its runner with, if [`Unit::text`] wrote it.
+fn home_of(text: &str) -> Option<PathBuf> {
+    let start = text.lines().find(|line| line.starts_with("ExecStart="))?;
+    let (_, home) = start.split_once("\" --home \"")?;
+    unquoted(home).map(PathBuf::from)
+}
+
+fn is_same(one: &Path, other: &Path) -> bool {
+    let real = |path| std::fs::canonicalize(path).ok();
+    one == other || real(one).is_some_and(|one| real(other) == Some(one))
 }
 
 fn failed(action: &str, file: &Path, error: &std::io::Error) -> CliError {
@@ -235,6 +256,29 @@ fn quoted(text: &str) -> String {
     out
 }
 
+/// What [`argument`] made of a text, up to its closing quote.
+fn unquoted(text: &str) -> Option<String> {
+    let mut out = String::new();
+    let mut chars = text.chars();
+    loop {
+        out.push(match chars.next()? {
+            '"' => return Some(out),
+            doubled @ ('%' | '$') => chars.next().filter(|next| *next == doubled)?,
+            '\\' => match chars.next()? {
+                'n' => '\n',
+                't' => '\t',
+                'x' => {
+                    let high = chars.next()?.to_digit(16)?;
+                    char::from_u32(high * 16 + chars.next()?.to_digit(16)?)?
+                }
+                escaped @ ('"' | '\\') => escaped,
+                _ => return None,
+            },
+            c => c,
+        });
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -295,6 +339,42 @@ mod tests {
             1
         );
         assert_eq!(text.lines().filter(|l| *l == "[Service]").count(), 1);
+    }
+
+    #[test]
+    fn the_home_of_a_unit_is_read_as_it_was_written() {
+        let text = unit(&[]);
+        let home = home_of(&text).unwrap();
+        assert_eq!(home, Path::new("/home/a b/.vm0-runner"));
+        for odd in [
+            "/",
+            "/a\"b\\c",
+            "/100%/$x/$$",
+            "/a\n\tb\u{1}\u{7f}",
+            "/ü --home \"x\"",
+        ] {
+            assert_eq!(unquoted(&argument(odd)[1..]).as_deref(), Some(odd));
+        }
+        for other in [
+            "",
+            "ExecStart=/usr/bin/runner start",
+            "ExecStart=\"/r\" --home \"/x",
+        ] {
+            assert_eq!(home_of(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_home_is_the_same_by_another_way_to_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let (home, link) = (temp.path().join("home"), temp.path().join("link"));
+        std::fs::create_dir(&home).unwrap();
+        std::os::unix::fs::symlink(&home, &link).unwrap();
+        assert!(is_same(&home, &link));
+        assert!(!is_same(&home, temp.path()));
+        // Neither is there, and they are the same all the same, or not.
+        assert!(is_same(&home.join("x"), &home.join("x")));
+        assert!(!is_same(&home.join("x"), &home.join("y")));
     }
 
     #[test]
