@@ -50,7 +50,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ORG/NAME", default_value = "vm0/default")]
     profile: ProfileName,
     /// What the agent is to do, at most 4 MiB
-    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_file")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        required_unless_present = "prompt_file",
+        allow_hyphen_values = true
+    )]
     prompt: Option<String>,
     /// Read the prompt from a file, or from standard input with `-`
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
@@ -185,4 +190,29 @@ fn read_prompt(file: &PathBuf) -> Result<String, CliError> {
             file.display()
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn a_prompt_may_begin_with_a_hyphen() {
+        for prompt in ["- fix the bug", "--help", "-", "--follow", ""] {
+            let line = ["submit", "--group", "vm0/demo", "--prompt", prompt];
+            let line = Line::try_parse_from(line.into_iter().chain(["--timeout", "5m"])).unwrap();
+            assert_eq!(line.args.prompt.as_deref(), Some(prompt));
+            assert!(!line.args.follow && line.args.timeout.is_some());
+        }
+        let line = ["submit", "--group", "vm0/demo", "--prompt"];
+        assert!(Line::try_parse_from(line).is_err());
+    }
 }
