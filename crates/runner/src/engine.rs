@@ -18,7 +18,7 @@ use crate::context::CliError;
 use crate::firecracker::{self, Installed};
 use crate::home::Home;
 use crate::image::{Family, Wanted};
-use crate::names::ProfileName;
+use crate::profile::ProfileSpec;
 
 /// Default of the limit for the boot that proves KVM: with real KVM it takes well under a second.
 pub(crate) const BOOT_LIMIT_SECS: u64 = 20;
@@ -266,16 +266,15 @@ pub(crate) fn describe(kind: EngineKind) -> &'static str {
 }
 
 /// There is no build of a profile for the engine that was chosen.
-pub(crate) fn not_built(profile: &ProfileName, choice: EngineChoice) -> CliError {
+pub(crate) fn not_built(profile: &ProfileSpec, choice: EngineChoice) -> CliError {
+    let named = &profile.name;
     match choice {
-        EngineChoice::Auto => {
-            CliError::failed(format_args!("profile {profile} has not been built"))
-                .with_hint(format_args!("sudo runner build --profile {profile}"))
-        }
+        EngineChoice::Auto => CliError::failed(format_args!("profile {named} has not been built"))
+            .with_hint(format_args!("sudo runner build --profile {profile}")),
         choice => {
             let name = choice.name();
             CliError::failed(format_args!(
-                "profile {profile} has not been built for the engine {name}"
+                "profile {named} has not been built for the engine {name}"
             ))
             .with_hint(format_args!(
                 "sudo runner build --engine {name} --profile {profile}"

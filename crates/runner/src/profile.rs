@@ -1,5 +1,6 @@
 //! Profiles: the size of a VM and the image it boots. Some are built in; `runner.yaml` may define more.
 
+use std::fmt::{self, Display};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,26 @@ impl Profile {
         }
     }
 
+    /// Under this name on a command line.
+    pub(crate) fn named(self, name: &ProfileName) -> ProfileSpec {
+        ProfileSpec {
+            name: name.clone(),
+            profile: self,
+        }
+    }
+
+    /// As a [`ProfileSpec`] says it after the name.
+    pub(crate) fn keys(&self) -> String {
+        let Self {
+            vcpu,
+            memory_mb,
+            disk_mb,
+            flavour,
+        } = self;
+        let flavour = flavour.name();
+        format!("vcpu={vcpu},memory_mb={memory_mb},disk_mb={disk_mb},flavour={flavour}")
+    }
+
     fn with_flavour(self, flavour: Flavour) -> Self {
         Self { flavour, ..self }
     }
@@ -106,6 +127,17 @@ pub(crate) struct ProfileSpec {
     pub(crate) name: ProfileName,
     /// Its size and image, within the bounds.
     pub(crate) profile: Profile,
+}
+
+impl Display for ProfileSpec {
+    /// So that it can be copied to a command line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, profile } = self;
+        match Profile::built_in(name) {
+            Some(built_in) if built_in == *profile => write!(f, "{name}"),
+            _ => write!(f, "{name}:{}", profile.keys()),
+        }
+    }
 }
 
 impl FromStr for ProfileSpec {
@@ -220,6 +252,22 @@ mod tests {
                 ..DEFAULT
             })
         );
+        for (text, shown) in [
+            ("vm0/small", "vm0/small"),
+            ("vm0/small:memory_mb=256", "vm0/small"),
+            (
+                "vm0/small:vcpu=2",
+                "vm0/small:vcpu=2,memory_mb=256,disk_mb=1024,flavour=small",
+            ),
+            (
+                "acme/big:flavour=full",
+                "acme/big:vcpu=2,memory_mb=2048,disk_mb=8192,flavour=full",
+            ),
+        ] {
+            let spec: ProfileSpec = text.parse().unwrap();
+            assert_eq!(spec.to_string(), shown);
+            assert_eq!(spec.to_string().parse(), Ok(spec));
+        }
         for bad in [
             "acme/big",
             "acme/big:vcpu=8",

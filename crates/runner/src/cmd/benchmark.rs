@@ -146,8 +146,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     }
     let home = Arc::new(context.home()?);
     let build = image::newest_build(&home, &args.profile.profile, args.engine)?;
-    let (rootfs, snapshot) =
-        build.ok_or_else(|| engine::not_built(&args.profile.name, args.engine))?;
+    let (rootfs, snapshot) = build.ok_or_else(|| engine::not_built(&args.profile, args.engine))?;
     if let Some(jobs) = args.burst {
         return burst(&args, context, &home, (rootfs, snapshot), jobs);
     }

@@ -149,8 +149,7 @@ fn newest(
     spec: &ProfileSpec,
     engine: EngineChoice,
 ) -> Result<(ImageHash, ImageHash), CliError> {
-    image::newest_build(home, &spec.profile, engine)?
-        .ok_or_else(|| engine::not_built(&spec.name, engine))
+    image::newest_build(home, &spec.profile, engine)?.ok_or_else(|| engine::not_built(spec, engine))
 }
 
 fn configure(
@@ -231,7 +230,8 @@ fn check_builds(config: &Config, context: &Context) -> Result<(), CliError> {
                 home.at(manifest).display()
             ))
             .with_hint(format_args!(
-                "build it with `sudo runner build --profile {name}` and configure the hashes that it prints"
+                "build it with `sudo runner build --profile {}` and configure the hashes that it prints",
+                profile.shape().named(name)
             )));
         }
     }

@@ -529,11 +529,12 @@ async fn open_profiles(
     let mut engines: Vec<(EngineKind, Arc<dyn Engine>)> = Vec::new();
     let mut templates = BTreeMap::new();
     for (name, profile) in &config.profiles {
+        let spec = profile.shape().named(name);
         let stored = store
             .snapshot(&profile.rootfs_hash, &profile.snapshot_hash)
             .map_err(|error| {
                 CliError::failed(format!("profile {name}: {error}"))
-                    .with_hint(format!("sudo runner build --profile {name}"))
+                    .with_hint(format!("sudo runner build --profile {spec}"))
             })?;
         let kind = stored.manifest.engine;
         if !engine::is_chosen(config.engine, kind) {
@@ -543,7 +544,7 @@ async fn open_profiles(
                 engine::describe(kind)
             ))
             .with_hint(format!(
-                "sudo runner build --engine {wanted} --profile {name}, and write the configuration anew; or use `engine: auto`"
+                "sudo runner build --engine {wanted} --profile {spec}, and write the configuration anew; or use `engine: auto`"
             )));
         }
         let shape = sandbox::Shape {
@@ -556,7 +557,7 @@ async fn open_profiles(
                 "profile {name}: its snapshot is of a VM of another size"
             ))
             .with_hint(format!(
-                "build it with this size, or write the configuration anew: sudo runner build --profile {name}"
+                "build it with this size, or write the configuration anew: sudo runner build --profile {spec}"
             )));
         }
         let known = engines.iter().find(|(k, _)| *k == kind);

@@ -260,7 +260,7 @@ fn guest_binaries(_: &Subject<'_>) -> Outcome {
 
 fn built(subject: &Subject<'_>) -> Outcome {
     let name = &subject.profile.name;
-    let build = format!("sudo runner build --profile {name}");
+    let build = format!("sudo runner build --profile {}", subject.profile);
     if !subject.home.join(crate::home::rel::IMAGES).is_dir() {
         return Outcome::fail(format_args!("{name} has not been built"), &build);
     }
@@ -322,7 +322,7 @@ fn leftovers(subject: &Subject<'_>) -> Outcome {
                 format_args!("interrupted builds left {}", names.join(", ")),
                 format_args!(
                     "sudo runner build --profile {} (the next build removes them)",
-                    subject.profile.name
+                    subject.profile
                 ),
             )
         }
