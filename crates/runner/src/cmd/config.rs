@@ -1,18 +1,15 @@
 //! `runner config`: writes a runner's configuration, or checks one.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use clap::ArgGroup;
 use policy::InternalAllow;
-use sandbox::IoLimits;
 
-use crate::config::{
-    self, Config, EngineChoice, NetworkConfig, ProfileConfig, Rendered, SandboxConfig, WarmConfig,
-};
-use crate::context::{CliError, Context};
+use crate::config::{self, Config, EngineChoice, ProfileConfig, Rendered, WarmConfig};
+use crate::context::{CliError, Context, note};
 use crate::engine;
 use crate::home::{Home, rel};
 use crate::image;
@@ -25,6 +22,9 @@ use crate::profile::ProfileSpec;
     group = ArgGroup::new("what").args(["name", "check"]).required(true),
     after_help = "Prints the path of the file it wrote. Hashes that are not given are those of the newest build of \
 the profile.\n\n\
+A file that is there is brought up to date: it gets the hashes and what the options say, and keeps all other values, \
+such as policies and limits (comments are lost). Profiles that are not named are taken out of it. One that is not valid \
+is refused.\n\n\
 Examples:\n  \
     runner config --name demo --group vm0/demo --profile vm0/small\n  \
     runner config --name big --group vm0/demo --profile vm0/big:vcpu=8,memory_mb=16384,flavour=full --warm 0:4\n  \
@@ -52,12 +52,12 @@ pub(crate) struct Args {
     /// Warm VMs kept ready for each profile: at least LOW, up to HIGH
     #[arg(long, value_name = "LOW:HIGH")]
     warm: Option<Marks>,
-    /// Most jobs at once; 0: as many as the host carries
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    max_concurrent: u32,
-    /// The host's resources are multiplied by this
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
-    concurrency_factor: f64,
+    /// Most jobs at once; 0: as many as the host carries [default: 0]
+    #[arg(long, value_name = "N")]
+    max_concurrent: Option<u32>,
+    /// The host's resources are multiplied by this [default: 1.0]
+    #[arg(long, value_name = "FACTOR")]
+    concurrency_factor: Option<f64>,
     /// Memory kept from VMs, MiB [default: 512]
     #[arg(long, value_name = "MIB")]
     memory_reserve_mb: Option<u64>,
@@ -70,9 +70,9 @@ pub(crate) struct Args {
     /// A private address, CIDR or host name that jobs may reach all the same; may be repeated
     #[arg(long, value_name = "CIDR|HOST")]
     internal_allow: Vec<String>,
-    /// Which engine runs the VMs
-    #[arg(long, value_enum, default_value = "auto")]
-    engine: EngineChoice,
+    /// Which engine runs the VMs [default: auto]
+    #[arg(long, value_enum)]
+    engine: Option<EngineChoice>,
     /// How long a stopping runner lets jobs finish, seconds
     #[arg(long, value_name = "SECONDS")]
     stop_timeout_secs: Option<u64>,
@@ -82,6 +82,9 @@ pub(crate) struct Args {
     /// Most a job's log may hold, MiB
     #[arg(long, value_name = "MIB")]
     log_max_mb: Option<u64>,
+    /// Keep nothing of the file that is there
+    #[arg(long)]
+    fresh: bool,
 }
 
 /// `LOW:HIGH`.
@@ -118,14 +121,52 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     };
     check_counts(&args)?;
     let home = context.home()?;
-    let config = configure(&args, name, group, |spec| newest(&home, spec, args.engine))?;
+    let file = rel::runner_yaml(name);
+    let before = match args.fresh {
+        true => None,
+        false => existing(&home, &file)?,
+    };
+    let config = configure(&args, name, group, before.clone(), |spec, engine| {
+        newest(&home, spec, engine)
+    })?;
     home.become_owner()?;
     home.ensure_dir(rel::runner(name))?;
-    let file = rel::runner_yaml(name);
     let text = Rendered(&config).to_string();
     home.dir().write_atomic(&file, 0o600, text.as_bytes())?;
+    if let Some(before) = &before {
+        tell(&args, before, &home.at(&file));
+    }
     context.print_line(home.at(file).display())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The configuration that is there. What cannot be understood is nothing to overwrite: somebody has written it.
+fn existing(home: &Home, file: &Path) -> Result<Option<Config>, CliError> {
+    if home.dir().metadata(file)?.is_none() {
+        return Ok(None);
+    }
+    let config = config::load(&home.at(file)).map_err(|error| {
+        error.with_hint("correct it, or have it written anew, without what stands in it: --fresh")
+    })?;
+    Ok(Some(config))
+}
+
+/// Says what became of the file that was there.
+fn tell(args: &Args, before: &Config, file: &Path) {
+    note(format_args!(
+        "updated {}: what no option named is as it was (--fresh writes it anew)",
+        file.display()
+    ));
+    for (name, profile) in &before.profiles {
+        match args.profile.iter().find(|spec| spec.name == *name) {
+            None => note(format_args!("profile {name} is not in it any more")),
+            Some(spec) if spec.profile != profile.shape() => note(format_args!(
+                "profile {name} is now {}",
+                spec.profile.keys()
+            )),
+            Some(_) => {}
+        }
+    }
 }
 
 /// What can be wrong with the command line as a whole, before anything is opened.
@@ -156,8 +197,13 @@ fn configure(
     args: &Args,
     name: &RunnerName,
     group: &GroupName,
-    newest: impl Fn(&ProfileSpec) -> Result<(ImageHash, ImageHash), CliError>,
+    before: Option<Config>,
+    newest: impl Fn(&ProfileSpec, EngineChoice) -> Result<(ImageHash, ImageHash), CliError>,
 ) -> Result<Config, CliError> {
+    let mut config = before.unwrap_or_else(|| bare(name.clone(), group.clone()));
+    config.name = name.clone();
+    config.group = group.clone();
+    set(&mut config.engine, args.engine);
     let mut profiles: BTreeMap<ProfileName, ProfileConfig> = BTreeMap::new();
     for (index, spec) in args.profile.iter().enumerate() {
         let given = args
@@ -166,10 +212,16 @@ fn configure(
             .zip(args.snapshot_hash.get(index));
         let (rootfs_hash, snapshot_hash) = match given {
             Some((rootfs, snapshot)) => (rootfs.clone(), snapshot.clone()),
-            None => newest(spec)?,
+            None => newest(spec, config.engine)?,
         };
+        let before = config.profiles.remove(&spec.name);
+        let (mut warm, policy, limits) = before
+            .map(|before| (before.warm, before.policy, before.limits))
+            .unwrap_or_default();
+        set(&mut warm, args.warm.map(|marks| marks.0));
+        // The size is that of the build.
         let profile = spec.profile;
-        let before = profiles.insert(
+        let twice = profiles.insert(
             spec.name.clone(),
             ProfileConfig {
                 rootfs_hash,
@@ -178,45 +230,59 @@ fn configure(
                 memory_mb: profile.memory_mb,
                 disk_mb: profile.disk_mb,
                 flavour: profile.flavour,
-                warm: args.warm.map(|marks| marks.0).unwrap_or_default(),
-                policy: policy::Draft::default(),
-                limits: IoLimits::default(),
+                warm,
+                policy,
+                limits,
             },
         );
-        if before.is_some() {
+        if twice.is_some() {
             return Err(CliError::usage(format_args!(
                 "profile {} is named twice",
                 spec.name
             )));
         }
     }
-    let defaults = SandboxConfig::default();
-    let config = Config {
-        name: name.clone(),
-        group: group.clone(),
-        profiles,
-        sandbox: SandboxConfig {
-            max_concurrent: args.max_concurrent,
-            concurrency_factor: args.concurrency_factor,
-            memory_reserve_mb: args.memory_reserve_mb.unwrap_or(defaults.memory_reserve_mb),
-            idle_timeout_secs: args.idle_timeout_secs.unwrap_or(defaults.idle_timeout_secs),
-            idle_max: args.idle_max.unwrap_or(defaults.idle_max),
-        },
-        network: NetworkConfig {
-            internal_allow: InternalAllow::parse(&args.internal_allow)
-                .map_err(|error| CliError::usage(format_args!("--internal-allow: {error}")))?,
-            ..NetworkConfig::default()
-        },
+    config.profiles = profiles;
+    let sandbox = &mut config.sandbox;
+    set(&mut sandbox.max_concurrent, args.max_concurrent);
+    set(&mut sandbox.concurrency_factor, args.concurrency_factor);
+    set(&mut sandbox.memory_reserve_mb, args.memory_reserve_mb);
+    set(&mut sandbox.idle_timeout_secs, args.idle_timeout_secs);
+    set(&mut sandbox.idle_max, args.idle_max);
+    if !args.internal_allow.is_empty() {
+        config.network.internal_allow = InternalAllow::parse(&args.internal_allow)
+            .map_err(|error| CliError::usage(format_args!("--internal-allow: {error}")))?;
+    }
+    set(&mut config.stop_timeout_secs, args.stop_timeout_secs);
+    set(&mut config.job_timeout_secs, args.job_timeout_secs);
+    set(&mut config.log_max_mb, args.log_max_mb);
+    config.check()?;
+    Ok(config)
+}
+
+/// Says nothing but who it is; it serves nothing yet.
+fn bare(name: RunnerName, group: GroupName) -> Config {
+    Config {
+        name,
+        group,
+        profiles: BTreeMap::new(),
+        sandbox: Default::default(),
+        network: Default::default(),
         gc: Default::default(),
         metrics: Default::default(),
         telemetry: Default::default(),
-        engine: args.engine,
-        stop_timeout_secs: args.stop_timeout_secs.unwrap_or(config::STOP_TIMEOUT_SECS),
-        job_timeout_secs: args.job_timeout_secs.unwrap_or(config::JOB_TIMEOUT_SECS),
-        log_max_mb: args.log_max_mb.unwrap_or(config::LOG_MAX_MB),
-    };
-    config.check()?;
-    Ok(config)
+        engine: Default::default(),
+        stop_timeout_secs: config::STOP_TIMEOUT_SECS,
+        job_timeout_secs: config::JOB_TIMEOUT_SECS,
+        log_max_mb: config::LOG_MAX_MB,
+    }
+}
+
+/// What an option gives, if it was given.
+fn set<T>(value: &mut T, given: Option<T>) {
+    if let Some(given) = given {
+        *value = given;
+    }
 }
 
 /// Whether the builds that a configuration names are in the home.
@@ -260,10 +326,11 @@ mod tests {
         let args = parse(line)?;
         check_counts(&args).map_err(|error| error.to_string())?;
         let (name, group) = (args.name.clone().unwrap(), args.group.clone().unwrap());
-        configure(&args, &name, &group, |_| {
-            Ok(("a".repeat(64).parse()?, "b".repeat(64).parse()?))
-        })
-        .map_err(|error| error.to_string())
+        configure(&args, &name, &group, None, some_build).map_err(|error| error.to_string())
+    }
+
+    fn some_build(_: &ProfileSpec, _: EngineChoice) -> Result<(ImageHash, ImageHash), CliError> {
+        Ok(("a".repeat(64).parse()?, "b".repeat(64).parse()?))
     }
 
     const HASHES: &str = "--rootfs-hash 0123456789abcdef --snapshot-hash fedcba9876543210";
@@ -283,6 +350,102 @@ mod tests {
             let text = Rendered(&config).to_string();
             assert_eq!(Config::parse(&text).unwrap(), config, "{text}");
         }
+    }
+
+    /// A file in which somebody has changed whatever can be changed.
+    const EDITED: &str = "\
+name: a
+group: vm0/old
+profiles:
+  vm0/small:
+    rootfs_hash: 0123456789abcdef
+    snapshot_hash: fedcba9876543210
+    vcpu: 1
+    memory_mb: 256
+    disk_mb: 1024
+    flavour: small
+    warm: {low: 3, high: 4}
+    policy: {default: deny, rules: [{host: git.example.com, path: /a}, {host: x.example.com, action: deny}]}
+    limits: {disk_kib_s: 4096, network_kib_s: 1024}
+  vm0/gone:
+    rootfs_hash: 0123456789abcdef
+    snapshot_hash: fedcba9876543210
+    vcpu: 1
+    memory_mb: 256
+    disk_mb: 1024
+    flavour: small
+sandbox: {max_concurrent: 3, concurrency_factor: 0.5, memory_reserve_mb: 1, idle_timeout_secs: 2, idle_max: 5}
+network: {internal_allow: [10.1.0.0/16, git.internal], proxy_workers: 2, ssl_verify_upstream_trusted_ca: /ca.pem}
+gc: {interval_secs: 7, images_days: 8, images_max_mb: 9, logs_days: 10, logs_max_mb: 11, audit_days: 12}
+metrics: {listen: '127.0.0.1:9464'}
+telemetry: {otlp_endpoint: 'http://127.0.0.1:4318', headers_file: /h, sample_ratio: 0.5}
+engine: qemu
+stop_timeout_secs: 13
+job_timeout_secs: 14
+log_max_mb: 15
+";
+
+    #[test]
+    fn what_no_option_names_stays_as_somebody_has_written_it() {
+        let line = |options: &str| {
+            let args = parse(&format!(
+                "--name a --group vm0/new --profile vm0/small{options}"
+            ))
+            .unwrap();
+            let before = Config::parse(EDITED).unwrap();
+            let (name, group) = (args.name.clone().unwrap(), args.group.clone().unwrap());
+            configure(&args, &name, &group, Some(before), |spec, engine| {
+                assert_eq!(engine, args.engine.unwrap_or(EngineChoice::Qemu));
+                some_build(spec, engine)
+            })
+            .unwrap()
+        };
+        let mut wanted = Config::parse(EDITED).unwrap();
+        wanted.group = "vm0/new".parse().unwrap();
+        wanted.profiles.remove(&"vm0/gone".parse().unwrap());
+        let small = wanted.profiles.values_mut().next().unwrap();
+        small.rootfs_hash = "a".repeat(64).parse().unwrap();
+        small.snapshot_hash = "b".repeat(64).parse().unwrap();
+        let kept = line("");
+        assert_eq!(kept, wanted);
+        // Also by way of the file that is written.
+        assert_eq!(Config::parse(&Rendered(&kept).to_string()).unwrap(), wanted);
+        let set = line(
+            " --warm 0:1 --max-concurrent 0 --concurrency-factor 1 --internal-allow 10.2.0.0/16 --engine auto \
+             --log-max-mb 16",
+        );
+        assert_eq!(set.profiles.values().next().unwrap().warm.high, 1);
+        assert_eq!(set.sandbox.max_concurrent, 0);
+        assert_eq!(
+            (set.sandbox.concurrency_factor, set.sandbox.idle_max),
+            (1.0, 5)
+        );
+        assert_eq!(set.network.proxy_workers, 2);
+        assert_eq!(
+            serde_json::json!(set.network.internal_allow),
+            serde_json::json!(["10.2.0.0/16"])
+        );
+        assert_eq!((set.engine, set.log_max_mb), (EngineChoice::Auto, 16));
+    }
+
+    #[test]
+    fn a_file_that_is_there_is_kept_or_refused_but_never_lost() {
+        let temp = tempfile::tempdir().unwrap();
+        let context = Context::new(Some(temp.path().join("home")));
+        let file = temp.path().join("home/runners/a/runner.yaml");
+        let line = format!("--name a --group vm0/g --profile vm0/small {HASHES}");
+        let write = |more: &str| run(parse(&format!("{line}{more}")).unwrap(), &context);
+        write("").unwrap();
+        std::fs::write(&file, EDITED).unwrap();
+        write(" --idle-max 6").unwrap();
+        let config = config::load(&file).unwrap();
+        assert_eq!((config.sandbox.idle_max, config.gc.audit_days), (6, 12));
+        std::fs::write(&file, "name: a\n").unwrap();
+        let error = write("").unwrap_err().to_string();
+        assert!(error.contains("runner.yaml"), "{error}");
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "name: a\n");
+        write(" --fresh").unwrap();
+        assert_eq!(config::load(&file).unwrap(), configured(&line).unwrap());
     }
 
     #[test]
