@@ -232,10 +232,17 @@ case $tier in full | slow | soak)
     profiles=(vm0/small)
     [ "$tier" != slow ] || profiles+=(vm0/default)
     stage "images: ${profiles[*]}" prepare_images "${profiles[@]}"
+    if [ "$tier" = soak ]; then
+        # The unit tests bring both in the other tiers.
+        need_nats
+        stage "vm0-api for the tests" cargo build --quiet --locked -p web-api --bin vm0-api
+    fi
     if ! is_root; then
         # Test binaries start the daemon, which needs root.
         triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
-        export "CARGO_TARGET_${triple}_RUNNER=sudo --preserve-env=VM0_RUNNER_BIN,VM0_TEST_IMAGES,VM0_TEST_IMAGE_DIR,VM0_TEST_SLOW,VM0_TEST_WHEELS --"
+        # With every variable that a test asks for, by their sources.
+        kept=$(grep -rhoE 'VM0_TEST_[A-Z0-9_]+' --include='*.rs' tests crates | sort -u | paste -sd,)
+        export "CARGO_TARGET_${triple}_RUNNER=sudo --preserve-env=CARGO_TARGET_DIR,VM0_RUNNER_BIN,$kept --"
     fi
     if [ "$tier" != soak ]; then
         small=$(as_root env VM0_RUNNER_HOME="$VM0_TEST_IMAGES" "$VM0_RUNNER_BIN" build --profile vm0/small --dry-run 2>/dev/null | sed -n 's/^rootfs_hash=//p')

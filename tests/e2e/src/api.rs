@@ -47,6 +47,16 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
+/// Where `scripts/test.sh` has put the NATS server: below the Python and the hash that it was installed by.
+fn installed_nats() -> PathBuf {
+    let all = target().join("nats");
+    let entries = fs::read_dir(&all).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path().join("bin/nats-server"))
+        .find(|server| server.exists())
+        .unwrap_or(all)
+}
+
 impl Api {
     /// The group of its runs and tokens, unless it serves another.
     pub const GROUP: &'static str = "vm0/e2e";
@@ -64,8 +74,7 @@ impl Api {
 
     /// The same for another group than [`Self::GROUP`].
     pub fn serving(world: &World, group: &str) -> Option<Self> {
-        let nats = std::env::var_os("VM0_TEST_NATS")
-            .map_or_else(|| target().join("nats/nats-server"), PathBuf::from);
+        let nats = std::env::var_os("VM0_TEST_NATS").map_or_else(installed_nats, PathBuf::from);
         let program = std::env::var_os("VM0_TEST_API")
             .map_or_else(|| target().join("debug/vm0-api"), PathBuf::from);
         for (what, path) in [("NATS server", &nats), ("vm0-api", &program)] {
