@@ -444,6 +444,18 @@ profiles:
     }
 
     #[test]
+    fn a_name_that_yaml_takes_for_something_else_survives_a_round_trip() {
+        for name in ["null", "true", "123", "1e3", "0x1f", "no"] {
+            let mut config = Config::parse(MINIMAL).unwrap();
+            config.name = name.parse().unwrap();
+            assert_eq!(
+                Config::parse(&Rendered(&config).to_string()).unwrap(),
+                config
+            );
+        }
+    }
+
+    #[test]
     fn unknown_keys_are_refused_by_name_at_every_level() {
         for (text, key) in [
             (format!("{MINIMAL}max_jobs: 3\n"), "max_jobs"),

@@ -15,7 +15,7 @@ impl Display for Rendered<'_> {
             "# Configuration of one runner. Every key is checked when the runner starts; an unknown one is refused.\n\
              # Check a change with: runner config --check FILE\n\n\
              # The runner's name: its directory below runners/ and its log.\n\
-             name: {}\n\n\
+             name: \"{}\"\n\n\
              # The group of jobs it takes: groups/<group>/ in the home.\n\
              group: {}\n\n\
              # What it serves. Several profiles may stand here.\n\
