@@ -119,7 +119,16 @@ async fn find(home: &Home, prefix: &RunPrefix, network: bool) -> Result<RunId, C
         found.extend(run.filter(|run| prefix.matches(*run)));
     }
     if found.is_empty() {
-        return Ok(client::find(home, prefix).await?.info.run_id);
+        let active = client::active_runs(home).await?;
+        if !active.iter().any(|run| prefix.matches(run.info.run_id)) {
+            return Err(CliError::failed(format_args!(
+                "no run that begins with {prefix} is active or has a log"
+            ))
+            .with_hint(
+                "`runner top` shows the last runs; logs of older ones are removed after some days",
+            ));
+        }
+        return Ok(client::choose(active, prefix)?.info.run_id);
     }
     found.sort_unstable();
     // One that has both logs.
@@ -186,4 +195,22 @@ fn print(bytes: &[u8]) -> Result<(), CliError> {
         .write_all(bytes)
         .and_then(|()| stdout.flush())
         .map_err(CliError::stdout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_run_is_found_by_its_log_and_one_without_is_told_of() {
+        let temp = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&temp.path().join("home")).unwrap();
+        let run = RunId::random();
+        let prefix = RunPrefix::from(run);
+        let error = find(&home, &prefix, false).await.unwrap_err().to_string();
+        assert!(error.contains("is active or has a log"), "{error}");
+        home.logs().unwrap();
+        std::fs::write(home.at(rel::system_log(&run)), "").unwrap();
+        assert_eq!(find(&home, &prefix, false).await.unwrap(), run);
+    }
 }
