@@ -53,7 +53,7 @@ has_package() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" =
 need_packages() {
     local package missing=()
     command -v apt-get >/dev/null ||
-        die "this machine has no apt-get" "the scripts know Debian 12 and later and Ubuntu 22.04 and later"
+        die "this machine has no apt-get" "the scripts know Debian 12 and later and Ubuntu 24.04 and later"
     for package in "$@"; do has_package "$package" || missing+=("$package"); done
     [ ${#missing[@]} -gt 0 ] || return 0
     say "Installing Debian packages: ${missing[*]}"

@@ -183,6 +183,25 @@ mod tests {
     }
 
     #[test]
+    fn the_map_in_the_documentation_has_every_command_once() {
+        let text = include_str!(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../docs/commands.md"
+        ));
+        let (map, _) = text.split_once("<!-- From here on").unwrap();
+        let rows = map.lines().filter(|line| line.starts_with("| `runner "));
+        let mut cells: Vec<&str> = rows.filter_map(|row| row.split("` |").next()).collect();
+        for command in command().get_subcommands() {
+            let named = format!("`runner {}", command.get_name());
+            assert!(map.contains(&named), "{named}");
+        }
+        let all = cells.len();
+        cells.sort_unstable();
+        cells.dedup();
+        assert_eq!(cells.len(), all, "a row stands there twice");
+    }
+
+    #[test]
     fn the_command_line_is_consistent_and_every_command_has_examples() {
         let mut command = command();
         command.build();
