@@ -6,7 +6,10 @@
 #   scripts/dev-runner.sh submit PROFILE PROMPT [OPTIONS of `runner local submit`]
 #   scripts/dev-runner.sh exec RUN COMMAND…            in a running job's VM, by the beginning of the run's id
 #   scripts/dev-runner.sh logs [--follow] [-n N]       the service's journal
-#   scripts/dev-runner.sh remove [--force] [--all]     take it off the host; --all: with images and CA
+#   scripts/dev-runner.sh remove [--force] [--all]     take it off the host; --all: with images and CA, where no other runner is
+#
+# The options of submit are about the host: --secret, --firewall and --collect mean variables, files and directories there, not
+# here.
 #
 # Results go to stdout, everything else to stderr. A deploy may be run again after any failure; until its last step the
 # runner that is there goes on, and that step ends none of its jobs.
@@ -206,6 +209,8 @@ in_vm() {
     [ $# -ge 2 ] || die "exec wants the beginning of a run's id and a command" "scripts/dev-runner.sh exec 6f1c 'ps aux'"
     local run=$1
     shift
+    # As `runner exec` has it, and pnpm passes it on.
+    [ "$1" != -- ] || [ $# = 1 ] || shift
     remote "exec \"\$dir/runner\" exec $(quote "$run") -- $(quote_all "$@")"
 }
 
@@ -231,11 +236,9 @@ remove() {
             root systemctl daemon-reload
         fi
         others=\$(ls \"\$home/runners\" 2>/dev/null | grep -vx \"\$name\" || true)
-        if [ -n '$everything' ]; then
-            if [ -n \"\$others\" ]; then
-                echo \"error: images and CA are also of: \$others\" >&2
-                exit 1
-            fi
+        if [ -n '$everything' ] && [ -n \"\$others\" ]; then
+            echo \"images and CA stay: they are also of\" \$others >&2
+        elif [ -n '$everything' ]; then
             root rm -rf \"\$home\"
             exit 0
         fi

@@ -74,11 +74,25 @@ fn whatever_is_in_a_prompt_or_command_arrives_in_the_guest_as_it_was_typed() {
         exec(&["printf", "[%s]", "it's $(echo one)", "a\nb", ""]),
         (Some(0), "[it's $(echo one)][a\nb][]".to_owned())
     );
+    assert_eq!(
+        exec(&["--", "printf", "[%s]", "--", "-x"]),
+        (Some(0), "[--][-x]".to_owned())
+    );
     let force = metal.dev_runner(&["remove"]).output().unwrap();
     refused(&force, "active job");
-    let removed = metal.dev_runner(&["remove", "--force"]).output().unwrap();
+    // Another runner's images stay, and everything else of this one goes all the same.
+    metal.on_host("mkdir ~/.vm0-runner/runners/other");
+    let removed = metal
+        .dev_runner(&["remove", "--force", "--all"])
+        .output()
+        .unwrap();
     assert!(removed.status.success(), "{removed:?}");
+    let told = text(&removed.stderr);
+    assert!(told.contains("also of other"), "{told}");
     assert_ne!(job.result()["exit_code"], 0);
+    assert_eq!(metal.property("LoadState"), "not-found");
+    let left = metal.on_host("cd ~/.vm0-runner && ls -d images runners/*");
+    assert_eq!(left, "images\nrunners/other\n");
     metal.finish();
 }
 
