@@ -9,7 +9,7 @@
 #   scripts/dev-runner.sh remove [--force] [--all]     take it off the host; --all: with images and CA, where no other runner is
 #
 # The options of submit are about the host: --secret, --firewall and --collect mean variables, files and directories there, not
-# here.
+# here. Ctrl-C cancels the job and shows its result; a second one leaves at once.
 #
 # Results go to stdout, everything else to stderr. A deploy may be run again after any failure; until its last step the
 # runner that is there goes on, and that step ends none of its jobs.
@@ -51,8 +51,11 @@ dir=\$home/bin/\$name
 root() { if [ \"\$(id -u)\" = 0 ]; then \"\$@\"; else sudo -n -- \"\$@\"; fi; }
 "
 
-# remote SCRIPT: runs it there with sh; our stdin is its stdin.
-remote() { (connect "$RUNNER_LOCAL_HOST" -T -- "exec sh -c $(quote "$preamble$1")"); }
+# become_remote SCRIPT: becomes an ssh that runs it there with sh; our stdin is its stdin.
+become_remote() { connect "$RUNNER_LOCAL_HOST" -T -- "exec sh -c $(quote "$preamble$1")"; }
+
+# remote SCRIPT: runs it there.
+remote() { (become_remote "$1"); }
 
 # One word of what a local file is.
 checksum() {
@@ -199,10 +202,60 @@ env_value() { printf '"%s"' "$(printf %s "$1" | sed 's/[\\"$`]/\\&/g')"; }
 
 submit() {
     [ $# -ge 2 ] || die "submit wants a profile and a prompt" "scripts/dev-runner.sh submit vm0/default 'nproc && free -m'"
-    local profile=$1 prompt=$2
+    local profile=$1 prompt=$2 size pipe ssh status again
     shift 2
-    # On stdin, where it may be as long as the runner takes it.
-    printf %s "$prompt" | remote "exec \"\$dir/runner\" local submit --group \"\$group\" --profile $(quote "$profile") --prompt-file - $(quote_all "$@")"
+    # The prompt goes on stdin, where it may be as long as the runner takes it, after its length: that stdin ends, whatever ended
+    # it, is how the host learns that nobody waits any more.
+    size=$(printf %s "$prompt" | wc -c | tr -d ' ')
+    pipe=$(mktemp -d)
+    mkfifo "$pipe/stdin"
+    # 5 for both ways, so that opening one of them does not wait for the other.
+    # shellcheck disable=SC2094 # it is a pipe
+    exec 5<>"$pipe/stdin" 3<"$pipe/stdin" 4>"$pipe/stdin" 5>&-
+    rm -r "$pipe"
+    # Where Ctrl-C does not reach it: the result of a cancelled job comes that way, too.
+    (trap '' INT && become_remote "exec 3<&0
+        umask 077
+        prompt=\$(mktemp)
+        read -r size <&3
+        head -c \"\$size\" <&3 >\"\$prompt\"
+        exec 4<\"\$prompt\"
+        arrived=\$(wc -c <\"\$prompt\")
+        rm -f \"\$prompt\"
+        # Half a prompt is what a connection that broke leaves.
+        [ \"\$arrived\" -eq \"\$size\" ]
+        \"\$dir/runner\" local submit --group \"\$group\" --profile $(quote "$profile") --prompt-file - $(quote_all "$@") <&4 3<&- &
+        submit=\$!
+        { while read -r _; do :; done; kill -TERM \$submit; } <&3 >/dev/null 2>&1 &
+        watch=\$!
+        status=0
+        wait \$submit || status=\$?
+        kill \$watch 2>/dev/null || true
+        exit \$status") <&3 3<&- 4>&- &
+    ssh=$!
+    exec 3<&-
+    { printf '%s\n' "$size" && printf %s "$prompt"; } >&4 2>/dev/null &
+    again=
+    interrupted() {
+        [ -z "$again" ] || kill "$ssh" 2>/dev/null || true
+        again=1
+        exec 4>&-
+        say "cancelling the job; once more: leave at once"
+    }
+    trap interrupted INT TERM HUP
+    # A signal ends the wait, too.
+    while :; do
+        status=0
+        wait "$ssh" || status=$?
+        kill -0 "$ssh" 2>/dev/null || break
+    done
+    if [ -n "$again" ]; then
+        # It may have ended just then. 127: its status was told already.
+        again=0
+        wait "$ssh" 2>/dev/null || again=$?
+        [ "$again" = 127 ] || status=$again
+    fi
+    return "$status"
 }
 
 in_vm() {

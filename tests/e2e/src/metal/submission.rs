@@ -2,6 +2,9 @@
 
 use std::process::Child;
 
+use rustix::process::Signal;
+
+use crate::process::Proc;
 use crate::text::Text;
 use crate::wait::LONG;
 
@@ -13,6 +16,18 @@ pub struct Submission {
 }
 
 impl Submission {
+    /// Ctrl-C, as the script gets it.
+    pub fn interrupt(&self) {
+        let script = Proc::open(self.child.id()).expect("it waits for its job");
+        script.signal(Signal::INT);
+    }
+
+    /// Kills the script.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("our child");
+        self.child.wait().expect("our child");
+    }
+
     /// Waits for its result.
     pub fn result(mut self) -> serde_json::Value {
         let out = self.stdout.all(LONG);

@@ -97,6 +97,30 @@ fn whatever_is_in_a_prompt_or_command_arrives_in_the_guest_as_it_was_typed() {
 }
 
 #[test]
+fn a_submit_that_is_interrupted_or_cut_off_cancels_its_job() {
+    let Some(metal) = Metal::new("vm0/small") else {
+        return;
+    };
+    metal.deploy_local();
+    let job = metal.submit("sleep 1000");
+    running(&metal);
+    job.interrupt();
+    let result = job.result();
+    assert_ne!(result["exit_code"], 0);
+    assert!(
+        result["error"].as_str().unwrap().contains("cancel"),
+        "{result}"
+    );
+    // Killed, the laptop says nothing more.
+    let mut job = metal.submit("sleep 1000");
+    running(&metal);
+    job.kill();
+    eventually("its job is cancelled", LONG, || metal.active().is_empty());
+    metal.submit("true").expect_exit(0);
+    metal.finish();
+}
+
+#[test]
 fn cloudflare_access_is_asked_with_the_credentials_in_its_environment_only() {
     let Some(metal) = Metal::new("vm0/small") else {
         return;
