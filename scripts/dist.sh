@@ -23,9 +23,9 @@ SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
 export SOURCE_DATE_EPOCH
 umask 022
 
-work=
+work='' remover=''
 # Never into what is mounted there, whatever ended us.
-clean() { [ -z "$work" ] || as_root rm -rf --one-file-system "$work"; }
+clean() { [ -z "$work" ] || $remover rm -rf --one-file-system "$work"; }
 trap clean EXIT
 trap 'exit 130' INT TERM HUP
 
@@ -38,10 +38,16 @@ debian_arch() {
     esac
 }
 
-# Builds vm0-api and prints where it is. It has C in it (cryptography, SQLite).
+# All programs have C in them (cryptography, SQLite), and build scripts are this host's.
+need_compilers() {
+    need_packages build-essential
+    if [ "$1" = "$host_arch" ]; then need_packages musl-tools; else need_cross_compiler "$1"; fi
+}
+
+# Builds vm0-api and prints where it is.
 api() {
     local triple=$1-unknown-linux-musl
-    if [ "$1" = "$host_arch" ]; then need_packages musl-tools; else need_cross_compiler "$1"; fi
+    need_compilers "$1"
     RUSTFLAGS='' cargo build --locked --release --target "$triple" -p web-api --bin vm0-api >&2
     printf '%s\n' "$target/$triple/release/vm0-api"
 }
@@ -139,6 +145,8 @@ make_all() {
     mkdir -p "$dist"
     work=$(mktemp -d "$target/dist.XXXXXX")
     [ -z "$given" ] || [ "$*" = "$host_arch" ] || die "--runner packs a program for $host_arch alone" "leave it out, and all are built"
+    # The host's program prints the completions of all. In a subshell: what vm0-api wants of the environment is its own.
+    if [ -z "$given" ]; then for arch in "$host_arch" "$@"; do (need_compilers "$arch"); done; fi
     host_runner=$(runner_for "$host_arch")
     case $("$host_runner" version) in *"$version"*) ;; *) die "$host_runner is not of version $version" ;; esac
     for arch in "$@"; do make_one "$arch"; done
@@ -162,6 +170,7 @@ try() {
     [ -f "$deb" ] || die "$deb is not made" "run scripts/dist.sh first"
     (cd "$dist" && sha256sum --check --quiet SHA256SUMS) || die "the checksums do not fit"
     work=$(mktemp -d "$target/dist.XXXXXX")
+    remover=as_root
     root=$work/root
     # shellcheck source=/dev/null
     . /etc/os-release
