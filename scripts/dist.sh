@@ -187,7 +187,9 @@ try() {
     case $said in *"$version"*) ;; *) die "the installed runner says: $said" ;; esac
     if [ -x "$root/usr/bin/vm0-api" ]; then in_root vm0-api --help >/dev/null || die "the installed vm0-api does not start"; fi
     # Nothing that `runner setup` wants is missing from Depends.
-    in_root runner setup --check --engine qemu || die "the package's dependencies are not all that \`runner setup\` needs"
+    # It exits with 1: the proxy is not made yet.
+    said=$(in_root runner setup --check --engine qemu --json || true)
+    case $said in *'"missing":[]'*) ;; *) die "the package's dependencies are not all that \`runner setup\` needs: $said" ;; esac
     in_root bash -c '. /usr/share/bash-completion/completions/runner' || die "bash does not take the completions"
     say "A service that runs the package's program forbids its removal"
     echo 'ExecStart=/usr/bin/runner start' | as_root tee "$root/etc/systemd/system/vm0-runner-test.service" >/dev/null

@@ -19,8 +19,8 @@ use crate::proxy::{Authority, install};
 #[command(
     after_help = "Examples:\n  sudo runner setup\n  sudo runner setup --profile vm0/default\n  runner setup --check\n  \
     sudo runner setup --from /media/files\n  sudo runner setup --engine firecracker --from https://mirror.example.com/firecracker\n\n\
-    --check exits with 1 if something is missing. A directory given with --from needs the listed packages and what they depend on \
-    as .deb files, for example from `apt-get download`, the proxy's wheels, and Firecracker's two files where that is wanted \
+    --check exits with 1 if something is missing: packages, the proxy, its certificate authority, or Firecracker where it is \
+    wanted. A directory given with --from needs the listed packages and what they depend on as .deb files, for example from `apt-get download`, the proxy's wheels, and Firecracker's two files where that is wanted \
     (docs/operations.md). A URL given with --from is a mirror of Firecracker's files alone."
 )]
 pub(crate) struct Args {
@@ -117,7 +117,47 @@ pub(crate) fn packages(missing: &[Requirement]) -> Vec<&'static str> {
 struct Report<'a> {
     missing: &'a [Requirement],
     installed: &'a [&'static str],
+    /// What is not in the home.
+    unmade: &'a [Unmade],
     firecracker: Firecracker,
+}
+
+/// Something that setup makes in the home, and why it is to be made.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Unmade {
+    what: &'static str,
+    reason: String,
+}
+
+impl Unmade {
+    /// What is not in this home; `None`: nobody has made that.
+    fn of(home: Option<&Home>) -> Vec<Self> {
+        let authority = home.map_or(Ok(false), |home| {
+            let loaded = Authority::load(home).map_err(|error| error.to_string());
+            loaded.map(|authority| authority.is_some())
+        });
+        let proxy = home.map_or(Ok(false), |home| {
+            let installed = install::installed(home).map_err(|error| error.to_string());
+            installed.map(|proxy| proxy.is_some())
+        });
+        let reason = |there, absent: &str| match there {
+            Ok(true) => None,
+            Ok(false) => Some(absent.to_owned()),
+            Err(error) => Some(error),
+        };
+        let proxy = reason(
+            proxy,
+            "it is not installed for this home, or for a runner of another version",
+        );
+        let authority = reason(authority, "it has not been made for this home");
+        [
+            ("the proxy", proxy),
+            ("the proxy's certificate authority", authority),
+        ]
+        .into_iter()
+        .filter_map(|(what, reason)| reason.map(|reason| Self { what, reason }))
+        .collect()
+    }
 }
 
 /// What became of Firecracker.
@@ -213,6 +253,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
         context.print_json(&Report {
             missing: &[],
             installed: &wanted,
+            unmade: &[],
             firecracker,
         })?;
         return Ok(ExitCode::SUCCESS);
@@ -235,13 +276,17 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
 
 /// Lists what is missing.
 fn check(args: &Args, absent: &[Requirement], context: &Context) -> Result<ExitCode, CliError> {
-    let firecracker = match not_wanted(args.engine, &Kvm::of_host()) {
-        Some(reason) => Firecracker::Skipped { reason },
-        // A home that nobody has made is not made by a look.
-        None if !context.home_path()?.exists() => Firecracker::Missing {
+    // A home that nobody has made is not made by a look.
+    let home = match context.home_path()?.exists() {
+        true => Some(context.home()?),
+        false => None,
+    };
+    let firecracker = match (not_wanted(args.engine, &Kvm::of_host()), &home) {
+        (Some(reason), _) => Firecracker::Skipped { reason },
+        (None, None) => Firecracker::Missing {
             reason: "Firecracker is not installed for this home".to_owned(),
         },
-        None => match firecracker::find(&context.home()?) {
+        (None, Some(home)) => match firecracker::find(home) {
             Ok(found) => Firecracker::Installed {
                 version: found.version().to_owned(),
             },
@@ -250,11 +295,15 @@ fn check(args: &Args, absent: &[Requirement], context: &Context) -> Result<ExitC
             },
         },
     };
-    let complete = absent.is_empty() && !matches!(firecracker, Firecracker::Missing { .. });
+    let unmade = Unmade::of(home.as_ref());
+    let complete = absent.is_empty()
+        && unmade.is_empty()
+        && !matches!(firecracker, Firecracker::Missing { .. });
     if args.json {
         context.print_json(&Report {
             missing: absent,
             installed: &[],
+            unmade: &unmade,
             firecracker,
         })?;
     } else {
@@ -263,6 +312,9 @@ fn check(args: &Args, absent: &[Requirement], context: &Context) -> Result<ExitC
                 "missing: {} ({})",
                 needed.package, needed.program
             ))?;
+        }
+        for Unmade { what, reason } in &unmade {
+            context.print_line(format_args!("missing: {what} ({reason})"))?;
         }
         if let Firecracker::Missing { reason } = firecracker {
             context.print_line(format_args!("missing: Firecracker ({reason})"))?;
@@ -395,6 +447,37 @@ mod tests {
         }
         assert_eq!(not_wanted(EngineChoice::Auto, &Kvm::Hardware), None);
         assert!(not_wanted(EngineChoice::Qemu, &Kvm::Hardware).is_some());
+    }
+
+    #[test]
+    fn proxy_and_authority_are_missing_until_they_are_made() {
+        let what = |home| -> Vec<_> {
+            let unmade = Unmade::of(home).into_iter();
+            unmade.map(|unmade| unmade.what).collect()
+        };
+        let (proxy, authority) = ("the proxy", "the proxy's certificate authority");
+        assert_eq!(what(None), [proxy, authority]);
+        let temp = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&temp.path().join("home")).unwrap();
+        assert_eq!(what(Some(&home)), [proxy, authority]);
+        home.ensure_dir("ca").unwrap();
+        std::fs::write(home.at("ca/ca.pem"), "-----BEGIN CERTIFICATE-----\n").unwrap();
+        assert_eq!(what(Some(&home)), [proxy]);
+        // And no look makes a home.
+        let context = Context::new(Some(temp.path().join("other")));
+        let args = Args {
+            check: true,
+            from: None,
+            engine: EngineChoice::Qemu,
+            firecracker_pins: None,
+            profiles: Vec::new(),
+            rotate_ca: false,
+            yes: false,
+            json: true,
+        };
+        let code = check(&args, &[], &context).unwrap();
+        assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::FAILURE));
+        assert!(!temp.path().join("other").exists());
     }
 
     #[test]
