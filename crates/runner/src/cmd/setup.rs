@@ -20,8 +20,8 @@ use crate::proxy::{Authority, install};
     after_help = "Examples:\n  sudo runner setup\n  sudo runner setup --profile vm0/default\n  runner setup --check\n  \
     sudo runner setup --from /media/files\n  sudo runner setup --engine firecracker --from https://mirror.example.com/firecracker\n\n\
     --check exits with 1 if something is missing: packages, the proxy, its certificate authority, or Firecracker where it is \
-    wanted. A directory given with --from needs the listed packages and what they depend on as .deb files, for example from `apt-get download`, the proxy's wheels, and Firecracker's two files where that is wanted \
-    (docs/operations.md). A URL given with --from is a mirror of Firecracker's files alone."
+    wanted. A directory given with --from needs the listed packages and what they depend on as .deb files, for \
+    example from `apt-get download`, the proxy's wheels, and Firecracker's two files where that is wanted (docs/operations.md). A URL given with --from is a mirror of Firecracker's files alone."
 )]
 pub(crate) struct Args {
     /// Only list what is missing
