@@ -23,7 +23,7 @@ const MAX_LIST: usize = 1024;
 pub(super) async fn run(inner: Arc<Inner>) {
     let (mut period, mut limit) = (PERIOD, PERIOD);
     loop {
-        let next = tokio::time::sleep(period);
+        let began = Instant::now();
         match inner.api.heartbeat(&heartbeat(&inner, None), limit).await {
             Ok(answer) => {
                 {
@@ -50,7 +50,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
             }
         }
         tokio::select! {
-            () = next => {}
+            () = tokio::time::sleep_until(began + period) => {}
             () = inner.beat.notified() => {}
         }
     }
