@@ -29,6 +29,9 @@ pub enum ToRunner {
         epoch: Epoch,
         /// Program and arguments.
         argv: Vec<String>,
+        /// Id of the operator's API key.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
         /// With a terminal of this size, columns and rows.
         pty: Option<(u16, u16)>,
     },

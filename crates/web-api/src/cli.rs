@@ -115,7 +115,7 @@ pub enum TokenCommand {
     },
     /// List them: id, kind, groups, name
     List,
-    /// Take one back; every replica refuses it at once
+    /// Take one back; every replica refuses it at once, and ends within 15 seconds what goes on with it
     Revoke {
         /// Its id: the part between the second and the third underscore
         id: String,

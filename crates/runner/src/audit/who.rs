@@ -28,6 +28,9 @@ pub(crate) struct Who {
     /// The uid that logged in, where the kernel keeps it (`/proc/<pid>/loginuid`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) login_uid: Option<u32>,
+    /// For what comes over the Web API: the id of the key, by which `vm0-api token revoke` takes it back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) api_key: Option<String>,
 }
 
 impl Who {
@@ -40,6 +43,15 @@ impl Who {
             for_uid: None,
             for_user: None,
             login_uid: None,
+            api_key: None,
+        }
+    }
+
+    /// A key of the Web API; what it asks for is done for the runner's owner.
+    pub(crate) fn of_api_key(owner: u32, key: Option<String>) -> Self {
+        Self {
+            api_key: key,
+            ..Self::of_uid(owner)
         }
     }
 
@@ -65,6 +77,9 @@ impl Who {
             None => format!("uid {uid}"),
         };
         let own = name(&self.user, self.uid);
+        if let Some(key) = &self.api_key {
+            return format!("API key {} as {own}", crate::terminal::escape(key));
+        }
         match self.for_uid {
             Some(uid) => format!("{} as {own}", name(&self.for_user, uid)),
             None => own,

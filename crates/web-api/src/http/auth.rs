@@ -102,6 +102,11 @@ macro_rules! bearer_extractor {
             pub fn group(&self, group: &GroupName) -> ApiResult<()> {
                 in_group(&self.0, group)
             }
+
+            /// Whether the token has not been revoked since: for what goes on for longer than a request.
+            pub async fn stands(&self, service: &Service) -> bool {
+                service.bearers.stands(&self.0.id).await
+            }
         }
     };
 }

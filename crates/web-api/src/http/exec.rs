@@ -78,7 +78,9 @@ pub(super) async fn exec(
         .subscribe(service.engine.subject(&format!("exec.{exec_id}")))
         .await
         .map_err(|error| problem(ProblemKind::Unavailable, error.to_string()))?;
+    let by = Some(client.id().to_owned());
     let mut relay = Relay {
+        client,
         to_runner: service
             .engine
             .push_subject(&entry.group, lease.holder.runner_id),
@@ -94,6 +96,7 @@ pub(super) async fn exec(
         run_id: run,
         epoch: entry.epoch,
         argv,
+        by,
         pty: params.columns.zip(params.rows),
     };
     relay.say(&start).await?;
@@ -115,6 +118,7 @@ enum End {
 
 struct Relay {
     service: Arc<Service>,
+    client: Client,
     to_runner: String,
     run: RunId,
     epoch: Epoch,
@@ -205,6 +209,9 @@ impl Relay {
                     }
                     if answered.is_some_and(|at| at.elapsed() > period * 3) {
                         return End::Failed("nothing is heard of the runner's WebSocket any more");
+                    }
+                    if !self.client.stands(&self.service).await {
+                        return End::Failed("the API key was revoked");
                     }
                     if !self.is_running().await {
                         return End::Failed("the run has ended, or its runner has lost it");

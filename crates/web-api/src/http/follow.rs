@@ -5,7 +5,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api_types::{ProblemKind, RunId};
 use axum::body::{Body, Bytes};
@@ -69,6 +69,7 @@ struct Gone;
 /// One client that follows one feed.
 struct Stream {
     service: Arc<Service>,
+    client: Client,
     kind: FeedKind,
     run: RunId,
     place: Place,
@@ -158,11 +159,18 @@ impl Stream {
         if self.catch_up().await?.is_err() || self.end().await? {
             return Ok(());
         }
+        let mut looked = Instant::now();
         loop {
             let wake = tokio::select! {
                 wake = tokio::time::timeout(ASK_AGAIN, follower.next()) => wake,
                 () = self.sender.closed() => return Ok(()),
             };
+            if looked.elapsed() >= ASK_AGAIN {
+                looked = Instant::now();
+                if !self.client.stands(&self.service).await {
+                    return Ok(());
+                }
+            }
             match wake {
                 Ok(Wake::Piece(piece)) => self.emit(&piece).await?,
                 Ok(Wake::Behind) => {
@@ -197,6 +205,7 @@ async fn stream(
     let (sender, receiver) = mpsc::channel(32);
     let stream = Stream {
         service,
+        client,
         kind,
         run,
         place: place_in_feed,

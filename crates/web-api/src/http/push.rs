@@ -96,6 +96,7 @@ pub(super) async fn connect(
         let (sink, stream) = socket.split();
         let connection = Connection {
             service,
+            runner,
             params,
             outbox: Outbox::new(sink),
             waiting: None,
@@ -108,6 +109,7 @@ pub(super) async fn connect(
 
 struct Connection {
     service: Arc<Service>,
+    runner: Runner,
     params: ConnectParams,
     outbox: Outbox,
     waiting: Option<oneshot::Receiver<Offer>>,
@@ -167,7 +169,8 @@ impl Connection {
                     }
                 },
                 _ = pings.tick() => {
-                    if heard.elapsed() > period * 3 || self.outbox.ping().is_err() {
+                    let silent = heard.elapsed() > period * 3 || self.outbox.ping().is_err();
+                    if silent || !self.runner.stands(&self.service).await {
                         break;
                     }
                     for (exec, answers) in &self.execs {

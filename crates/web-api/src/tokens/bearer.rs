@@ -161,6 +161,15 @@ impl Bearers {
         }))
     }
 
+    /// Whether a token that was recognised under this id has not been revoked since; also where that cannot be found out.
+    pub async fn stands(&self, id: &str) -> bool {
+        let is_known = || {
+            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+            known.contains_key(id)
+        };
+        is_known() || !matches!(self.bucket.get(id).await, Ok(None))
+    }
+
     /// Keeps a new one.
     pub async fn add(&self, id: &str, record: &BearerRecord) -> Result<(), EngineError> {
         let value =

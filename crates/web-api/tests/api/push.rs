@@ -109,6 +109,33 @@ impl Stage {
 
 const PING: Duration = Duration::from_millis(500);
 
+/// The id in a token.
+fn id(token: &str) -> &str {
+    token.rsplit('_').nth(1).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_goes_on_with_a_token_ends_when_it_is_revoked() {
+    let Some(stage) = Stage::new().await else {
+        return;
+    };
+    let mut runner = stage.runner().await;
+    let mut operator = stage.operator().await;
+    let start = runner.receive().await;
+    assert_eq!(start["type"], "execStart");
+    assert_eq!(start["by"], id(&stage.world.client));
+    let bearers = &stage.replica.service.bearers;
+    assert!(bearers.revoke(id(&stage.world.client)).await.unwrap());
+    // The runner answers pings meanwhile.
+    let listening = tokio::spawn(async move { while let Some(Ok(_)) = runner.0.next().await {} });
+    assert_eq!(reason(&mut operator).await, "the API key was revoked");
+    assert!(bearers.revoke(id(&stage.world.runner)).await.unwrap());
+    tokio::time::timeout(Duration::from_secs(60), listening)
+        .await
+        .expect("the runner's WebSocket ends")
+        .unwrap();
+}
+
 /// The command's last word, which says why it ended.
 async fn reason(operator: &mut Socket) -> String {
     let exit = operator.until("execExit").await;

@@ -57,7 +57,13 @@ fn a_command_over_the_api_has_its_input_outputs_and_exit_code() {
 
     // The host's own record of it.
     let audit = std::fs::read_to_string(host.home().join("logs/audit.jsonl")).unwrap();
-    assert!(audit.contains("/no/such/program"), "{audit}");
+    let noted = audit.lines().find(|line| line.contains("/no/such/program"));
+    let key = noted.and_then(|line| line.split_once(r#""api_key":""#));
+    let key = key.unwrap_or_else(|| panic!("{audit}")).1;
+    assert!(
+        api.client.contains(key.split('"').next().unwrap()),
+        "{audit}"
+    );
 
     // Neither a runner nor a stranger may.
     let (status, _) = api.ask(

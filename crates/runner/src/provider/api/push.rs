@@ -89,11 +89,11 @@ async fn serve(
                     Ok(ToRunner::Look(_)) => inner.beat.notify_one(),
                     // Runs are taken by poll, one at a time; this was not asked for.
                     Ok(ToRunner::Job(_)) => {}
-                    Ok(ToRunner::ExecStart { exec_id, run_id, epoch, argv, pty }) => {
+                    Ok(ToRunner::ExecStart { exec_id, run_id, epoch, argv, by, pty }) => {
                         commands.retain(|_, input| !input.is_closed());
                         let (input, inputs) = mpsc::channel(MAX_QUEUED);
                         let known = inner.lock().held.get(&run_id).is_some_and(|held| held.epoch == epoch);
-                        let start = Start { exec_id: exec_id.clone(), run: run_id, argv, pty };
+                        let start = Start { exec_id: exec_id.clone(), run: run_id, argv, by, pty };
                         if known && commands.len() < MAX_COMMANDS {
                             commands.insert(exec_id, input);
                             let submitter = inner.runner.submitter;
@@ -145,6 +145,8 @@ struct Start {
     exec_id: String,
     run: RunId,
     argv: Vec<String>,
+    /// The operator's API key.
+    by: Option<String>,
     pty: Option<(u16, u16)>,
 }
 
@@ -168,7 +170,8 @@ async fn command(
     let argv: Vec<Vec<u8>> = start.argv.iter().map(|a| a.clone().into_bytes()).collect();
     let blot = |text| operators.lookup.blot(run, text);
     let action = Action::exec(&argv, "user", false, blot);
-    let entry = operators.audit.begin(Who::of_uid(submitter), run, action);
+    let who = Who::of_api_key(submitter, start.by.clone());
+    let entry = operators.audit.begin(who, run, action);
     let spec = ExecSpec {
         argv,
         user: UserSpec::User,
