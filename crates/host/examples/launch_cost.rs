@@ -30,6 +30,7 @@ async fn measure(forked: ForkedLauncher) {
         kind: LeaseKind::Revocable,
         resources: Resources::default(),
         run_id: None,
+        shared_mb: 0,
     };
     let limits = HostLimits {
         total: Resources::default(),

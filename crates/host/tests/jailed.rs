@@ -48,6 +48,7 @@ async fn reserve(launcher: &Launcher) -> SlotId {
         kind: LeaseKind::Firm,
         resources,
         run_id: None,
+        shared_mb: 0,
     };
     let total = Resources {
         vcpu: 100,

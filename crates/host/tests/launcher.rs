@@ -31,6 +31,7 @@ fn record(instance: &str, kind: LeaseKind) -> SlotRecord {
         kind,
         resources: VM,
         run_id: None,
+        shared_mb: 0,
     }
 }
 

@@ -40,6 +40,7 @@ async fn a_slot_that_could_not_be_given_back_is_given_back_later() {
         kind: LeaseKind::Firm,
         resources: VM,
         run_id: None,
+        shared_mb: 0,
     };
     let limits = HostLimits { total: VM };
     let slot = launcher.reserve(record, limits).await.unwrap();

@@ -309,6 +309,7 @@ pub(crate) async fn prove(
             disk_mb: PROOF_SHAPE.disk_mb,
         },
         run_id: None,
+        shared_mb: 0,
     };
     let slot = launcher.reserve(record, UNLIMITED).await?;
     let proof = sandbox::prove(engine.as_ref(), slot, image, candidates.boot_limit).await;

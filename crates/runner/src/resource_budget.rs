@@ -202,6 +202,8 @@ struct Shared {
     launcher: Launcher,
     instance: String,
     limits: HostLimits,
+    /// What the limits leave out for templates and proxies, MiB.
+    shared_mb: u64,
     /// Most jobs of this runner at once; `u32::MAX` without a cap.
     max_concurrent: u32,
     /// Firm leases of this runner.
@@ -242,12 +244,14 @@ impl Drop for Place {
 }
 
 impl Budget {
-    /// `max_concurrent` 0 means no cap on the number of jobs. Spawns the task that releases dropped leases on the
+    /// `max_concurrent` 0 means no cap on the number of jobs; `shared_mb` is what `limits` leave out for what we have taken
+    /// once, and what other runners of the host reckon with while we hold anything. Spawns the task that releases dropped leases on the
     /// current runtime; it ends with the last clone and the last lease.
     pub(crate) fn new(
         launcher: Launcher,
         instance: String,
         limits: HostLimits,
+        shared_mb: u64,
         max_concurrent: u32,
         networks: Option<NetworkPool>,
     ) -> Self {
@@ -267,6 +271,7 @@ impl Budget {
                 launcher,
                 instance,
                 limits,
+                shared_mb,
                 max_concurrent: if max_concurrent == 0 {
                     u32::MAX
                 } else {
@@ -340,6 +345,7 @@ impl Shared {
                 LeaseKind::Revocable => paused(resources),
             },
             run_id: run.map(|run| run.to_string()),
+            shared_mb: self.shared_mb,
         }
     }
 }

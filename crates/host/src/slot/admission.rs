@@ -1,5 +1,7 @@
 //! Whether one more reservation fits: a pure function of what is held.
 
+use std::collections::BTreeMap;
+
 use super::{HostLimits, HostUsage, LeaseKind, Resources, SlotRecord};
 
 /// Whether `wanted` may be held beside `held`.
@@ -12,7 +14,7 @@ pub fn admit<'a>(
     wanted: &SlotRecord,
     limits: &HostLimits,
 ) -> Result<(), HostUsage> {
-    let usage = HostUsage::of(held);
+    let usage = HostUsage::of(held, &wanted.instance);
     if wanted.kind == LeaseKind::Revocable || usage.firm_count == 0 {
         return Ok(());
     }
@@ -34,16 +36,24 @@ impl Resources {
 }
 
 impl HostUsage {
-    /// The sum of these records.
-    pub fn of<'a>(held: impl IntoIterator<Item = &'a SlotRecord>) -> HostUsage {
+    /// The sum of these records as one instance sees it, whose limits leave out what itself has taken once.
+    pub fn of<'a>(held: impl IntoIterator<Item = &'a SlotRecord>, instance: &str) -> HostUsage {
         let mut usage = HostUsage::default();
+        let mut shared: BTreeMap<&str, u64> = BTreeMap::new();
         for record in held {
+            if record.instance != instance {
+                let most = shared.entry(&record.instance).or_default();
+                *most = record.shared_mb.max(*most);
+            }
             let (sum, count) = match record.kind {
                 LeaseKind::Firm => (&mut usage.firm, &mut usage.firm_count),
                 LeaseKind::Revocable => (&mut usage.revocable, &mut usage.revocable_count),
             };
             *sum = *sum + record.resources;
             *count = count.saturating_add(1);
+        }
+        for most in shared.into_values() {
+            usage.firm.memory_mb = usage.firm.memory_mb.saturating_add(most);
         }
         usage
     }
@@ -75,6 +85,7 @@ mod tests {
                 disk_mb,
             },
             run_id: None,
+            shared_mb: 0,
         }
     }
 
@@ -145,9 +156,32 @@ mod tests {
             record(LeaseKind::Revocable, 1, 10, 100),
             record(LeaseKind::Revocable, 1, 10, 100),
         ];
-        let usage = HostUsage::of(&held);
+        let usage = HostUsage::of(&held, "i");
         assert_eq!((usage.firm_count, usage.revocable_count), (1, 2));
         assert_eq!(usage.firm.memory_mb, 20);
         assert_eq!(usage.revocable.disk_mb, 200);
+    }
+
+    #[test]
+    fn what_other_runners_have_taken_once_is_counted_once_for_each() {
+        let of = |instance: &str, shared_mb: u64| SlotRecord {
+            instance: instance.to_owned(),
+            shared_mb,
+            ..record(LeaseKind::Firm, 1, 100, 1)
+        };
+        let held = [of("a", 1000), of("b", 500), of("b", 600), of("c", 0)];
+        let seen_by = |instance: &str| HostUsage::of(&held, instance).firm.memory_mb;
+        assert_eq!(seen_by("a"), 400 + 600);
+        assert_eq!(seen_by("b"), 400 + 1000);
+        assert_eq!(seen_by("none of them"), 400 + 1600);
+        let limits = |memory_mb| HostLimits {
+            total: Resources {
+                vcpu: 9,
+                memory_mb,
+                disk_mb: 9,
+            },
+        };
+        assert!(admit(&held, &of("a", 1000), &limits(1100)).is_ok());
+        assert!(admit(&held, &of("b", 600), &limits(1100)).is_err());
     }
 }

@@ -62,6 +62,9 @@ pub struct SlotRecord {
     pub resources: Resources,
     /// The run it serves, when it serves one.
     pub run_id: Option<String>,
+    /// Memory that the owner has taken once for all of its slots, MiB: templates, proxies.
+    #[serde(default)]
+    pub shared_mb: u64,
 }
 
 /// Limits that a firm reservation must fit in, computed by the runner's `resource_budget`.
@@ -74,7 +77,7 @@ pub struct HostLimits {
 /// What all held slots take, by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostUsage {
-    /// Jobs.
+    /// Jobs, and what runners other than the one that asks have taken once for all of theirs.
     pub firm: Resources,
     /// Number of firm slots.
     pub firm_count: u32,

@@ -185,7 +185,10 @@ impl SlotStore {
     /// What all held slots take.
     pub(crate) fn usage(&self, ours: &BTreeMap<SlotId, SlotRecord>) -> Result<HostUsage, FsError> {
         let _host = self.host_lock()?;
-        Ok(HostUsage::of(self.survey(ours)?.held.values()))
+        // Whoever holds nothing has nothing that its limits leave out.
+        let own = ours.values().next().map(|record| record.instance.as_str());
+        let survey = self.survey(ours)?;
+        Ok(HostUsage::of(survey.held.values(), own.unwrap_or_default()))
     }
 
     /// Calls `reclaim` for every slot a dead owner left, and forgets those it cleaned; returns their number.
@@ -298,6 +301,7 @@ fn read_record(file: &File) -> SlotRecord {
         kind: LeaseKind::Firm,
         resources: Resources::default(),
         run_id: None,
+        shared_mb: 0,
     })
 }
 
@@ -322,6 +326,7 @@ mod tests {
             kind: LeaseKind::Firm,
             resources: Resources::default(),
             run_id: None,
+            shared_mb: 0,
         };
         let limits = HostLimits {
             total: Resources {

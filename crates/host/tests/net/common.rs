@@ -170,6 +170,7 @@ pub(crate) async fn slot(launcher: &Launcher) -> SlotId {
         kind: LeaseKind::Revocable,
         resources: Resources::default(),
         run_id: None,
+        shared_mb: 0,
     };
     let limits = HostLimits {
         total: Resources::default(),

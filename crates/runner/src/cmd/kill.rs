@@ -289,6 +289,7 @@ mod tests {
                         kind: LeaseKind::Firm,
                         resources: Resources::default(),
                         run_id: Some(run.to_string()),
+                        shared_mb: 0,
                     },
                 })
                 .collect();

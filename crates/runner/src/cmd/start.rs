@@ -338,6 +338,7 @@ impl Starting {
             launcher.clone(),
             instance.clone(),
             limits,
+            resident,
             sandbox.max_concurrent,
             Some(pool),
         );

@@ -129,7 +129,7 @@ fn with_telemetry<F>(
                 engine: EngineKind::Fake,
             },
             templates: BTreeMap::from([("vm0/small".parse().unwrap(), template)]),
-            budget: Budget::new(launcher.clone(), "test".to_owned(), limits, 0, None),
+            budget: Budget::new(launcher.clone(), "test".to_owned(), limits, 0, 0, None),
             config,
             provider: queue.clone(),
             metrics: Arc::new(Metrics::new(None, "0")),

@@ -146,6 +146,7 @@ async fn build(
         kind: LeaseKind::Firm,
         resources: plan.resources(),
         run_id: None,
+        shared_mb: 0,
     };
     let slot = launcher.reserve(record, UNLIMITED).await?;
     let outcome = tokio::select! {

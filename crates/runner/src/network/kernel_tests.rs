@@ -87,6 +87,7 @@ async fn a_spoofed_source_is_told_in_the_daemon_s_log_and_counted_and_is_no_run_
         kind: LeaseKind::Revocable,
         resources: Resources::default(),
         run_id: None,
+        shared_mb: 0,
     };
     let limits = HostLimits {
         total: Resources::default(),

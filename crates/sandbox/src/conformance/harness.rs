@@ -42,6 +42,7 @@ impl Slots for LauncherSlots {
                 disk_mb: self.shape.disk_mb,
             },
             run_id: None,
+            shared_mb: 0,
         };
         let plenty = HostLimits {
             total: Resources {

@@ -101,6 +101,7 @@ impl<'a> Bench<'a> {
                 disk_mb: shape.disk_mb,
             },
             run_id: None,
+            shared_mb: 0,
         };
         Ok(self.launcher.reserve(record, UNLIMITED).await?)
     }
