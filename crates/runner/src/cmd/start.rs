@@ -6,6 +6,7 @@ pub(super) mod source;
 mod sweep;
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -442,6 +443,7 @@ impl Starting {
         let owner = home.owner().uid;
         let status_dir = instance_dir.try_clone()?;
         let link = home.ensure_dir(rel::runner(&config.name))?;
+        let shown = instance.clone();
         let target = |file: &str| format!("instances/{instance}/{file}");
         let (status_target, registry_target) = (target(STATUS_FILE), target(REGISTRY_FILE));
         let parts = Parts {
@@ -476,8 +478,11 @@ impl Starting {
                 ] {
                     if let Err(error) = link.symlink_atomic(target, file) {
                         tracing::warn!(%error, "the link to {file} cannot be made");
+                        return writer;
                     }
                 }
+                // The one that was shown until now goes, too.
+                sweep(&instances, Some(OsStr::new(&shown)));
                 writer
             },
             |lookup| {
