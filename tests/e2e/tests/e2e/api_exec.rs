@@ -137,6 +137,11 @@ fn a_command_over_the_api_ends_with_its_client_its_runners_connection_and_its_ru
     api.kill_replica(0);
     api.start_replica(0);
     eventually("nothing of it is left", LONG, || !sleeps());
+    // A command that comes before the runner is connected again is not run, and says so after a while.
+    eventually("the runner is connected again", LONG, || {
+        let again = api.exec(&run, &["true"], None);
+        again.is_ok_and(|mut exec| exec.wait().code == Some(0))
+    });
 
     let mut exec = api.exec(&run, &sleeper, None).unwrap();
     exec.until("up\n");
