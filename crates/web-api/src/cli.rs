@@ -16,6 +16,7 @@ use crate::tokens::BearerKind;
 /// Any number of replicas may run behind a load balancer, all with the same NATS, namespace and master key file.
 #[derive(Debug, Parser)]
 #[command(
+    name = "vm0-api",
     version,
     after_help = "EXAMPLES:
     vm0-api master-key --out /etc/vm0/master.key
