@@ -227,8 +227,9 @@ impl Tool {
 const LOOK: std::time::Duration = std::time::Duration::from_secs(1);
 /// So many looks in a row at a full file system are enough: most programs end by themselves at once.
 const FULL_LOOKS: u32 = 20;
-/// What counts as none, bytes.
-const NO_ROOM: u64 = 1 << 20;
+/// What counts as none, bytes. A program that waits may have removed what it could not write whole, such as a list of packages
+/// (50 MB); an image takes several times this.
+const NO_ROOM: u64 = 64 << 20;
 /// Lines of a failed program's output that are shown.
 const KEPT_LINES: usize = 15;
 /// Most bytes of standard output that are kept; no program here prints as much.
