@@ -16,17 +16,21 @@ use crate::nats::Kind;
 use crate::replica::{Api, World, eventually, open};
 use crate::world;
 
+/// Runs are kept for an hour, and it is looked for older ones all the time.
+fn hourly() -> Config {
+    Config {
+        run_retention: Duration::from_secs(3600),
+        housekeeping: Duration::from_millis(100),
+        ..Config::default()
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn finished_runs_go_after_their_time_with_all_that_was_kept_of_them() {
     let Some(world) = world(Kind::default()).await else {
         return;
     };
-    let config = Config {
-        run_retention: Duration::from_secs(3600),
-        housekeeping: Duration::from_millis(100),
-        ..Config::default()
-    };
-    let replica = world.replica(config).await;
+    let replica = world.replica(hourly()).await;
     let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
     let me = RunnerId::random();
     let engine = &replica.service.engine;
@@ -91,12 +95,7 @@ async fn a_run_that_cannot_be_removed_now_is_removed_later_and_keeps_no_other() 
     let Some(world) = world(Kind::default()).await else {
         return;
     };
-    let config = Config {
-        run_retention: Duration::from_secs(3600),
-        housekeeping: Duration::from_millis(100),
-        ..Config::default()
-    };
-    let replica = world.replica(config).await;
+    let replica = world.replica(hourly()).await;
     let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
     let me = RunnerId::random();
     let mut finished = Vec::new();
@@ -244,15 +243,10 @@ async fn keys_go_when_no_run_is_left_that_may_need_them() {
     let Some(world) = world(Kind::default()).await else {
         return;
     };
-    let config = Config {
-        run_retention: Duration::from_secs(3600),
-        housekeeping: Duration::from_millis(100),
-        ..Config::default()
-    };
     let day = 24 * 3600 * 1000;
     let secret =
         json!({"secrets": [{"name": "KEY", "value": "hunter22", "hosts": ["api.example.com"]}]});
-    let replica = world.replica(config).await;
+    let replica = world.replica(hourly()).await;
     let runner = world.as_runner(&replica.url);
     let client = world.as_client(&replica.url);
     let keys = &replica.service.engine.keys;
@@ -322,7 +316,7 @@ async fn keys_go_when_no_run_is_left_that_may_need_them() {
     assert_eq!(late.problem(), ProblemKind::Unauthorized);
     // The run that is left has its own, also at a replica that has just started.
     assert!(keys.get(&signer(&new_token)).await.unwrap().is_some());
-    let fresh = world.skewed_replica(config, 6 * day).await;
+    let fresh = world.skewed_replica(hourly(), 6 * day).await;
     assert_eq!(secrets(replica.url.clone(), new).await, "hunter22");
     assert_eq!(secrets(fresh.url.clone(), new).await, "hunter22");
 }

@@ -74,12 +74,17 @@ struct Stage {
 }
 
 impl Stage {
+    /// At a replica that pings, and gives up who is silent, so often that a test can wait for it.
     async fn new() -> Option<Self> {
-        let world = world(Kind::default()).await?;
-        let config = Config {
+        Self::with(Config {
             ping: PING,
             ..Config::default()
-        };
+        })
+        .await
+    }
+
+    async fn with(config: Config) -> Option<Self> {
+        let world = world(Kind::default()).await?;
         let replica = world.replica(config).await;
         let me = RunnerId::random();
         let run = world.as_client(&replica.url).create(json!({})).await.run_id;
@@ -220,15 +225,11 @@ async fn an_exec_whose_answers_get_lost_or_stop_is_ended_with_a_word() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_who_reads_too_slowly_is_given_up_and_told() {
-    let Some(world) = world(Kind::default()).await else {
+    let Some(stage) = Stage::with(Config::default()).await else {
         return;
     };
-    let replica = world.replica(Config::default()).await;
-    let me = RunnerId::random();
-    let run = world.as_client(&replica.url).create(json!({})).await.run_id;
-    world.as_runner(&replica.url).claim(me, run).await;
-    let mut runner = Socket::runner(&replica.url, &world.runner, me, "vm0/demo").await;
-    let mut operator = Socket::exec(&replica.url, &world.client, run).await;
+    let mut runner = stage.runner().await;
+    let mut operator = stage.operator().await;
     let id = runner.receive().await["execId"].clone();
     // Many times what waits for one, beside what the kernel holds.
     let data = "QUJD".repeat(32 << 10);
@@ -243,17 +244,13 @@ async fn an_operator_who_reads_too_slowly_is_given_up_and_told() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn input_that_a_runner_does_not_read_ends_its_command_and_no_other() {
-    let Some(world) = world(Kind::default()).await else {
+    let Some(stage) = Stage::with(Config::default()).await else {
         return;
     };
-    let replica = world.replica(Config::default()).await;
-    let me = RunnerId::random();
-    let run = world.as_client(&replica.url).create(json!({})).await.run_id;
-    world.as_runner(&replica.url).claim(me, run).await;
-    let mut runner = Socket::runner(&replica.url, &world.runner, me, "vm0/demo").await;
-    let mut calm = Socket::exec(&replica.url, &world.client, run).await;
+    let mut runner = stage.runner().await;
+    let mut calm = stage.operator().await;
     let calm_id = runner.until("execStart").await["execId"].clone();
-    let mut hasty = Socket::exec(&replica.url, &world.client, run).await;
+    let mut hasty = stage.operator().await;
     let hasty_id = runner.until("execStart").await["execId"].clone();
     let data = "QUJD".repeat(32 << 10);
     for _ in 0..800 {
