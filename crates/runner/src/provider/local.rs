@@ -26,9 +26,11 @@ use crate::queue::{
 /// How often the directory is looked through whatever inotify says.
 const SLOW_SCAN: Duration = Duration::from_secs(5);
 /// A malformed file that nobody declared finished may still be being written while it has not been the same for this long.
-const STILL_BEING_WRITTEN: Duration = Duration::from_secs(2);
+///
+/// Long enough for a writer on a host that has no time for it: who breaks off closes the file, which is noticed at once.
+const STILL_BEING_WRITTEN: Duration = Duration::from_secs(5);
 /// When to look again at such a file.
-const LOOK_AGAIN: Duration = Duration::from_millis(2100);
+const LOOK_AGAIN: Duration = STILL_BEING_WRITTEN.saturating_add(Duration::from_millis(100));
 /// How often an answer that could not be written (a full disk) is tried again.
 const RETRY_ANSWER: Duration = Duration::from_secs(1);
 /// How often what nobody fetched is looked for.

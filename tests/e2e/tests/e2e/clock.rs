@@ -5,12 +5,15 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use e2e::{DaemonClock, Host, Job, LONG, seconds_now};
 use serde_json::Value;
 
 const HOUR: i64 = 3600;
+/// Between two pieces of a job file that is written slowly.
+const WRITER_PAUSE: Duration = Duration::from_millis(100);
 
 /// A time of status.json, seconds since 1970.
 fn seconds(time: &Value) -> i64 {
@@ -113,12 +116,24 @@ fn a_job_file_that_is_being_written_is_given_its_time_whatever_the_clock_says() 
         let job = Job::new(&host, "exit 6");
         let text = job.0.to_string();
         let id = job.run_id();
+        let (first, rest) = text.split_at(text.find(',').unwrap());
         let mut file = File::create(host.queue().join(format!("{id}.job"))).unwrap();
-        file.write_all(&text.as_bytes()[..text.len() / 2]).unwrap();
-        // Queued after it: when this one is answered, the half one was looked at.
-        another_job(&host);
+        file.write_all(first.as_bytes()).unwrap();
+        let (looked_at, is_looked_at) = mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            // A writer that takes its time, however long the other job takes.
+            let mut slow = &file;
+            scope.spawn(move || {
+                while is_looked_at.recv_timeout(WRITER_PAUSE) == Err(RecvTimeoutError::Timeout) {
+                    slow.write_all(b" ").unwrap();
+                }
+            });
+            // Queued after it: when this one is answered, the half one was looked at.
+            another_job(&host);
+            drop(looked_at);
+        });
         assert_eq!(host.answer_if_kept(&id), None, "offset {offset}");
-        file.write_all(&text.as_bytes()[text.len() / 2..]).unwrap();
+        file.write_all(rest.as_bytes()).unwrap();
         drop(file);
         assert_eq!(host.answer(&id)["exit_code"], 6, "offset {offset}");
     }
