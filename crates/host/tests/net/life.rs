@@ -181,6 +181,31 @@ async fn a_network_belongs_to_one_vm_at_a_time() {
 }
 
 #[tokio::test]
+async fn changes_of_a_network_wait_for_one_another() {
+    let Some(site) = Site::new().await else {
+        return;
+    };
+    let vm = site.vm().await;
+    let network = vm.network;
+    site.launcher.kill(vm.slot).await.unwrap();
+    // As when a VM ends while its policy changes.
+    let (cut, flushed, ended, late) = tokio::join!(
+        site.launcher.cut_network(network),
+        site.launcher.flush_network(network),
+        site.launcher.destroy_network(network),
+        site.launcher.flush_network(network),
+    );
+    cut.unwrap();
+    flushed.unwrap();
+    ended.unwrap();
+    let late = late.unwrap_err().to_string();
+    assert!(late.contains("being ended"), "{late}");
+    // Its number is free again.
+    assert_eq!(site.launcher.make_network().await.unwrap(), network);
+    site.launcher.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_pool_keeps_networks_ready_and_takes_them_back() {
     let Some(site) = Site::new().await else {
         return;

@@ -47,8 +47,21 @@ struct Network {
     made: Option<Made>,
     /// What was opened for its VM, until it is flushed.
     opened: BTreeSet<SocketAddrV4>,
-    /// Something is being done to it that a VM must not see.
-    busy: bool,
+    /// How much is being done to it, or about to be, that a VM must not see.
+    changes: usize,
+    /// The last of them is its end.
+    ending: bool,
+}
+
+impl Network {
+    fn busy(&self) -> bool {
+        self.made.is_none() || self.changes > 0
+    }
+
+    /// A change is done or has failed.
+    fn changed(&mut self) {
+        self.changes = self.changes.saturating_sub(1);
+    }
 }
 
 #[derive(Debug)]
@@ -120,7 +133,7 @@ impl Networks {
 
     /// Namespace and device of a network that a process may be put into.
     pub(super) fn for_launch(&self, id: NetworkId) -> Option<(&OwnedFd, &OwnedFd)> {
-        let network = self.made.get(&id).filter(|network| !network.busy)?;
+        let network = self.made.get(&id).filter(|network| !network.busy())?;
         let made = network.made.as_ref()?;
         Some((&made.namespace, made.tap.as_ref()?))
     }
@@ -133,7 +146,7 @@ impl Networks {
     /// Leaves the device of a network to a process of `uid` that opens it by name, until the network is flushed.
     pub(super) fn leave_device(&mut self, id: NetworkId, uid: u32) -> Result<(), String> {
         let not_free = || format!("network {id} is not free for it");
-        let network = self.made.get_mut(&id).filter(|network| !network.busy);
+        let network = self.made.get_mut(&id).filter(|network| !network.busy());
         let made = network
             .and_then(|network| network.made.as_mut())
             .ok_or_else(not_free)?;
@@ -249,7 +262,8 @@ impl Server {
         let network = Network {
             made: None,
             opened: BTreeSet::new(),
-            busy: true,
+            changes: 0,
+            ending: false,
         };
         self.networks.made.insert(number, network);
         self.do_later(id, Work::Make(number));
@@ -280,14 +294,17 @@ impl Server {
         self.change(id, number, work, used);
     }
 
+    /// Changes wait for one another: a VM that ends while its network is cut gives it back for good all the same.
     fn change(&mut self, id: u64, number: NetworkId, work: Work, used: bool) {
         let network = self.networks.made.get_mut(&number);
         let why = match network {
             None => "this runner does not have it",
-            Some(network) if network.busy => "something else is being done to it",
+            Some(network) if network.made.is_none() => "it is not made yet",
+            Some(network) if network.ending => "it is being ended",
             Some(_) if used => "a VM still runs in it",
             Some(network) => {
-                network.busy = true;
+                network.changes = network.changes.saturating_add(1);
+                network.ending = matches!(work, Work::End(_));
                 return self.do_later(id, work);
             }
         };
@@ -299,7 +316,7 @@ impl Server {
             return self.answer(id, Ok(Reply::Done));
         }
         let network = self.networks.made.get_mut(&number);
-        let why = match network.filter(|network| !network.busy) {
+        let why = match network.filter(|network| !network.busy()) {
             None => "it is not this runner's, or something else is being done to it".to_owned(),
             Some(network) if network.opened.len().saturating_add(to.len()) > MAX_OPENED => {
                 format!("a VM may have {MAX_OPENED} destinations past the proxy")
@@ -406,14 +423,13 @@ impl Server {
                     namespace,
                     tap: Some(tap),
                 });
-                network.busy = false;
                 return Ok((Reply::Network(*id), Vec::new()));
             }
             Work::MakeUnplugged => return Ok((Reply::Device, fds.collect())),
             Work::Flush(id) | Work::Cut(id) => {
                 if let Some(network) = networks.made.get_mut(id) {
                     network.opened.clear();
-                    network.busy = false;
+                    network.changed();
                     if let (Some(tap), Some(made)) = (fds.next(), network.made.as_mut()) {
                         made.tap = Some(tap);
                     }
@@ -439,7 +455,8 @@ impl Server {
             // Its number stays taken, so that nobody gets what may be left in it; destroying it may be tried again.
             Work::Flush(id) | Work::Cut(id) | Work::End(id) => {
                 if let Some(network) = networks.made.get_mut(id) {
-                    network.busy = false;
+                    network.changed();
+                    network.ending &= !matches!(work, Work::End(_));
                 }
             }
             // What was opened is still remembered, as nobody knows whether it was.
