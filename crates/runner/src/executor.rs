@@ -3,59 +3,41 @@
 //! The executor never decides about VMs or leases and never answers: it returns what happened, and the daemon does
 //! the rest. Dropping it at any point is safe; whatever it had started goes with the VM's slot.
 
+mod agent;
 mod collect;
+mod end;
 mod last_line;
+mod vm;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use api_types::runner::ResumeSession;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
-use guest_control::{
-    ControlError, ExecSpec, ExitReport, ExitStatus, FileSpec, Session, Stream, UserSpec, Wake,
-};
 use host::fs::Dir;
 use host::net::NetworkId;
-use sandbox::{BalloonStats, DeviceStats, Place, Sandbox, SandboxError, Template};
+use sandbox::{DeviceStats, Place, Sandbox, SandboxError, Template};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use agent::{agent, environment, leave_session};
 use collect::collect;
-use last_line::LastLine;
+use end::explain;
+use vm::vm_up;
+
+pub(crate) use end::Ended;
+pub(crate) use vm::{give_memory_back, park, wake_now, warm_up};
 
 use crate::daemon::CancelReason;
-use crate::names::RunId;
 use crate::network::{Admission, JobNetworks, NetworkError};
 use crate::provider::Provider;
-use crate::queue::{ApiSide, Job, JobResult, MAX_STRING_BYTES, is_reserved};
+use crate::queue::{ApiSide, Job, JobResult};
 use crate::run_log::RunLog;
 use crate::status::Phase;
 use crate::telemetry::Steps;
 
-/// The agent in the guest.
-const AGENT: &[u8] = b"/usr/local/bin/guest-agent";
-/// Where the agent finds the history of the session that it goes on with.
-const RESUMED: &str = "/tmp/.vm0-resume-session.jsonl";
-/// The guest enforces a job's time limit; a guest that does not is given up this much later.
-const TIMEOUT_GRACE: Duration = Duration::from_secs(30);
-/// How long output may still come after the agent has ended.
-const DRAIN: Duration = Duration::from_secs(5);
-/// How long a VM whose control channel ended may take to say why.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Limit on copying all of a job's files out.
 const COLLECT_LIMIT: Duration = Duration::from_secs(300);
 /// Limit on putting a session's history into the VM. The job's own time begins after it.
 const SESSION_LIMIT: Duration = Duration::from_secs(300);
-/// A disk with less than this free is what a failed job failed of, most likely.
-const DISK_FULL_BYTES: u64 = 1 << 20;
-/// Limit on the warm-up job: an emulated guest on a busy host.
-const WARM_UP_LIMIT: Duration = Duration::from_secs(120);
-
-/// Warm-up jobs before a clone counts as warm. The first brings nearly everything; under emulation the second still takes
-/// a fifth off a job's way from submit to result (33 to 27 ms), for 30 ms of a CPU spent while nobody waits.
-const WARM_UP_ROUNDS: u32 = 2;
 
 /// Where the job's VM comes from.
 pub(crate) enum VmSource {
@@ -92,16 +74,6 @@ pub(crate) trait Progress: Send + Sync {
     fn vm(&self, sandbox: &Sandbox);
     /// What the VM's devices did for it, where its engine counts that.
     fn devices(&self, stats: DeviceStats);
-}
-
-/// How a job ended.
-pub(crate) struct Ended {
-    /// The answer.
-    pub(crate) result: JobResult,
-    /// Whether the VM is fit for the session's next job.
-    pub(crate) reusable: bool,
-    /// It is the runner's failure and not the agent's.
-    pub(crate) fault: bool,
 }
 
 /// A claimed job, and what it runs in.
@@ -298,332 +270,6 @@ async fn admit(
             Ok(Some(networks.admit(job, submitter, api, network).await?))
         }
         _ => Ok(None),
-    }
-}
-
-/// Gets a VM that runs and has a mounted disk.
-async fn vm_up(setting: &Setting, source: VmSource) -> Result<Sandbox, SandboxError> {
-    match source {
-        VmSource::Paused(sandbox) => {
-            sandbox.resume().await?;
-            Ok(sandbox)
-        }
-        VmSource::Restore(template, place) => {
-            // Closed only when the process ends.
-            let _turn = setting.restores.acquire().await;
-            let vm = template.restore(place).await?;
-            Ok(Sandbox::adopt(vm, place.slot))
-        }
-    }
-}
-
-/// Time and entropy for a guest that was standing still until now.
-pub(crate) fn wake_now() -> Result<Wake, SandboxError> {
-    let mut entropy = [0_u8; 32];
-    rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty()).map_err(
-        |errno| SandboxError::Io {
-            action: "get entropy for the guest".to_owned(),
-            source: errno.into(),
-        },
-    )?;
-    let since_epoch = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    Ok(Wake {
-        realtime_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
-        entropy,
-    })
-}
-
-/// The agent's environment: the job's own, and over it what only the runner may say.
-fn environment(
-    job: &Job,
-    api: Option<&ApiSide>,
-    admission: Option<&Admission>,
-    mock: Option<&str>,
-) -> Vec<(String, String)> {
-    // Refused at submit already; this is the place that must hold even if that one is wrong.
-    let own = job
-        .environment
-        .iter()
-        .filter(|(name, _)| !is_reserved(name));
-    let mut env: Vec<(String, String)> = own.map(|(n, v)| (n.clone(), v.clone())).collect();
-    let placeholders: Vec<_> = admission
-        .into_iter()
-        .flat_map(Admission::environment)
-        .collect();
-    let masked = masked(placeholders.iter().map(|(_, text)| text.as_str()));
-    env.extend(placeholders);
-    let mut set = |name: &str, value: &str| env.push((name.to_owned(), value.to_owned()));
-    set("VM0_RUN_ID", &job.run_id.to_string());
-    // The local queue has no sandbox token: the agent's webhooks are off.
-    set("VM0_API_URL", api.map_or("", |api| &api.url));
-    set("VM0_API_TOKEN", api.map_or("", |api| &api.token));
-    set("VM0_SECRET_VALUES", &masked);
-    set("VM0_WORKING_DIR", &job.working_dir);
-    set("CLI_AGENT_TYPE", &job.cli_agent_type);
-    if is_long(&job.prompt) {
-        set("VM0_PROMPT_STDIN", "1");
-    } else {
-        set("VM0_PROMPT", &job.prompt);
-    }
-    if let Some(mock) = mock {
-        set("USE_MOCK_CLAUDE", mock);
-    }
-    env
-}
-
-/// What the agent is to keep out of its webhooks, as it reads it: base64, separated by commas. The values of secrets are
-/// not among it: no VM gets them.
-fn masked<'a>(texts: impl Iterator<Item = &'a str>) -> String {
-    let encoded: Vec<_> = texts.map(|text| STANDARD.encode(text)).collect();
-    encoded.join(",")
-}
-
-/// Puts a session's history where the agent takes it from; gives the variables that tell it.
-async fn leave_session(
-    session: &ResumeSession,
-    sandbox: &Sandbox,
-) -> Result<[(String, String); 2], SandboxError> {
-    let spec = FileSpec {
-        path: RESUMED.to_owned(),
-        mode: 0o600,
-        user: UserSpec::User,
-    };
-    let history = session.session_history.as_bytes();
-    sandbox.client().write_file(spec, history).await?;
-    let variable = |name: &str, value: &str| (name.to_owned(), value.to_owned());
-    Ok([
-        variable("VM0_RESUME_SESSION_ID", &session.session_id),
-        variable("VM0_RESUME_SESSION_FILE", RESUMED),
-    ])
-}
-
-/// Longer than one string of an environment may be: travels by stdin.
-fn is_long(prompt: &str) -> bool {
-    prompt.len() > MAX_STRING_BYTES
-}
-
-/// Starts the agent, streams its output and waits for its end.
-async fn agent(
-    setting: &Setting,
-    job: &Job,
-    env: Vec<(String, String)>,
-    sandbox: &Sandbox,
-    log: &mut RunLog,
-    progress: &dyn Progress,
-) -> Result<Ended, SandboxError> {
-    let asked = job.timeout_secs.map(Duration::from_secs);
-    let limit = asked.map_or(setting.job_timeout, |asked| asked.min(setting.job_timeout));
-    let spec = ExecSpec {
-        argv: vec![AGENT.to_vec()],
-        env,
-        cwd: None,
-        user: UserSpec::User,
-        stdin: is_long(&job.prompt),
-        pty: None,
-        timeout: Some(limit),
-        wake: Some(wake_now()?),
-        kill_group_on_exit: true,
-    };
-    let session = sandbox.client().exec(spec).await?;
-    progress.phase(Phase::Running);
-    let mut last_line = LastLine::default();
-    let report = timeout(
-        limit.saturating_add(TIMEOUT_GRACE),
-        watch_agent(job, &session, log, &mut last_line),
-    )
-    .await;
-    let report = match report {
-        Ok(report) => report?,
-        // The guest should have ended it and did not.
-        Err(_) => return Ok(Ended::failed(timed_out(job.run_id, limit))),
-    };
-    Ok(judge(job.run_id, &report, limit, &last_line.text()))
-}
-
-/// Feeds the prompt, copies output to the log and waits for the end, all at once.
-async fn watch_agent(
-    job: &Job,
-    session: &Session,
-    log: &mut RunLog,
-    last_line: &mut LastLine,
-) -> Result<ExitReport, ControlError> {
-    let mut output = session.attach(0, true);
-    let copy = async {
-        while let Some(chunk) = output.next().await {
-            if chunk.stream == Stream::Stderr {
-                last_line.push(&chunk.data);
-            }
-            log.write(&chunk.data);
-        }
-    };
-    let feed = async {
-        if is_long(&job.prompt) {
-            // An agent that ends without reading everything makes this fail; its end tells more.
-            let _ = session
-                .write_stdin(Bytes::copy_from_slice(job.prompt.as_bytes()))
-                .await;
-            let _ = session.close_stdin().await;
-        }
-    };
-    let end = session.wait();
-    tokio::pin!(copy, feed, end);
-    let (mut copied, mut fed) = (false, false);
-    let report = loop {
-        tokio::select! {
-            report = &mut end => break report?,
-            () = &mut copy, if !copied => copied = true,
-            () = &mut feed, if !fed => fed = true,
-        }
-    };
-    if !copied {
-        // Everything is in the ring by now, so this only ends early if the log's disk hangs.
-        let _ = timeout(DRAIN, copy).await;
-    }
-    Ok(report)
-}
-
-fn timed_out(run: RunId, limit: Duration) -> JobResult {
-    let why = format!("timed out after {} s", limit.as_secs());
-    JobResult::failed(run, JobResult::TIMED_OUT, &why)
-}
-
-/// Turns the agent's end into an answer that says what happened.
-fn judge(run: RunId, report: &ExitReport, limit: Duration, last_line: &str) -> Ended {
-    let code = match report.status {
-        ExitStatus::Exited(0) => {
-            return Ended {
-                result: JobResult::exited(run, 0),
-                reusable: true,
-                fault: false,
-            };
-        }
-        ExitStatus::Exited(code) => code,
-        ExitStatus::Signaled(signal) => signal.saturating_add(128),
-        ExitStatus::TimedOut => return Ended::failed(timed_out(run, limit)),
-    };
-    let mut why = Vec::new();
-    if report.oom_kills > 0 {
-        why.push(format!(
-            "out of memory: the VM's kernel killed {} of the job's processes",
-            report.oom_kills
-        ));
-    }
-    if report.pids_limit_hits > 0 {
-        why.push("process limit reached: the job could not start more processes".to_owned());
-    }
-    if report.disk_free_bytes < DISK_FULL_BYTES {
-        why.push("disk full: the VM's disk has no space left".to_owned());
-    }
-    if why.is_empty() {
-        why.push(match report.status {
-            ExitStatus::Signaled(signal) => format!("the agent was killed by signal {signal}"),
-            _ if last_line.is_empty() => format!("the agent exited with code {code}"),
-            _ => last_line.to_owned(),
-        });
-    }
-    Ended {
-        result: JobResult::failed(run, code, &why.join("; ")),
-        // A failed job's VM may be in any state: full disk, half-written files.
-        reusable: false,
-        fault: false,
-    }
-}
-
-/// Says why the control channel failed: the VM's own end explains more than the channel's.
-async fn explain(sandbox: &Sandbox, error: SandboxError) -> String {
-    let closed = matches!(
-        error,
-        SandboxError::Control(ControlError::Closed | ControlError::Protocol(_))
-            | SandboxError::Died(_)
-    );
-    if !closed {
-        return error.to_string();
-    }
-    match timeout(LAST_WORDS, sandbox.died()).await {
-        Ok(death) if death.oom => format!("VM died: out of memory on the host ({})", death.reason),
-        Ok(death) => format!("VM died: {}", death.reason),
-        Err(_) => error.to_string(),
-    }
-}
-
-impl Ended {
-    fn failed(result: JobResult) -> Self {
-        Self {
-            // Cancelled jobs and those whose time ran out have another.
-            fault: result.exit_code == 1,
-            result,
-            reusable: false,
-        }
-    }
-}
-
-/// Restores a clone, runs the fixed warm-up job through the whole chain (agent, mock CLI, bash) and pauses it. The
-/// warm-up knows no secret, and clock and entropy are set again at the claim.
-pub(crate) async fn warm_up(
-    template: &Arc<dyn Template>,
-    place: Place,
-) -> Result<Sandbox, SandboxError> {
-    let vm = template.restore(place).await?;
-    let sandbox = Sandbox::adopt(vm, place.slot);
-    for _ in 0..WARM_UP_ROUNDS {
-        warm_up_job(&sandbox).await?;
-    }
-    sandbox.pause(sandbox::PausedAs::Warm).await?;
-    Ok(sandbox)
-}
-
-async fn warm_up_job(sandbox: &Sandbox) -> Result<(), SandboxError> {
-    let env = [
-        ("VM0_RUN_ID", "00000000-0000-0000-0000-000000000000"),
-        ("VM0_API_URL", ""),
-        ("VM0_API_TOKEN", ""),
-        ("VM0_WORKING_DIR", "/tmp"),
-        ("CLI_AGENT_TYPE", "claude-code"),
-        ("VM0_PROMPT", "true"),
-        ("USE_MOCK_CLAUDE", "true"),
-    ];
-    let spec = ExecSpec {
-        argv: vec![AGENT.to_vec()],
-        env: env.map(|(n, v)| (n.to_owned(), v.to_owned())).to_vec(),
-        user: UserSpec::User,
-        timeout: Some(WARM_UP_LIMIT),
-        wake: Some(wake_now()?),
-        kill_group_on_exit: true,
-        ..ExecSpec::default()
-    };
-    let session = sandbox.client().exec(spec).await?;
-    let report = timeout(WARM_UP_LIMIT.saturating_add(TIMEOUT_GRACE), session.wait())
-        .await
-        .map_err(|_| SandboxError::Timeout {
-            step: "the end of the warm-up job",
-            limit: WARM_UP_LIMIT,
-            detail: String::new(),
-        })??;
-    if report.status != ExitStatus::Exited(0) {
-        return Err(SandboxError::Engine {
-            step: "warm-up job",
-            message: format!("it ended with {:?}", report.status),
-        });
-    }
-    Ok(())
-}
-
-/// Makes a VM fit to wait for its session's next job: nothing of the last one runs.
-pub(crate) async fn park(sandbox: &Sandbox) -> Result<(), SandboxError> {
-    sandbox.client().kill_all().await?;
-    sandbox.pause(sandbox::PausedAs::Parked).await
-}
-
-/// Has a VM that is parked give its memory back, where its engine can.
-pub(crate) async fn give_memory_back(
-    sandbox: &Sandbox,
-) -> Result<Option<BalloonStats>, SandboxError> {
-    match sandbox.reclaim_memory().await {
-        Ok(balloon) => Ok(Some(balloon)),
-        Err(SandboxError::Unavailable { .. }) => Ok(None),
-        Err(error) => Err(error),
     }
 }
 

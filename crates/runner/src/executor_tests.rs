@@ -3,13 +3,17 @@
 use std::os::unix::fs::MetadataExt;
 use std::sync::Mutex;
 
+use api_types::runner::ResumeSession;
+use guest_control::{ExitReport, ExitStatus, UserSpec};
 use host::slot::SlotId;
 use sandbox::fake::{FakeEngine, FakeEvent, FakeExec, FakeGuest, Gate};
 use sandbox::{Death, Shape};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::last_line::LAST_LINE;
+use super::agent::{TIMEOUT_GRACE, masked};
+use super::last_line::{LAST_LINE, LastLine};
 use super::*;
+use crate::names::RunId;
 use crate::queue::test_support::fields;
 use crate::queue::{JobFields, QueueError};
 

@@ -2,11 +2,11 @@
 
 mod collector;
 mod handover;
+mod profiles;
 pub(super) mod source;
+mod starting;
 mod sweep;
 
-use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -16,36 +16,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use host::fs::{Access, Lock, LockKind, lock_holder};
-use host::launcher::{ForkedLauncher, Launcher, LauncherConfig};
-use sandbox::{Engine, EngineKind, IoLimits, Template};
-use tokio::sync::Semaphore;
+use host::launcher::{ForkedLauncher, LauncherConfig};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::MakeWriterExt;
 
-use self::handover::{Readiness, Side};
-use self::source::Source;
-use self::sweep::sweep;
-use crate::audit::{Action, Audit, Outcome, Who};
+use self::handover::Side;
+use self::profiles::hold_images;
+use self::starting::Starting;
 use crate::config::{self, Config, EngineChoice};
 use crate::context::{CliError, Context};
-use crate::control::server;
-use crate::daemon::{self, Identity, Inbox, Mailbox, Parts};
-use crate::engine;
-use crate::executor::Setting;
-use crate::gc;
-use crate::home::{Home, HomeError, rel};
-use crate::image::{InUse, Store};
-use crate::metrics::{self, Metrics};
-use crate::names::{ProfileName, RunId, RunnerName};
-use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
-use crate::provider::api::{ApiProvider, ApiRunner};
-use crate::provider::local::LocalProvider;
-use crate::provider::{Provider, ProviderEvent};
+use crate::home::{Home, rel};
+use crate::names::{RunId, RunnerName};
 use crate::proxy::{Authority, ProxyConfig, install};
-use crate::queue::LiveRunner;
-use crate::resource_budget::{self, Budget, HostSize};
-use crate::status::{STATUS_FILE, StatusWriter};
-use crate::telemetry::{Settings, Telemetry};
 
 /// A log larger than this is put aside (one is kept) when the daemon starts, bytes.
 const LOG_ROTATE: u64 = 64 << 20;
@@ -218,11 +200,6 @@ fn log_to_file(home: &Home, name: &RunnerName, format: LogFormat) -> Result<(), 
     Ok(())
 }
 
-/// Memory that one process of the proxy takes, MiB: measured at 85 under load.
-const PROXY_MB: u64 = 128;
-/// Most networks that are kept ready for VMs to come.
-const MOST_READY: usize = 16;
-
 /// What only root may open: the proxy's key, and with it the rest of what it is started from.
 fn proxy_parts(home: &Home, config: &Config) -> Result<ProxyConfig, CliError> {
     let missing = || {
@@ -248,351 +225,4 @@ fn proxy_parts(home: &Home, config: &Config) -> Result<ProxyConfig, CliError> {
         trusted: (!trusted.as_os_str().is_empty()).then(|| trusted.clone()),
         resolver: host::net::RESOLVER_FOR_PROXY,
     })
-}
-
-/// What is there when the daemon starts.
-struct Starting {
-    source: Source,
-    config: Config,
-    home: Arc<Home>,
-    instance: String,
-    launcher: Launcher,
-    run_dir: PathBuf,
-    proxy: ProxyConfig,
-    images: Vec<InUse>,
-    /// `None` as long as another instance has it, which is to hand over.
-    name: Option<Lock>,
-    readiness: Option<Readiness>,
-    /// Where traces of jobs go, if anywhere.
-    traces: Option<Settings>,
-}
-
-impl Starting {
-    async fn run(self) -> Result<u8, CliError> {
-        let Self {
-            source,
-            config,
-            home,
-            instance,
-            launcher,
-            run_dir,
-            proxy,
-            images,
-            name,
-            readiness,
-            traces,
-        } = self;
-        tracing::info!(
-            runner = %config.name, group = %config.group, instance, pid = std::process::id(),
-            version = crate::cli::VERSION, "starting"
-        );
-        let orphans = launcher.reclaim_orphans().await?;
-        if orphans > 0 {
-            tracing::warn!(orphans, "reclaimed slots that dead runners had left");
-        }
-        let instances = home.ensure_dir(rel::instances(&config.name))?;
-        sweep(&instances, home.shown_instance(&config.name).as_deref());
-        let instance_dir = instances.create_dir(instance.as_str(), 0o700)?;
-        let _alive = instance_dir.lock("lock", LockKind::Exclusive, 0o600)?;
-
-        home.logs()?;
-        let home_dir = Arc::new(home.dir().try_clone()?);
-        let log_max = config.log_max_mb.saturating_mul(1 << 20);
-        let proxies = u64::from(proxy.workers).saturating_mul(PROXY_MB);
-        let warm: u32 = config
-            .profiles
-            .values()
-            .map(|profile| profile.warm.low)
-            .sum();
-        let policies = config.profiles.iter();
-        let settings = NetworkSettings {
-            api: source.api_access()?,
-            internal_allow: config.network.internal_allow.clone(),
-            profiles: policies
-                .map(|(name, profile)| (name.clone(), profile.policy.clone()))
-                .collect(),
-            log_max,
-            ready: usize::try_from(warm).unwrap_or(0).clamp(2, MOST_READY),
-            proxy,
-        };
-        // The proxy comes up while images are verified.
-        let (networks, pool) = JobNetworks::start(
-            Arc::clone(&home_dir),
-            launcher.clone(),
-            settings,
-            instance_dir.try_clone()?,
-        )
-        .await?;
-        let (templates, kind) = open_profiles(&config, &home, &launcher).await?;
-        let resident = templates.values().map(|t| t.resident_mb()).sum::<u64>();
-        let resident = resident.saturating_add(proxies);
-        let size = HostSize::detect(home.path())?;
-        let sandbox = &config.sandbox;
-        let limits = resource_budget::effective(
-            size,
-            sandbox.concurrency_factor,
-            sandbox.memory_reserve_mb,
-            resident,
-        );
-        tracing::info!(?size, total = ?limits.total, "the host's budget");
-        let budget = Budget::new(
-            launcher.clone(),
-            instance.clone(),
-            limits,
-            resident,
-            sandbox.max_concurrent,
-            Some(pool),
-        );
-        networks.proxy().ready().await?;
-        let metrics = Arc::new(Metrics::new(Some(networks.traffic()), crate::cli::VERSION));
-        metrics.reclaimed(orphans);
-        let (telemetry, flush) = match traces {
-            None => (Telemetry::default(), None),
-            Some(settings) => {
-                let (telemetry, flush) = collector::start(&settings, &config, &instance, kind)?;
-                metrics.telemetry(flush.counters());
-                (telemetry, Some(flush))
-            }
-        };
-        let listener = match config.metrics.listen {
-            None => None,
-            Some(address) => Some(metrics::bind(address).await.map_err(|error| {
-                CliError::failed(format_args!("cannot listen on {address}: {error}"))
-                    .with_hint("change metrics.listen in runner.yaml")
-            })?),
-        };
-        let name = match name {
-            Some(name) => name,
-            None => {
-                handover::retire_others(&home, &config.name, &instance).await?;
-                only_one(&home, &config.name)?
-            }
-        };
-
-        let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
-        daemon::watch_signals(&mailbox)?;
-        daemon::watch_host(&mailbox, launcher.clone(), run_dir);
-        let runner = LiveRunner {
-            instance: instance.clone(),
-            name: config.name.clone(),
-            pid: std::process::id(),
-            profiles: config.profiles.keys().cloned().collect(),
-        };
-        let logs = Arc::clone(&home);
-        let audit = Audit::new(
-            move || logs.logs().map_err(HomeError::into_fs),
-            config.name.clone(),
-            instance.clone(),
-        );
-        let (told, noted) = (mailbox.clone(), audit.clone());
-        let tell = move |event| {
-            if let ProviderEvent::Marked { run, by } = event {
-                noted.done(Who::of_uid(by), run, Action::Cancel, Outcome::ok());
-            }
-            daemon::forward(&told, event);
-        };
-        let (provider, api): (Arc<dyn Provider>, _) = match source {
-            Source::Local => {
-                let group = home.group(&config.group)?;
-                (Arc::new(LocalProvider::start(group, &runner, tell)?), None)
-            }
-            Source::Api(settings) => {
-                let runner = ApiRunner {
-                    name: config.name.clone(),
-                    instance: instance.clone(),
-                    group: config.group.clone(),
-                    profiles: templates
-                        .iter()
-                        .map(|(name, template)| {
-                            let shape = template.shape();
-                            let takes = resource_budget::of_vm(shape, template.overhead_mb());
-                            (name.clone(), takes)
-                        })
-                        .collect(),
-                    max_concurrent: sandbox.max_concurrent,
-                    submitter: home.owner().uid,
-                    networks: Some(Arc::clone(&networks)),
-                };
-                tracing::info!(?settings, "runs come from the Web API");
-                let api = ApiProvider::start(settings, &home, runner, tell)
-                    .map_err(|error| CliError::failed(error.to_string()))?;
-                let api = Arc::new(api);
-                (Arc::clone(&api) as Arc<_>, Some(api))
-            }
-        };
-        // Restores are bound by the CPU: more at once only makes all of them late.
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let setting = Setting {
-            home: home_dir,
-            provider: Arc::clone(&provider),
-            job_timeout: config.job_timeout(),
-            log_max,
-            mock: std::env::var("USE_MOCK_CLAUDE").ok(),
-            networks: Some(networks),
-            restores: Arc::new(Semaphore::new(cpus)),
-        };
-        let cleaned = Arc::clone(&metrics);
-        let cleaning = tokio::spawn(gc::daemon::look_after(
-            Arc::clone(&home),
-            config.gc,
-            launcher,
-            images,
-            move |report| cleaned.cleaned(report),
-        ));
-        let socket = instance_dir.bind_socket("control.sock", 0o600)?;
-        let owner = home.owner().uid;
-        let status_dir = instance_dir.try_clone()?;
-        let link = home.ensure_dir(rel::runner(&config.name))?;
-        let shown = instance.clone();
-        let target = |file: &str| format!("instances/{instance}/{file}");
-        let (status_target, registry_target) = (target(STATUS_FILE), target(REGISTRY_FILE));
-        let parts = Parts {
-            identity: Identity {
-                name: config.name.clone(),
-                instance: instance.clone(),
-                version: crate::cli::VERSION.to_owned(),
-                engine: kind,
-            },
-            config,
-            templates,
-            budget,
-            provider,
-            metrics: Arc::clone(&metrics),
-            telemetry,
-            setting,
-            name: Some(name),
-            mailbox,
-            inbox,
-        };
-        tracing::info!("ready");
-        if let Some(readiness) = readiness {
-            readiness.tell();
-        }
-        let code = daemon::run(
-            parts,
-            |first| {
-                let writer = StatusWriter::start(status_dir, first);
-                for (target, file) in [
-                    (status_target, STATUS_FILE),
-                    (registry_target, REGISTRY_FILE),
-                ] {
-                    if let Err(error) = link.symlink_atomic(target, file) {
-                        tracing::warn!(%error, "the link to {file} cannot be made");
-                        return writer;
-                    }
-                }
-                // The one that was shown until now goes, too.
-                sweep(&instances, Some(OsStr::new(&shown)));
-                writer
-            },
-            |lookup| {
-                if let Some(api) = &api {
-                    api.serve(Arc::clone(&lookup), audit.clone());
-                }
-                if let Some(listener) = listener {
-                    let lookup = Arc::clone(&lookup);
-                    let text = move || metrics.text(&lookup.snapshot()?).ok();
-                    tokio::spawn(metrics::serve(listener, text));
-                }
-                tokio::spawn(async move {
-                    if let Err(error) = server::serve(socket, owner, lookup, audit).await {
-                        tracing::error!(%error, "the control socket is gone");
-                    }
-                });
-            },
-        )
-        .await;
-        cleaning.abort();
-        if let Some(api) = api {
-            api.finish().await;
-        }
-        if let Some(flush) = flush {
-            flush.finish().await;
-        }
-        tracing::info!(code, "stopped");
-        let _ = instance_dir.remove_file("control.sock");
-        Ok(code)
-    }
-}
-
-/// Keeps `gc` and builds from what the configuration names.
-fn hold_images(home: &Arc<Home>, config: &Config) -> Result<Vec<InUse>, CliError> {
-    let store = Store::open(Arc::clone(home))?;
-    let held = config.profiles.iter().map(|(name, profile)| {
-        let held = store.hold(&profile.rootfs_hash, &profile.snapshot_hash);
-        held.map_err(|error| CliError::failed(format!("profile {name}: {error}")))
-    });
-    held.collect()
-}
-
-/// Verifies and opens the snapshot of every profile.
-async fn open_profiles(
-    config: &Config,
-    home: &Arc<Home>,
-    launcher: &Launcher,
-) -> Result<(BTreeMap<ProfileName, Arc<dyn Template>>, EngineKind), CliError> {
-    let store = Store::open(Arc::clone(home))?;
-    let mut engines: Vec<(EngineKind, Arc<dyn Engine>)> = Vec::new();
-    let mut templates = BTreeMap::new();
-    for (name, profile) in &config.profiles {
-        let spec = profile.shape().named(name);
-        let stored = store
-            .snapshot(&profile.rootfs_hash, &profile.snapshot_hash)
-            .map_err(|error| {
-                CliError::failed(format!("profile {name}: {error}"))
-                    .with_hint(format!("sudo runner build --profile {spec}"))
-            })?;
-        let kind = stored.manifest.engine;
-        if !engine::is_chosen(config.engine, kind) {
-            let wanted = config.engine.name();
-            return Err(CliError::failed(format!(
-                "profile {name} was built for {}, and the engine is to be {wanted}",
-                engine::describe(kind)
-            ))
-            .with_hint(format!(
-                "sudo runner build --engine {wanted} --profile {spec}, and write the configuration anew; or use `engine: auto`"
-            )));
-        }
-        let shape = sandbox::Shape {
-            vcpu: profile.vcpu,
-            memory_mb: profile.memory_mb,
-            disk_mb: profile.disk_mb,
-        };
-        if shape != stored.shape {
-            return Err(CliError::failed(format!(
-                "profile {name}: its snapshot is of a VM of another size"
-            ))
-            .with_hint(format!(
-                "build it with this size, or write the configuration anew: sudo runner build --profile {spec}"
-            )));
-        }
-        let known = engines.iter().find(|(k, _)| *k == kind);
-        let engine = match known {
-            Some((_, engine)) => Arc::clone(engine),
-            None => {
-                let engine = engine::of_snapshot(kind, launcher.clone(), home)?;
-                engines.push((kind, Arc::clone(&engine)));
-                engine
-            }
-        };
-        let template = engine
-            .open(stored.image, shape, &stored.directory, &stored.outcome)
-            .await
-            .map_err(|error| CliError::failed(format!("profile {name}: {error}")))?;
-        let limits = profile.limits;
-        let template = if limits == IoLimits::default() {
-            template
-        } else {
-            let limited = template.limited(limits);
-            limited.map_err(|error| CliError::failed(format!("profile {name}: {error}")))?
-        };
-        tracing::info!(profile = %name, engine = ?kind, "opened");
-        templates.insert(name.clone(), template);
-    }
-    let kind = engines.first().map(|(kind, _)| *kind);
-    let kind = kind.ok_or_else(|| CliError::failed("the configuration names no profile"))?;
-    if engines.iter().any(|(kind, _)| *kind == EngineKind::QemuTcg) {
-        tracing::warn!("VMs are emulated in software on this host, 10 to 30 times slower");
-    }
-    Ok((templates, kind))
 }

@@ -1,5 +1,7 @@
 //! The owner task: carries out what the plan says, and keeps what has to be kept (leases, VM handles).
 
+mod start;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,7 +9,7 @@ use std::time::{Duration, Instant};
 use host::fs::Lock;
 use host::slot::{Resources, SlotId};
 use jiff::Timestamp;
-use sandbox::{BalloonStats, DeviceStats, EngineKind, Sandbox, Template};
+use sandbox::{BalloonStats, EngineKind, Sandbox, Template};
 use tokio::sync::watch;
 
 use super::directory::Directory;
@@ -18,14 +20,13 @@ use super::traces::Traces;
 use super::watchers::{Inbox, Mailbox};
 use crate::config::{Config, WarmConfig};
 use crate::control::server::RunLookup;
-use crate::executor::{self, Ended, Progress, Setting, VmSource, Work};
+use crate::executor::Setting;
 use crate::metrics::{Meter, Metrics};
 use crate::names::{ProfileName, RunId, RunnerName};
 use crate::notify::Manager;
 use crate::provider::Provider;
-use crate::queue::{ClaimedJob, JobResult};
 use crate::resource_budget::{self, Budget, Lease};
-use crate::status::{Clock, Phase, Status, StatusWriter};
+use crate::status::{Clock, Status, StatusWriter};
 use crate::telemetry::Telemetry;
 
 /// Who this daemon is.
@@ -370,74 +371,6 @@ impl Owner {
         }
     }
 
-    fn start(&mut self, slot: SlotId, profile: &ProfileName, job: Box<ClaimedJob>) {
-        let run = job.job.run_id;
-        let (cancel, cancelled) = watch::channel(None);
-        self.cancels.insert(run, cancel);
-        let source = match (self.sandbox(slot), self.templates.get(profile)) {
-            (Some(sandbox), _) => VmSource::Paused(sandbox),
-            (None, Some(template)) => VmSource::Restore(Arc::clone(template), self.vm_place(slot)),
-            // Jobs of other profiles are never admitted.
-            (None, None) => {
-                let result = JobResult::failed(run, 1, "internal error: the profile is not open");
-                let ended = Event::Ended {
-                    result,
-                    reusable: false,
-                };
-                return self.mailbox.event(ended);
-            }
-        };
-        self.balloons.remove(&slot);
-        let from = match (&source, self.parked.remove(&slot)) {
-            (VmSource::Restore(..), _) => "restored",
-            (VmSource::Paused(_), true) => "idle",
-            (VmSource::Paused(_), false) => "warm",
-        };
-        self.metrics.started(from);
-        let steps = self.traces.starts(run, slot, from);
-        tracing::info!(
-            %run, %profile, slot = slot.0, submitter = job.submitter,
-            ready = matches!(source, VmSource::Paused(_)), "job starts"
-        );
-        let setting = self.setting.clone();
-        let told = Told {
-            mailbox: self.mailbox.clone(),
-            metrics: Arc::clone(&self.metrics),
-            run,
-        };
-        let network = self.vm_place(slot).network;
-        let task = tokio::spawn(async move {
-            let work = Work {
-                job: &job.job,
-                submitter: job.submitter,
-                api: job.api.as_deref(),
-                source,
-                network,
-                steps: &steps,
-            };
-            executor::execute(&setting, work, cancelled, &told).await
-        });
-        let (mailbox, metrics) = (self.mailbox.clone(), Arc::clone(&self.metrics));
-        // A claim is answered whatever becomes of the executor.
-        tokio::spawn(async move {
-            let ended = task.await.unwrap_or_else(|error| {
-                tracing::error!(%run, %error, "the executor fell");
-                Ended {
-                    result: JobResult::failed(run, 1, "internal error: the executor fell"),
-                    reusable: false,
-                    fault: true,
-                }
-            });
-            if ended.fault {
-                metrics.fault();
-            }
-            mailbox.event(Event::Ended {
-                result: ended.result,
-                reusable: ended.reusable,
-            });
-        });
-    }
-
     fn destroy(&mut self, slot: SlotId) {
         let Some(held) = self.held.get_mut(&slot) else {
             return;
@@ -509,31 +442,6 @@ impl Owner {
             started_at: self.clock.time(self.started),
             updated_at: self.clock.time(now),
         }
-    }
-}
-
-/// An executor's way of telling the owner how far it is.
-struct Told {
-    mailbox: Mailbox,
-    metrics: Arc<Metrics>,
-    run: RunId,
-}
-
-impl Progress for Told {
-    fn phase(&self, phase: Phase) {
-        self.mailbox.event(Event::Progress {
-            run: self.run,
-            phase,
-        });
-    }
-    fn vm(&self, sandbox: &Sandbox) {
-        self.mailbox.send(Message::VmUp {
-            run: self.run,
-            sandbox: sandbox.clone(),
-        });
-    }
-    fn devices(&self, stats: DeviceStats) {
-        self.metrics.devices(stats);
     }
 }
 

@@ -14,7 +14,7 @@ use super::*;
 use crate::metrics::Metrics;
 use crate::provider::ProviderEvent;
 use crate::queue::test_support::fields;
-use crate::queue::{Job, JobFields, JobHead, QueueError};
+use crate::queue::{ClaimedJob, Job, JobFields, JobHead, JobResult, QueueError};
 
 /// A queue in the test's hands: claims always succeed, results are kept.
 struct TestQueue {
