@@ -80,7 +80,7 @@ build)
     ;;
 test)
     need_root "scripts/aarch64.sh test (the emulated guest)"
-    need_packages qemu-user-static qemu-system-arm erofs-utils
+    need_packages qemu-user-static qemu-system-arm erofs-utils ca-certificates
     need_cross_compiler aarch64
     build
     under_qemu_user

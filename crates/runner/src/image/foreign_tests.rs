@@ -65,9 +65,19 @@ async fn an_image_of_another_architecture_has_its_kernel_modules_and_init() {
 }
 
 async fn furnish(apt: &Apt, root: &Path, guest: &Path, work: &Path, steps: &Steps) {
-    for directory in ["bin", "etc", "home/user", "opt", "root", "usr/local/bin"] {
+    for directory in [
+        "bin",
+        "etc/ssl/certs",
+        "home/user",
+        "opt",
+        "root",
+        "usr/local/bin",
+    ] {
         fs::create_dir_all(root.join(directory)).unwrap();
     }
+    // The host's: without any, clients of HTTP cannot be made, wherever they lead.
+    let authorities = Path::new("etc/ssl/certs/ca-certificates.crt");
+    fs::copy(Path::new("/").join(authorities), root.join(authorities)).unwrap();
     let busybox = apt.candidate("busybox-static", steps).await.unwrap();
     let deb = apt
         .download(&busybox, &work.join("debs"), steps)
