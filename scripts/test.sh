@@ -186,7 +186,7 @@ if [ "$tier" != soak ] && [ ${#filters[@]} = 0 ]; then
     advisories
     stage "clippy" cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
     if [ -n "$addon_venv" ]; then
-        others=("$top/crates/web-api/tests/schemathesis")
+        others=("$top/crates/web-api/tests/schemathesis" "$top/tests/e2e")
         stage "ruff format" in_addon ruff format --quiet --config pyproject.toml --check . "${others[@]}"
         stage "ruff" in_addon ruff check --quiet --config pyproject.toml . "${others[@]}"
         stage "mypy" in_addon mypy --no-error-summary

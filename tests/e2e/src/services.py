@@ -24,7 +24,7 @@ ADDRESS = "198.18.0.4"
 WHEELS = pathlib.Path(sys.argv[3])
 ANSWER = "An answer of the stand-in."
 
-record_file = open(sys.argv[2], "a", buffering=1)
+record_file = open(sys.argv[2], "a", buffering=1)  # noqa: SIM115 - as long as the process
 record_lock = threading.Lock()
 
 
@@ -50,26 +50,34 @@ def repository():
     root = pathlib.Path(tempfile.mkdtemp(dir="."))
     work = root / "work"
     git = ["git", "-c", "user.name=e2e", "-c", "user.email=e2e@example.com", "-c", "init.defaultBranch=main"]
-    quiet = {"env": {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}, "check": True, "stdout": subprocess.DEVNULL}
-    subprocess.run([*git, "init", "--quiet", work], **quiet)
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+
+    def run(*words):
+        subprocess.run([*git, *words], env=environment, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own words
+
+    run("init", "--quiet", work)
     (work / "README").write_text("cloned over https\n")
-    subprocess.run([*git, "-C", work, "add", "README"], **quiet)
-    subprocess.run([*git, "-C", work, "commit", "--quiet", "-m", "first"], **quiet)
-    subprocess.run([*git, "clone", "--quiet", "--bare", work, root / "repository.git"], **quiet)
+    run("-C", work, "add", "README")
+    run("-C", work, "commit", "--quiet", "-m", "first")
+    run("clone", "--quiet", "--bare", work, root / "repository.git")
     shutil.rmtree(work)
     return root.resolve()
 
 
 REPOSITORIES = repository()
 
-NPM_PACKAGE = archive({
-    "package/package.json": json.dumps({"name": "e2e-greeting", "version": "1.0.0", "main": "index.js"}),
-    "package/index.js": "module.exports = 'a package of the registry';\n",
-})
-CRATE = archive({
-    "e2e-greeting-1.0.0/Cargo.toml": '[package]\nname = "e2e-greeting"\nversion = "1.0.0"\nedition = "2021"\n',
-    "e2e-greeting-1.0.0/src/lib.rs": "//! A crate of the registry.\n",
-})
+NPM_PACKAGE = archive(
+    {
+        "package/package.json": json.dumps({"name": "e2e-greeting", "version": "1.0.0", "main": "index.js"}),
+        "package/index.js": "module.exports = 'a package of the registry';\n",
+    }
+)
+CRATE = archive(
+    {
+        "e2e-greeting-1.0.0/Cargo.toml": '[package]\nname = "e2e-greeting"\nversion = "1.0.0"\nedition = "2021"\n',
+        "e2e-greeting-1.0.0/src/lib.rs": "//! A crate of the registry.\n",
+    }
+)
 
 
 may_answer = threading.Event()
@@ -94,7 +102,7 @@ class Services(http.server.BaseHTTPRequestHandler):
         if service is None or not service(urllib.parse.unquote(path)):
             self.answer(404, "application/json", b'{"error":"not found"}')
 
-    do_GET = do_POST = do_HEAD = handle_any
+    do_GET = do_POST = do_HEAD = handle_any  # noqa: N815 - names of http.server
 
     def read_body(self):
         if self.headers.get("transfer-encoding", "").lower() == "chunked":
@@ -135,7 +143,9 @@ class Services(http.server.BaseHTTPRequestHandler):
             "GIT_CONFIG_KEY_0": "safe.directory",
             "GIT_CONFIG_VALUE_0": "*",
         }
-        done = subprocess.run(["git", "http-backend"], input=self.request_body, env=environment, capture_output=True)
+        # What it says of a request it refuses is the answer.
+        command = ["git", "http-backend"]
+        done = subprocess.run(command, input=self.request_body, env=environment, capture_output=True, check=False)  # noqa: S603
         head, _, body = done.stdout.partition(b"\r\n\r\n")
         headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
         status = int(headers.get("Status", "200").split()[0])
@@ -144,13 +154,14 @@ class Services(http.server.BaseHTTPRequestHandler):
     def wheels(self, path):
         """A simple index (PEP 503)."""
         wheels = sorted(WHEELS.glob("*.whl"))
-        normal = lambda name: name.split("-")[0].replace("_", "-").lower()
+
+        def normal(name):
+            return name.split("-")[0].replace("_", "-").lower()
+
         parts = path.strip("/").split("/")
         if parts[0] == "simple" and len(parts) == 2:
             fits = [wheel for wheel in wheels if normal(wheel.name) == parts[1]]
-            links = [
-                f'<a href="/files/{w.name}#sha256={hashlib.sha256(w.read_bytes()).hexdigest()}">{w.name}</a>' for w in fits
-            ]
+            links = [f'<a href="/files/{w.name}#sha256={hashlib.sha256(w.read_bytes()).hexdigest()}">{w.name}</a>' for w in fits]
             return bool(fits) and self.answer(200, "text/html", "".join(links).encode())
         fits = [wheel for wheel in wheels if parts == ["files", wheel.name]]
         return bool(fits) and self.answer(200, "application/octet-stream", fits[0].read_bytes())

@@ -39,7 +39,7 @@ ATTEMPTS = {
     "write /usr": lambda: write("/usr"),
     "write /etc": lambda: write("/etc"),
     "write /boot": lambda: write("/boot"),
-    "see /tmp": lambda: os.stat("/tmp/of-the-host"),
+    "see /tmp": lambda: os.stat("/tmp/of-the-host"),  # noqa: S108 - the host's
     "open a device": device,
     "open /dev/net/tun": lambda: os.close(os.open("/dev/net/tun", os.O_RDWR)),
     # The host's own name again.
