@@ -3,6 +3,10 @@
 /// An HTTP error with what is below it, which says more than its own words, and without the URL, which is told anyway.
 pub(crate) fn causes(error: &reqwest::Error) -> String {
     let mut text = match error {
+        // Addresses are parsed before, so that only making the client is left to fail.
+        error if error.is_builder() => {
+            "no HTTP client can be made (does this host have ca-certificates?)".to_owned()
+        }
         error if error.is_connect() => "no connection".to_owned(),
         error if error.is_redirect() => "the redirection cannot be followed".to_owned(),
         error if error.is_timeout() => "the time ran out".to_owned(),
