@@ -252,6 +252,11 @@ impl Config {
         Duration::from_secs(self.job_timeout_secs)
     }
 
+    /// Most bytes of a job's log.
+    pub(crate) fn log_max(&self) -> u64 {
+        self.log_max_mb.saturating_mul(1 << 20)
+    }
+
     /// Checks every value against the others and against its bounds.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         let refuse = |key: String, reason: String| Err(ConfigError::Value { key, reason });

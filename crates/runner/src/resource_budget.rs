@@ -8,6 +8,7 @@
 //! A [`Lease`] is the only way to hold a slot: it cannot leak, because dropping it releases the slot, and it cannot
 //! be released twice, because releasing it consumes it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,10 +17,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use host::launcher::{Launcher, LauncherError};
 use host::net::{Network, NetworkPool};
 use host::slot::{HostLimits, HostUsage, LeaseKind, Resources, SlotId, SlotRecord};
-use sandbox::Shape;
+use sandbox::{Shape, Template};
 use tokio::sync::mpsc;
 
-use crate::names::RunId;
+use crate::names::{ProfileName, RunId};
 
 /// What the host has, before anything is taken off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +93,16 @@ pub(crate) fn of_vm(shape: Shape, overhead_mb: u64) -> Resources {
         memory_mb: shape.memory_mb.saturating_add(overhead_mb),
         disk_mb: shape.disk_mb,
     }
+}
+
+/// What a VM of each of these profiles takes.
+pub(crate) fn of_profiles(
+    templates: &BTreeMap<ProfileName, Arc<dyn Template>>,
+) -> impl Iterator<Item = (ProfileName, Resources)> {
+    templates.iter().map(|(name, template)| {
+        let takes = of_vm(template.shape(), template.overhead_mb());
+        (name.clone(), takes)
+    })
 }
 
 /// What a warm or idle VM takes: it is paused, so no CPU.

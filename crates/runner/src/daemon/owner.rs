@@ -118,16 +118,8 @@ pub(crate) async fn run(
             .on_change(move || mailbox.event(Event::Time));
     }
     let directory = Arc::new(Directory::new(parts.mailbox.clone(), networks, parts.name));
-    let shapes: BTreeMap<ProfileName, Resources> = parts
-        .templates
-        .iter()
-        .map(|(name, template)| {
-            (
-                name.clone(),
-                resource_budget::of_vm(template.shape(), template.overhead_mb()),
-            )
-        })
-        .collect();
+    let shapes: BTreeMap<ProfileName, Resources> =
+        resource_budget::of_profiles(&parts.templates).collect();
     let rules = rules(&parts.config, &shapes, &parts.budget);
     let mut owner = Owner {
         identity: parts.identity,

@@ -47,21 +47,6 @@ struct Network {
     made: Option<Made>,
     /// What was opened for its VM, until it is flushed.
     opened: BTreeSet<SocketAddrV4>,
-    /// How much is being done to it, or about to be, that a VM must not see.
-    changes: usize,
-    /// The last of them is its end.
-    ending: bool,
-}
-
-impl Network {
-    fn busy(&self) -> bool {
-        self.made.is_none() || self.changes > 0
-    }
-
-    /// A change is done or has failed.
-    fn changed(&mut self) {
-        self.changes = self.changes.saturating_sub(1);
-    }
 }
 
 #[derive(Debug)]
@@ -131,10 +116,31 @@ impl Networks {
         Some(namespace)
     }
 
+    /// What is being done to a network, and what will be.
+    fn work_on(&self, id: NetworkId) -> impl Iterator<Item = &Work> {
+        let running = self.running.iter().map(|(_, work, _)| work);
+        let waiting = self.waiting.iter().map(|(_, work)| work);
+        running
+            .chain(waiting)
+            .filter(move |work| work.network() == Some(id))
+    }
+
+    /// Whether something is being done to it, or will be, that a VM must not see.
+    fn is_changing(&self, id: NetworkId) -> bool {
+        self.work_on(id).any(|work| !matches!(work, Work::Open(..)))
+    }
+
+    /// Whether it is being ended, or will be.
+    fn is_ending(&self, id: NetworkId) -> bool {
+        self.work_on(id).any(|work| matches!(work, Work::End(_)))
+    }
+
     /// Namespace and device of a network that a process may be put into.
     pub(super) fn for_launch(&self, id: NetworkId) -> Option<(&OwnedFd, &OwnedFd)> {
-        let network = self.made.get(&id).filter(|network| !network.busy())?;
-        let made = network.made.as_ref()?;
+        let made = self.made.get(&id)?.made.as_ref()?;
+        if self.is_changing(id) {
+            return None;
+        }
         Some((&made.namespace, made.tap.as_ref()?))
     }
 
@@ -146,7 +152,10 @@ impl Networks {
     /// Leaves the device of a network to a process of `uid` that opens it by name, until the network is flushed.
     pub(super) fn leave_device(&mut self, id: NetworkId, uid: u32) -> Result<(), String> {
         let not_free = || format!("network {id} is not free for it");
-        let network = self.made.get_mut(&id).filter(|network| !network.busy());
+        if self.is_changing(id) {
+            return Err(not_free());
+        }
+        let network = self.made.get_mut(&id);
         let made = network
             .and_then(|network| network.made.as_mut())
             .ok_or_else(not_free)?;
@@ -262,8 +271,6 @@ impl Server {
         let network = Network {
             made: None,
             opened: BTreeSet::new(),
-            changes: 0,
-            ending: false,
         };
         self.networks.made.insert(number, network);
         self.do_later(id, Work::Make(number));
@@ -296,17 +303,12 @@ impl Server {
 
     /// Changes wait for one another: a VM that ends while its network is cut gives it back for good all the same.
     fn change(&mut self, id: u64, number: NetworkId, work: Work, used: bool) {
-        let network = self.networks.made.get_mut(&number);
-        let why = match network {
+        let why = match self.networks.made.get(&number) {
             None => "this runner does not have it",
             Some(network) if network.made.is_none() => "it is not made yet",
-            Some(network) if network.ending => "it is being ended",
+            Some(_) if self.networks.is_ending(number) => "it is being ended",
             Some(_) if used => "a VM still runs in it",
-            Some(network) => {
-                network.changes = network.changes.saturating_add(1);
-                network.ending = matches!(work, Work::End(_));
-                return self.do_later(id, work);
-            }
+            Some(_) => return self.do_later(id, work),
         };
         self.answer(id, Err(Refusal::step(work.step(), why)));
     }
@@ -315,8 +317,9 @@ impl Server {
         if to.is_empty() {
             return self.answer(id, Ok(Reply::Done));
         }
+        let changing = self.networks.is_changing(number);
         let network = self.networks.made.get_mut(&number);
-        let why = match network.filter(|network| !network.busy()) {
+        let why = match network.filter(|_| !changing) {
             None => "it is not this runner's, or something else is being done to it".to_owned(),
             Some(network) if network.opened.len().saturating_add(to.len()) > MAX_OPENED => {
                 format!("a VM may have {MAX_OPENED} destinations past the proxy")
@@ -429,7 +432,6 @@ impl Server {
             Work::Flush(id) | Work::Cut(id) => {
                 if let Some(network) = networks.made.get_mut(id) {
                     network.opened.clear();
-                    network.changed();
                     if let (Some(tap), Some(made)) = (fds.next(), network.made.as_mut()) {
                         made.tap = Some(tap);
                     }
@@ -453,12 +455,7 @@ impl Server {
                 networks.made.remove(id);
             }
             // Its number stays taken, so that nobody gets what may be left in it; destroying it may be tried again.
-            Work::Flush(id) | Work::Cut(id) | Work::End(id) => {
-                if let Some(network) = networks.made.get_mut(id) {
-                    network.changed();
-                    network.ending &= !matches!(work, Work::End(_));
-                }
-            }
+            Work::Flush(_) | Work::Cut(_) | Work::End(_) => {}
             // What was opened is still remembered, as nobody knows whether it was.
             Work::Open(..)
             | Work::Allow(..)

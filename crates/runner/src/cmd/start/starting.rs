@@ -167,7 +167,7 @@ impl Starting {
             home: home_dir,
             provider: Arc::clone(&provider),
             job_timeout: config.job_timeout(),
-            log_max: log_max(&config),
+            log_max: config.log_max(),
             mock: std::env::var("USE_MOCK_CLAUDE").ok(),
             networks: Some(networks),
             restores: Arc::new(Semaphore::new(cpus)),
@@ -263,26 +263,17 @@ fn network_settings(
     proxy: ProxyConfig,
 ) -> Result<NetworkSettings, CliError> {
     let profiles = config.profiles.iter();
-    let warm: u32 = config
-        .profiles
-        .values()
-        .map(|profile| profile.warm.low)
-        .sum();
+    let warm: u32 = config.profiles.values().map(|p| p.warm.low).sum();
     Ok(NetworkSettings {
         api: source.api_access()?,
         internal_allow: config.network.internal_allow.clone(),
         profiles: profiles
             .map(|(name, profile)| (name.clone(), profile.policy.clone()))
             .collect(),
-        log_max: log_max(config),
+        log_max: config.log_max(),
         ready: usize::try_from(warm).unwrap_or(0).clamp(2, MOST_READY),
         proxy,
     })
-}
-
-/// Most bytes of a job's log.
-fn log_max(config: &Config) -> u64 {
-    config.log_max_mb.saturating_mul(1 << 20)
 }
 
 /// The host's budget, less what this runner itself keeps in memory.
@@ -336,15 +327,11 @@ fn api_runner(
     home: &Home,
     networks: &Arc<JobNetworks>,
 ) -> ApiRunner {
-    let profiles = templates.iter().map(|(name, template)| {
-        let takes = resource_budget::of_vm(template.shape(), template.overhead_mb());
-        (name.clone(), takes)
-    });
     ApiRunner {
         name: config.name.clone(),
         instance,
         group: config.group.clone(),
-        profiles: profiles.collect(),
+        profiles: resource_budget::of_profiles(templates).collect(),
         max_concurrent: config.sandbox.max_concurrent,
         submitter: home.owner().uid,
         networks: Some(Arc::clone(networks)),
