@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::ImageError;
 use super::manifest::{FORMAT, ImageManifest};
-use super::plan::Plan;
+use super::plan::{Plan, Request};
 use super::progress::Steps;
 use super::sets::{BootSet, Family};
 use super::store::{Image, Store};
@@ -28,10 +28,10 @@ pub(crate) const TOOLS: &[(&str, &str)] = &[
 /// What an image for Firecracker needs beside.
 pub(crate) const FIRECRACKER_TOOLS: &[(&str, &str)] = &[("mksquashfs", "squashfs-tools")];
 
-/// Disk space a build of a plan needs at its peak, MiB.
-fn space_mb(plan: &Plan) -> u64 {
-    let flavour = plan.request.profile.flavour;
-    let more = plan.request.engines.families().len().saturating_sub(1);
+/// Disk space a build needs at its peak, MiB.
+pub(super) fn space_mb(request: &Request) -> u64 {
+    let flavour = request.profile.flavour;
+    let more = request.engines.families().len().saturating_sub(1);
     let more = u64::try_from(more).unwrap_or(0);
     flavour
         .build_space_mb()
@@ -65,7 +65,7 @@ pub(crate) async fn image(store: &Store, plan: &Plan, steps: &Steps) -> Result<I
         return Ok(image);
     }
     let result = build(store, plan, steps).await;
-    result.map_err(|error| store.explain(error, space_mb(plan)))?;
+    result.map_err(|error| store.explain(error, space_mb(&plan.request)))?;
     store.image(plan.rootfs_hash())
 }
 
@@ -85,7 +85,7 @@ fn existing(store: &Store, plan: &Plan, steps: &Steps) -> Result<Option<Image>, 
 async fn build(store: &Store, plan: &Plan, steps: &Steps) -> Result<(), ImageError> {
     let rel = std::path::Path::new(plan.rootfs_hash().as_str());
     let flavour = plan.request.profile.flavour;
-    store.require_space(space_mb(plan))?;
+    store.require_space(space_mb(&plan.request))?;
     let staging = store.stage(rel, "image")?;
     let work = staging.path().join("work");
     std::fs::create_dir(&work).map_err(ImageError::io("create", &work))?;

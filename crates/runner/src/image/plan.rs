@@ -2,6 +2,7 @@
 
 use super::ImageError;
 use super::apt::{Apt, Package};
+use super::build::space_mb;
 use super::guest::{GuestBinaries, GuestPaths};
 use super::manifest::{self, FORMAT};
 use super::progress::Steps;
@@ -77,7 +78,8 @@ impl Plan {
                     )
                     .await?;
                 steps.begin("fetching the package lists");
-                apt.refresh(steps).await?;
+                let fetched = apt.refresh(steps).await;
+                fetched.map_err(|error| store.explain(error, space_mb(&request)))?;
                 let kernel = kernel::resolve(&apt, release.distribution, arch, steps).await?;
                 apt.keep_kernel(&kernel)?;
                 steps.end();

@@ -218,12 +218,9 @@ impl Store {
         })
     }
 
-    /// A build that failed on a full disk says so, whatever the program's own words were.
+    /// A build that failed on a full disk says where, and how much it takes.
     pub(super) fn explain(&self, error: ImageError, need_mb: u64) -> ImageError {
         let full = match &error {
-            ImageError::Tool { last, .. } => last
-                .iter()
-                .any(|line| line.contains("No space left on device")),
             ImageError::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
             ImageError::Fs(error) => error.kind() == Some(std::io::ErrorKind::StorageFull),
             ImageError::Sandbox(SandboxError::Io { source, .. }) => {

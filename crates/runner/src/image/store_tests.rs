@@ -186,10 +186,10 @@ fn a_full_disk_is_told_as_such() {
         store.require_space(u64::MAX),
         Err(ImageError::DiskFull { .. })
     ));
-    let tool = ImageError::Tool {
-        what: "packing".to_owned(),
-        status: "exit status: 1".to_owned(),
-        last: vec!["write error: No space left on device".to_owned()],
+    let tool = ImageError::Io {
+        action: "run",
+        path: "mkfs.erofs".into(),
+        source: std::io::ErrorKind::StorageFull.into(),
     };
     let engine = ImageError::Sandbox(SandboxError::Io {
         action: "save the guest's memory".to_owned(),

@@ -4,6 +4,7 @@
 //! (`setpriv --pdeathsig`). Programs that mount or start daemons run in [`Cage::Private`]: their own mount and process
 //! namespaces, whose end unmounts and kills everything, also after a `kill -9` of ours.
 
+use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -107,14 +108,18 @@ impl Tool {
 
     /// Runs it to its end; `what` names the step in errors. Gives what it printed to standard output.
     pub(crate) async fn run(self, what: &str, steps: &Steps) -> Result<String, ImageError> {
-        let (status, stdout, last) = self.wait(steps).await?;
+        let (status, stdout, said) = self.wait(steps).await?;
         if status.success() {
             return Ok(stdout);
+        }
+        // What a program says of a full disk is its own affair, and may be long past or nothing at all.
+        if said.full || self.has_no_room() {
+            return Err(self.disk_full());
         }
         Err(ImageError::Tool {
             what: what.to_owned(),
             status: status.to_string(),
-            last,
+            last: said.last.into(),
         })
     }
 
@@ -164,7 +169,7 @@ impl Tool {
         Ok(command)
     }
 
-    async fn wait(&self, steps: &Steps) -> Result<(ExitStatus, String, Vec<String>), ImageError> {
+    async fn wait(&self, steps: &Steps) -> Result<(ExitStatus, String, Said), ImageError> {
         let failed = |source| ImageError::Io {
             action: "run",
             path: self.program.into(),
@@ -174,19 +179,18 @@ impl Tool {
         let stdout = child.stdout.take();
         let stderr = child.stderr.take();
         let work = async {
-            let (stdout, last) = tokio::join!(read_all(stdout), follow(stderr, steps));
-            (stdout, last)
+            let (stdout, said) = tokio::join!(read_all(stdout), follow(stderr, steps));
+            (stdout, said)
         };
         tokio::pin!(work);
         tokio::select! {
-            (stdout, mut last) = &mut work => {
+            (stdout, mut said) = &mut work => {
                 let status = child.wait().await.map_err(failed)?;
                 // Some programs explain themselves on standard output.
-                if last.is_empty() {
-                    last = stdout.lines().rev().take(KEPT_LINES).map(escape).collect();
-                    last.reverse();
+                if said.last.is_empty() {
+                    stdout.lines().for_each(|line| said.hear(escape(line)));
                 }
-                Ok((status, stdout, last))
+                Ok((status, stdout, said))
             }
             why = self.in_vain(steps) => {
                 // Killing the namespace's first process kills all of it; the pipes end when the last one is gone.
@@ -201,25 +205,51 @@ impl Tool {
     /// Resolves when there is no point in going on.
     async fn in_vain(&self, steps: &Steps) -> ImageError {
         let full = async {
-            let Some(path) = &self.room else {
-                return std::future::pending().await;
-            };
             let mut looks = 0;
             while looks < FULL_LOOKS {
                 tokio::time::sleep(LOOK).await;
-                let free = rustix::fs::statvfs(path)
-                    .map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-                looks = if free < NO_ROOM { looks + 1 } else { 0 };
+                looks = if self.has_no_room() { looks + 1 } else { 0 };
             }
         };
         tokio::select! {
             () = steps.interrupted() => ImageError::Interrupted,
-            () = full => ImageError::Io {
-                action: "run",
-                path: self.program.into(),
-                source: std::io::ErrorKind::StorageFull.into(),
-            },
+            () = full => self.disk_full(),
         }
+    }
+
+    /// Whether it needs room and there is none.
+    fn has_no_room(&self) -> bool {
+        self.room.as_ref().is_some_and(|path| {
+            rustix::fs::statvfs(path)
+                .is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) < NO_ROOM)
+        })
+    }
+
+    fn disk_full(&self) -> ImageError {
+        ImageError::Io {
+            action: "run",
+            path: self.program.into(),
+            source: std::io::ErrorKind::StorageFull.into(),
+        }
+    }
+}
+
+/// What a program said, for when it fails.
+#[derive(Debug, Default)]
+struct Said {
+    /// The last lines, escaped.
+    last: VecDeque<String>,
+    /// Whether any line complained of a full disk.
+    full: bool,
+}
+
+impl Said {
+    fn hear(&mut self, line: String) {
+        self.full |= DISK_FULL.iter().any(|words| line.contains(words));
+        if self.last.len() == KEPT_LINES {
+            self.last.pop_front();
+        }
+        self.last.push_back(line);
     }
 }
 
@@ -230,6 +260,8 @@ const FULL_LOOKS: u32 = 20;
 /// What counts as none, bytes. A program that waits may have removed what it could not write whole, such as a list of packages
 /// (50 MB); an image takes several times this.
 const NO_ROOM: u64 = 64 << 20;
+/// How programs name a full disk: strerror(3) of ENOSPC, and apt when it looks beforehand.
+const DISK_FULL: &[&str] = &["No space left on device", "enough free space in"];
 /// Lines of a failed program's output that are shown.
 const KEPT_LINES: usize = 15;
 /// Most bytes of standard output that are kept; no program here prints as much.
@@ -253,24 +285,21 @@ async fn read_all(stream: Option<impl AsyncRead + Unpin>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Shows each line as detail and keeps the last ones.
-async fn follow(stream: Option<impl AsyncRead + Unpin>, steps: &Steps) -> Vec<String> {
-    let mut last = std::collections::VecDeque::new();
+/// Shows each line as detail and hears it.
+async fn follow(stream: Option<impl AsyncRead + Unpin>, steps: &Steps) -> Said {
+    let mut said = Said::default();
     let Some(stream) = stream else {
-        return Vec::new();
+        return said;
     };
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
     while matches!(reader.read_until(b'\n', &mut line).await, Ok(1..)) {
         let text = escape(String::from_utf8_lossy(&line).trim_end());
         steps.detail(&text.chars().take(100).collect::<String>());
-        if last.len() == KEPT_LINES {
-            last.pop_front();
-        }
-        last.push_back(text);
+        said.hear(text);
         line.clear();
     }
-    last.into()
+    said
 }
 
 /// Terminal control characters of a program's output, made visible.
@@ -301,6 +330,28 @@ mod tests {
             panic!("{error:?}");
         };
         assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    #[tokio::test]
+    async fn a_program_that_fails_on_a_full_disk_need_not_say_so() {
+        let lines =
+            "; for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do echo $n >&2; done; exit 100";
+        let sh = |script: String| Tool::new("sh").args(["-c", &script]);
+        for tool in [
+            sh("exit 100".to_owned()).needs_room(Path::new("/proc")),
+            sh(format!("echo 'cp: x: No space left on device' >&2{lines}")),
+            sh("echo \"E: You don't have enough free space in /x/.\" >&2; exit 100".to_owned()),
+            sh("echo 'x: No space left on device'; exit 1".to_owned()),
+        ] {
+            let error = tool.run("the step", &Steps::new()).await.unwrap_err();
+            let ImageError::Io { source, .. } = error else {
+                panic!("{error:?}");
+            };
+            assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+        }
+        // Success on a full disk is success.
+        let tool = sh("true".to_owned()).needs_room(Path::new("/proc"));
+        tool.run("the step", &Steps::new()).await.unwrap();
     }
 
     #[tokio::test]
