@@ -7,6 +7,7 @@
 //! | `VM0_SECRET_VALUES` | texts that webhooks must not carry, in base64, separated by commas |
 //! | `VM0_PROMPT` | the prompt |
 //! | `VM0_PROMPT_STDIN` | `1`: the prompt is standard input instead (it is longer than one execve string may be) |
+//! | `VM0_INPUT` | `1`: standard input holds messages for the CLI, as its `stream-json`: the prompt, then what comes while it works |
 //! | `VM0_WORKING_DIR` | where the agent CLI runs; made when missing |
 //! | `CLI_AGENT_TYPE` | `claude-code`, which is also what empty means |
 //! | `USE_MOCK_CLAUDE` | `true`: run the mock CLI instead of `claude` |
@@ -40,6 +41,7 @@ pub(crate) const NOT_FOR_THE_CLI: &[&str] = &[
     "VM0_API_TOKEN",
     "VM0_PROMPT",
     "VM0_PROMPT_STDIN",
+    "VM0_INPUT",
     "VM0_SECRET_VALUES",
     "VM0_RESUME_SESSION_ID",
     "VM0_RESUME_SESSION_FILE",
@@ -92,6 +94,8 @@ pub(crate) enum Prompt {
     Argument(OsString),
     /// On standard input, which it inherits from the agent.
     Stdin,
+    /// As the first of the messages on its standard input, which the agent hands on.
+    Messages,
 }
 
 /// How long the agent waits for what.
@@ -139,10 +143,17 @@ impl AgentEnv {
         let get = |name: &'static str| lookup(name).filter(|value| !value.is_empty());
         let required = |name| get(name).ok_or(EnvError::Missing(name));
 
-        let prompt = match get("VM0_PROMPT_STDIN") {
-            Some(flag) if flag == "1" => Prompt::Stdin,
-            Some(flag) => return Err(invalid("VM0_PROMPT_STDIN", &flag, "\"1\"")),
-            None => Prompt::Argument(required("VM0_PROMPT")?),
+        let flag = |name| match get(name) {
+            None => Ok(false),
+            Some(flag) if flag == "1" => Ok(true),
+            Some(flag) => Err(invalid(name, &flag, "\"1\"")),
+        };
+        let prompt = if flag("VM0_INPUT")? {
+            Prompt::Messages
+        } else if flag("VM0_PROMPT_STDIN")? {
+            Prompt::Stdin
+        } else {
+            Prompt::Argument(required("VM0_PROMPT")?)
         };
         if let Some(kind) = get("CLI_AGENT_TYPE").filter(|kind| kind != "claude-code") {
             return Err(invalid("CLI_AGENT_TYPE", &kind, "\"claude-code\""));
@@ -271,6 +282,9 @@ mod tests {
         let env = parse(&[("VM0_PROMPT_STDIN", "1"), ("VM0_PROMPT", "")]).unwrap();
         assert_eq!(env.prompt, Prompt::Stdin);
         assert!(parse(&[("VM0_PROMPT_STDIN", "yes")]).is_err());
+        let env = parse(&[("VM0_INPUT", "1"), ("VM0_PROMPT", "")]).unwrap();
+        assert_eq!(env.prompt, Prompt::Messages);
+        assert!(parse(&[("VM0_INPUT", "true")]).is_err());
     }
 
     #[test]

@@ -13,9 +13,11 @@ pub(crate) enum Event<'a> {
     ToolCalls(Vec<ToolCall<'a>>),
     /// Ids of calls that have returned (user line).
     ToolResults(Vec<Cow<'a, str>>),
+    /// The CLI reads messages of its standard input now (user line).
+    Read,
     /// The run's result: what it says, and whether it is a failure.
     Result { text: Cow<'a, str>, is_error: bool },
-    /// A session begins, or goes on, in this directory.
+    /// A session begins, or goes on with another turn, in this directory.
     Begin {
         session: Cow<'a, str>,
         cwd: Cow<'a, str>,
@@ -38,6 +40,7 @@ pub(crate) fn parse(line: &str) -> Option<Event<'_>> {
     let blocks = blocks.unwrap_or_default();
     Some(match raw.kind.as_ref() {
         "assistant" => Event::ToolCalls(blocks.into_iter().filter_map(RawBlock::call).collect()),
+        "user" if raw.is_replay == Some(true) => Event::Read,
         "user" => Event::ToolResults(
             blocks
                 .into_iter()
@@ -65,6 +68,8 @@ struct RawEvent<'a> {
     #[serde(borrow)]
     result: Option<Cow<'a, str>>,
     is_error: Option<bool>,
+    #[serde(rename = "isReplay")]
+    is_replay: Option<bool>,
     #[serde(borrow)]
     subtype: Option<Cow<'a, str>>,
     #[serde(borrow)]
@@ -161,6 +166,12 @@ mod tests {
             Some(Event::ToolResults(vec!["t1".into()]))
         );
         assert_eq!(
+            parse(
+                r#"{"type":"user","message":{"role":"user","content":"go on"},"session_id":"s","isReplay":true}"#
+            ),
+            Some(Event::Read)
+        );
+        assert_eq!(
             parse(r#"{"is_error":true,"result":"a\nb","type":"result"}"#),
             Some(Event::Result {
                 text: "a\nb".into(),
@@ -193,6 +204,18 @@ mod tests {
                     is_error: false
                 },
             ]
+        );
+        let input = include_str!("../../guest-mock-claude/tests/fixtures/real-input.jsonl");
+        let events: Vec<_> = input.lines().filter_map(parse).collect();
+        let told = |event: &Event<'_>| match event {
+            Event::Begin { .. } => Some("turn"),
+            Event::Read => Some("read"),
+            Event::Result { .. } => Some("result"),
+            _ => None,
+        };
+        assert_eq!(
+            events.iter().filter_map(told).collect::<Vec<_>>(),
+            ["turn", "read", "result", "turn", "read", "result"]
         );
         let not_logged_in =
             include_str!("../../guest-mock-claude/tests/fixtures/real-not-logged-in.jsonl");

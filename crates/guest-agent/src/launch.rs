@@ -101,6 +101,10 @@ pub(crate) fn start(env: &AgentEnv) -> Result<Child, LaunchError> {
         // Nothing after `--` is a flag, whatever the prompt begins with.
         Prompt::Argument(prompt) => command.arg("--").arg(prompt).stdin(Stdio::null()),
         Prompt::Stdin => command.stdin(Stdio::inherit()),
+        // It says which message it reads when: a client sees what became of its inputs.
+        Prompt::Messages => command
+            .args(["--input-format", "stream-json", "--replay-user-messages"])
+            .stdin(Stdio::piped()),
     };
     for name in NOT_FOR_THE_CLI {
         command.env_remove(name);

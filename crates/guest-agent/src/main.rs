@@ -18,6 +18,7 @@ mod emulation;
 mod end;
 mod env;
 mod events;
+mod inputs;
 mod launch;
 mod lines;
 mod log;
@@ -111,7 +112,8 @@ fn work(
     ));
     log.line(format_args!("▷ Execution"));
 
-    let end = match Supervisor::new(cli, env.limits, signalled, log, reporter).run() {
+    let supervisor = Supervisor::new(cli, env.limits, signalled, log, reporter);
+    let end = match supervisor.and_then(Supervisor::run) {
         Ok(end) => end,
         Err(error) => {
             log.line(format_args!("✗ The agent CLI cannot be watched: {error}"));

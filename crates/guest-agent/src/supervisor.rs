@@ -27,6 +27,7 @@ use crate::api::{Reporter, Session};
 use crate::end::{self, End};
 use crate::env::Limits;
 use crate::events::{self, Event};
+use crate::inputs::Inputs;
 use crate::lines::{Line, Lines, MAX_LINE};
 use crate::log::Log;
 use crate::signals;
@@ -43,6 +44,8 @@ pub(crate) struct Supervisor<'a> {
     child: Child,
     group: Option<Pid>,
     stdout: Option<ChildStdout>,
+    /// What the CLI is told while it works, where it is to be told anything.
+    inputs: Option<Inputs>,
     limits: Limits,
     phase: Phase,
     /// Why we ended it, when we did.
@@ -75,10 +78,11 @@ impl<'a> Supervisor<'a> {
         signalled: &'a OwnedFd,
         log: &'a mut Log,
         reporter: Reporter,
-    ) -> Self {
-        Self {
+    ) -> io::Result<Self> {
+        Ok(Self {
             group: i32::try_from(child.id()).ok().and_then(Pid::from_raw),
             stdout: child.stdout.take(),
+            inputs: child.stdin.take().map(Inputs::new).transpose()?,
             child,
             limits,
             phase: Phase::Running,
@@ -89,8 +93,10 @@ impl<'a> Supervisor<'a> {
                 reporter,
                 tools: PendingTools::default(),
                 result: None,
+                messages: 0,
+                read: 0,
             },
-        }
+        })
     }
 
     /// Runs to the end. The exit code is the CLI's, 128 + n when signal n ended it or us.
@@ -143,6 +149,7 @@ impl<'a> Supervisor<'a> {
                 self.stdout = None;
                 lines.finish(|line| self.watch.line(line));
             }
+            self.pass_inputs(&ready, now);
             if ready.exit {
                 let until = later(Instant::now(), self.limits.drain);
                 self.phase = Phase::Draining { until };
@@ -156,6 +163,32 @@ impl<'a> Supervisor<'a> {
         }
         lines.finish(|line| self.watch.line(line));
         Ok(())
+    }
+
+    /// Hands messages on. A CLI that has answered while none waited gets no more, and ends.
+    fn pass_inputs(&mut self, ready: &Ready, now: Instant) {
+        let over = self.no_more_inputs_at().is_some_and(|at| at <= now);
+        let Some(inputs) = &mut self.inputs else {
+            return;
+        };
+        if ready.input == Some(true) {
+            self.watch.handed(inputs.read());
+        }
+        let takes = !ready.cli || inputs.write();
+        if !takes || inputs.is_over() || over && ready.input == Some(false) {
+            self.inputs = None;
+        }
+    }
+
+    /// When the CLI is told that nothing more comes, unless something does: at its answer. One that has not said of every
+    /// message that it read it is likely to begin another turn.
+    fn no_more_inputs_at(&self) -> Option<Instant> {
+        let result = self.watch.result.as_ref()?;
+        self.inputs.as_ref().filter(|inputs| inputs.is_idle())?;
+        Some(match self.watch.has_unread() {
+            true => later(result.last_event, self.limits.post_result),
+            false => result.last_event,
+        })
     }
 
     /// Reads once. `false` at end of file.
@@ -185,7 +218,7 @@ impl<'a> Supervisor<'a> {
                     self.watch.log.line(format_args!("✗ {timeout}"));
                     self.terminate(Reason::StuckTool(tool));
                 } else if let Some(result) = &self.watch.result
-                    && result.deadline(self.limits.post_result) <= now
+                    && self.watch.deadline(result, self.limits.post_result) <= now
                 {
                     self.watch.log.line(format_args!(
                         "The agent CLI is still there {}s after its result and is ended",
@@ -208,8 +241,11 @@ impl<'a> Supervisor<'a> {
             Phase::Running => {
                 let tool = self.watch.tools.deadline(self.limits.stuck_tool);
                 let result = self.watch.result.as_ref();
-                let result = result.map(|result| result.deadline(self.limits.post_result));
-                tool.map(|(at, _)| at).into_iter().chain(result).min()
+                let grace = self.limits.post_result;
+                let result = result.map(|result| self.watch.deadline(result, grace));
+                let inputs = self.no_more_inputs_at();
+                let ends = result.into_iter().chain(inputs);
+                tool.map(|(at, _)| at).into_iter().chain(ends).min()
             }
             Phase::Terminating { kill_at } => Some(kill_at),
             Phase::Killed => None,
@@ -250,6 +286,14 @@ impl<'a> Supervisor<'a> {
                 PollFlags::IN,
             ),
             (self.watch.log.wants_to_write(), PollFlags::OUT),
+            (
+                self.inputs.as_ref().and_then(Inputs::wants_to_read),
+                PollFlags::IN,
+            ),
+            (
+                self.inputs.as_ref().and_then(Inputs::wants_to_write),
+                PollFlags::OUT,
+            ),
         ];
         let mut polled: Vec<PollFd<'_>> = sources
             .iter()
@@ -264,9 +308,15 @@ impl<'a> Supervisor<'a> {
             Err(error) => return Err(error.into()),
         }
         let mut answers = polled.iter().map(|fd| !fd.revents().is_empty());
-        let [exit, _signal, output, log] =
-            sources.map(|(fd, _)| fd.is_some() && answers.next().unwrap_or(false));
-        Ok(Ready { exit, output, log })
+        let [exit, _signal, output, log, input, cli] =
+            sources.map(|(fd, _)| fd.is_some().then(|| answers.next().unwrap_or(false)));
+        Ok(Ready {
+            exit: exit == Some(true),
+            output: output == Some(true),
+            log: log == Some(true),
+            input,
+            cli: cli == Some(true),
+        })
     }
 }
 
@@ -275,6 +325,10 @@ struct Ready {
     exit: bool,
     output: bool,
     log: bool,
+    /// Whether there is something for the CLI; `None`: it could not be taken now anyway.
+    input: Option<bool>,
+    /// The CLI takes something.
+    cli: bool,
 }
 
 /// What the CLI's lines have told so far.
@@ -283,6 +337,10 @@ struct Watch<'a> {
     reporter: Reporter,
     tools: PendingTools,
     result: Option<Finished>,
+    /// Messages that were handed to the CLI, the prompt among them.
+    messages: usize,
+    /// How often it said that it reads one. Some versions say it once of several, so this can stay behind.
+    read: usize,
 }
 
 /// A result has been printed.
@@ -293,14 +351,37 @@ struct Finished {
     failure: Option<String>,
 }
 
-impl Finished {
-    fn deadline(&self, grace: Duration) -> Instant {
-        let last = later(self.first, grace.saturating_mul(MAX_GRACES));
-        later(self.last_event, grace).min(last)
-    }
-}
-
 impl Watch<'_> {
+    /// Messages are on their way to the CLI.
+    fn handed(&mut self, messages: usize) {
+        for _ in 0..messages {
+            if self.messages > 0 {
+                self.log.line(format_args!("▷ Input {}", self.messages));
+            }
+            self.messages += 1;
+        }
+    }
+
+    fn has_unread(&self) -> bool {
+        self.read < self.messages
+    }
+
+    /// A turn begins: what has been answered was not the end. Without messages there is only one.
+    fn turn(&mut self) {
+        if self.messages > 0 {
+            self.result = None;
+        }
+    }
+
+    /// When a CLI that is still there after its result is ended. One that may have a message to read is about to go on.
+    fn deadline(&self, result: &Finished, grace: Duration) -> Instant {
+        let last = later(result.first, grace.saturating_mul(MAX_GRACES));
+        if self.has_unread() {
+            return last;
+        }
+        later(result.last_event, grace).min(last)
+    }
+
     fn line(&mut self, line: Line<'_>) {
         let bytes = match line {
             Line::Whole([]) => return,
@@ -334,6 +415,10 @@ impl Watch<'_> {
                     self.tools.returned(id);
                 }
             }
+            Event::Read => {
+                self.read += 1;
+                self.turn();
+            }
             Event::Result { text, is_error } => {
                 self.log.text(&text);
                 let first = self.result.as_ref().map_or(now, |finished| finished.first);
@@ -343,11 +428,14 @@ impl Watch<'_> {
                     failure: is_error.then(|| end::last_line(&text).unwrap_or_default()),
                 });
             }
-            Event::Begin { session, cwd } => self.reporter.session(|| {
-                let id = session.parse().ok()?;
-                let cwd = PathBuf::from(cwd.as_ref());
-                Some(Session { id, cwd })
-            }),
+            Event::Begin { session, cwd } => {
+                self.turn();
+                self.reporter.session(|| {
+                    let id = session.parse().ok()?;
+                    let cwd = PathBuf::from(cwd.as_ref());
+                    Some(Session { id, cwd })
+                });
+            }
             Event::Other => {}
         }
     }

@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -428,6 +428,131 @@ fn a_job_has_no_input_while_it_runs() {
     Run::of("@active-input-smoke:0")
         .end()
         .assert(0, &["0 inputs taken"]);
+}
+
+/// A run that takes input, with these messages on its standard input already; more can follow.
+fn conversation(run: Run, messages: &[&str]) -> (Child, tempfile::TempDir) {
+    let mut run = run.with("VM0_INPUT", "1");
+    run.command.stdin(Stdio::piped());
+    let (mut child, home) = run.spawn();
+    for message in messages {
+        say(&mut child, message);
+    }
+    (child, home)
+}
+
+fn say(child: &mut Child, message: &str) {
+    let stdin = child.stdin.as_mut().unwrap();
+    let message =
+        serde_json::json!({"type": "user", "message": {"role": "user", "content": message}});
+    writeln!(stdin, "{message}").unwrap();
+}
+
+/// How it ended, with its standard input open to the last.
+fn ended(mut child: Child) -> (i32, String) {
+    let _stdin = child.stdin.take().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    (output.status.code().unwrap(), said)
+}
+
+#[test]
+fn a_job_that_takes_input_gets_each_message_while_it_works() {
+    let (mut child, _home) = conversation(Run::of(""), &["@active-input-smoke:2", "one"]);
+    say(&mut child, "two");
+    let (code, said) = ended(child);
+    assert_eq!(code, 0, "{said}");
+    for wanted in ["▷ Input 1", "▷ Input 2", "2 inputs taken"] {
+        assert!(said.contains(wanted), "{wanted} in {said}");
+    }
+}
+
+#[test]
+fn a_message_that_waits_is_answered_after_the_prompt_and_then_it_is_over() {
+    let large = format!("echo two; : {}", "x".repeat(1 << 20));
+    let (child, _home) = conversation(Run::of(""), &["echo one", &large, "echo three"]);
+    let (code, said) = ended(child);
+    assert_eq!(code, 0, "{said}");
+    let answers = said.lines().filter(|line| !line.contains(' '));
+    assert_eq!(answers.collect::<Vec<_>>(), ["one", "two", "three"]);
+}
+
+#[test]
+fn a_job_that_takes_input_and_gets_none_ends_with_its_answer() {
+    let (child, _home) = conversation(Run::of(""), &["echo one; exit 3"]);
+    let (code, said) = ended(child);
+    assert_eq!(code, 3, "{said}");
+}
+
+#[test]
+fn what_comes_behind_the_last_answer_is_given_to_nobody() {
+    // It answers the first message, and says what it finds afterwards.
+    let cli = r#"read -r line; printf '{"type":"user","isReplay":true}\n{"type":"result","result":"done"}\n'
+        rest=$(cat); echo "rest=[$rest]""#;
+    let run = Run::of("");
+    run.replace_cli(cli);
+    let (mut child, _home) = conversation(run, &["one"]);
+    let mut log = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while line.trim_end() != "rest=[]" {
+        line.clear();
+        assert_ne!(log.read_line(&mut line).unwrap(), 0, "it ended");
+    }
+    // Nobody reads it, and nobody waits for it.
+    let _broken = child.stdin.as_mut().unwrap().write_all(b"late");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_cli_that_has_a_message_to_read_is_given_time_after_its_result() {
+    // The second message is read only after ten times the grace; a result between them is not the end.
+    let cli = r#"read -r line; echo '{"type":"user","isReplay":true}'
+        read -r line; echo '{"type":"result","result":"one"}'; sleep 0.5
+        echo '{"type":"user","isReplay":true}'; sleep 0.5
+        echo '{"type":"result","result":"two"}'"#;
+    let run = Run::of("").with("VM0_POST_RESULT_GRACE_SECS", "0.2");
+    run.replace_cli(cli);
+    let (child, _home) = conversation(run, &["prompt", "more"]);
+    let (code, said) = ended(child);
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("one\ntwo\n"), "{said}");
+}
+
+#[test]
+fn a_turn_that_began_is_told_more_whatever_the_cli_says_of_what_it_read() {
+    let cli = r#"read -r line; read -r line; echo '{"type":"result","result":"one"}'
+        echo '{"type":"system","subtype":"init","session_id":"s","cwd":"/"}'; echo begun
+        read -r line && echo '{"type":"result","result":"two"}'"#;
+    let run = Run::of("");
+    run.replace_cli(cli);
+    let (mut child, _home) = conversation(run, &["prompt", "more"]);
+    let mut log = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while line.trim_end() != "begun" {
+        line.clear();
+        assert_ne!(log.read_line(&mut line).unwrap(), 0, "it ended");
+    }
+    say(&mut child, "and more");
+    let mut rest = String::new();
+    log.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("\ntwo\n"), "{rest}");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_cli_that_closes_its_input_or_leaves_it_unread_is_watched_all_the_same() {
+    let answer = r#"printf '{"type":"result","result":"done"}\n'"#;
+    for cli in [format!("exec <&-; {answer}; sleep 0.1"), answer.to_owned()] {
+        let large = "x".repeat(1 << 20);
+        let run = Run::of("");
+        run.replace_cli(&cli);
+        let (mut child, _home) = conversation(run, &[]);
+        let mut stdin = child.stdin.take().unwrap();
+        let writer = std::thread::spawn(move || drop(stdin.write_all(large.as_bytes())));
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        writer.join().unwrap();
+    }
 }
 
 #[test]

@@ -11,7 +11,6 @@ const VALUE_FLAGS: &[&str] = &[
     "--disallowed-tools",
     "--disallowedTools",
     "--fallback-model",
-    "--input-format",
     "--max-turns",
     "--mcp-config",
     "--model",
@@ -22,9 +21,9 @@ const VALUE_FLAGS: &[&str] = &[
     "--tools",
 ];
 
-/// What `--output-format` asks for.
+/// What `--output-format` and `--input-format` ask for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum OutputFormat {
+pub(crate) enum Format {
     /// The command's own output, nothing else.
     #[default]
     Text,
@@ -35,7 +34,9 @@ pub(crate) enum OutputFormat {
 /// A parsed command line. Unknown flags are ignored, as the mock must survive new flags of the real CLI.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Args {
-    pub(crate) output_format: OutputFormat,
+    pub(crate) output_format: Format,
+    /// Standard input holds `stream-json` messages, the prompt first.
+    pub(crate) messages: bool,
     /// The session to go on with.
     pub(crate) resume: Option<OsString>,
     /// First positional argument that is not empty.
@@ -65,6 +66,10 @@ impl Args {
                 parsed.output_format = format_of(&arguments.next().unwrap_or_default());
             } else if let Some(value) = flag.strip_prefix("--output-format=") {
                 parsed.output_format = format_of(OsStr::new(value));
+            } else if flag == "--input-format" {
+                parsed.messages = format_of(&arguments.next().unwrap_or_default()).is_json();
+            } else if let Some(value) = flag.strip_prefix("--input-format=") {
+                parsed.messages = format_of(OsStr::new(value)).is_json();
             } else if matches!(flag, "--resume" | "-r") {
                 parsed.resume = arguments.next();
             } else if VALUE_FLAGS.contains(&flag) {
@@ -75,11 +80,17 @@ impl Args {
     }
 }
 
-fn format_of(value: &OsStr) -> OutputFormat {
+impl Format {
+    fn is_json(self) -> bool {
+        self == Self::StreamJson
+    }
+}
+
+fn format_of(value: &OsStr) -> Format {
     if value == "stream-json" {
-        OutputFormat::StreamJson
+        Format::StreamJson
     } else {
-        OutputFormat::Text
+        Format::Text
     }
 }
 
@@ -108,7 +119,7 @@ mod tests {
             "--",
             "echo hi",
         ]);
-        assert_eq!(args.output_format, OutputFormat::StreamJson);
+        assert_eq!(args.output_format, Format::StreamJson);
         assert_eq!(args.prompt, Some("echo hi".into()));
         assert_eq!(args.resume, Some("not-the-prompt".into()));
     }
@@ -116,7 +127,7 @@ mod tests {
     #[test]
     fn flags_with_an_equals_sign_consume_nothing() {
         let args = parse(&["--output-format=stream-json", "--model=x", "prompt"]);
-        assert_eq!(args.output_format, OutputFormat::StreamJson);
+        assert_eq!(args.output_format, Format::StreamJson);
         assert_eq!(args.prompt, Some("prompt".into()));
     }
 
@@ -129,8 +140,16 @@ mod tests {
     }
 
     #[test]
+    fn messages_are_taken_from_standard_input_when_asked_for() {
+        assert!(parse(&["--input-format", "stream-json"]).messages);
+        assert!(parse(&["--input-format=stream-json"]).messages);
+        let args = parse(&["--input-format", "text", "prompt"]);
+        assert_eq!((args.messages, args.prompt), (false, Some("prompt".into())));
+    }
+
+    #[test]
     fn text_is_the_default_format() {
-        assert_eq!(parse(&["x"]).output_format, OutputFormat::Text);
+        assert_eq!(parse(&["x"]).output_format, Format::Text);
         assert_eq!(parse(&["--output-format"]).prompt, None);
     }
 

@@ -176,6 +176,19 @@ pub(crate) fn result_lines(stream: &mut Stream, output: &str, is_error: bool) {
     });
 }
 
+/// A message of standard input is read now.
+pub(crate) fn read_line(stream: &mut Stream, text: &str) {
+    let session_id = stream.session_id.clone();
+    stream.push(&Event::Replay {
+        session_id: &session_id,
+        message: Said {
+            role: "user",
+            content: text,
+        },
+        is_replay: true,
+    });
+}
+
 /// An assistant line that says `text`.
 pub(crate) fn text_line(stream: &mut Stream, text: &str) {
     let session_id = stream.session_id.clone();
@@ -206,6 +219,13 @@ enum Event<'a> {
         session_id: &'a str,
         message: Message<'a>,
     },
+    #[serde(rename = "user")]
+    Replay {
+        session_id: &'a str,
+        message: Said<'a>,
+        #[serde(rename = "isReplay")]
+        is_replay: bool,
+    },
     Result {
         subtype: &'a str,
         session_id: &'a str,
@@ -222,6 +242,12 @@ enum Event<'a> {
 struct Message<'a> {
     role: &'a str,
     content: [Block<'a>; 1],
+}
+
+#[derive(Serialize)]
+struct Said<'a> {
+    role: &'a str,
+    content: &'a str,
 }
 
 #[derive(Serialize)]

@@ -12,6 +12,7 @@ mod args;
 mod bash;
 mod events;
 mod history;
+mod messages;
 mod script;
 
 use std::ffi::OsStr;
@@ -19,8 +20,8 @@ use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStringExt as _;
 use std::process::ExitCode;
 
-use args::{Args, OutputFormat};
-use events::{Stream, command_lines, opening_lines, result_lines};
+use args::{Args, Format};
+use events::{Stream, command_lines, opening_lines, read_line, result_lines};
 
 fn main() -> ExitCode {
     match run() {
@@ -36,6 +37,9 @@ fn main() -> ExitCode {
 
 fn run() -> io::Result<ExitCode> {
     let args = Args::parse(std::env::args_os().skip(1));
+    if args.messages {
+        return converse(args.resume.as_deref());
+    }
     let Some(prompt) = prompt_bytes(&args)? else {
         eprintln!(
             "Error: Input must be provided either through stdin or as a prompt argument when using --print"
@@ -43,11 +47,11 @@ fn run() -> io::Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     };
     if let Some(script) = script::Script::parse(&prompt) {
-        return script.play();
+        return script.play(false);
     }
     match args.output_format {
-        OutputFormat::Text => Err(bash::become_bash(&prompt)),
-        OutputFormat::StreamJson => answer(&prompt, args.resume.as_deref()),
+        Format::Text => Err(bash::become_bash(&prompt)),
+        Format::StreamJson => answer(&prompt, args.resume.as_deref()),
     }
 }
 
@@ -63,29 +67,60 @@ fn prompt_bytes(args: &Args) -> io::Result<Option<Vec<u8>>> {
     Ok((!prompt.is_empty()).then_some(prompt))
 }
 
-/// The five lines around one run of the prompt.
+/// The lines around one run of the prompt.
 fn answer(prompt: &[u8], resume: Option<&OsStr>) -> io::Result<ExitCode> {
-    let mut stream = match resume.map(OsStr::to_string_lossy) {
-        None => Stream::new()?,
-        Some(id) => match Stream::resume(&id) {
-            Ok(stream) => stream,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // As the real CLI says it.
-                eprintln!("No conversation found with session ID: {id}");
-                return Ok(ExitCode::FAILURE);
-            }
-            Err(error) => return Err(error),
-        },
+    match session(resume)? {
+        Some(mut stream) => turn(&mut stream, prompt),
+        None => Ok(ExitCode::FAILURE),
+    }
+}
+
+/// A turn for each message on standard input, until its end. The exit code is the last turn's.
+fn converse(resume: Option<&OsStr>) -> io::Result<ExitCode> {
+    let mut code = ExitCode::SUCCESS;
+    let mut stream = None;
+    while let Some(text) = messages::next()? {
+        if let Some(script) = script::Script::parse(text.as_bytes()) {
+            return script.play(true);
+        }
+        if stream.is_none() {
+            stream = session(resume)?;
+        }
+        let Some(stream) = &mut stream else {
+            return Ok(ExitCode::FAILURE);
+        };
+        read_line(stream, &text);
+        code = turn(stream, text.as_bytes())?;
+    }
+    Ok(code)
+}
+
+/// The session to go on with, or a new one. `None` when it is not there, which has been said.
+fn session(resume: Option<&OsStr>) -> io::Result<Option<Stream>> {
+    let Some(id) = resume.map(OsStr::to_string_lossy) else {
+        return Stream::new().map(Some);
     };
-    opening_lines(&mut stream);
-    command_lines(&mut stream, prompt);
+    match Stream::resume(&id) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // As the real CLI says it.
+            eprintln!("No conversation found with session ID: {id}");
+            Ok(None)
+        }
+        other => other.map(Some),
+    }
+}
+
+/// The five lines around one command.
+fn turn(stream: &mut Stream, prompt: &[u8]) -> io::Result<ExitCode> {
+    opening_lines(stream);
+    command_lines(stream, prompt);
     stream.flush()?;
 
     let outcome = bash::run(prompt);
 
-    result_lines(&mut stream, &outcome.text(), outcome.failed());
+    result_lines(stream, &outcome.text(), outcome.failed());
     stream.flush()?;
-    if let Err(error) = history::save(&stream) {
+    if let Err(error) = history::save(stream) {
         eprintln!("the session history could not be written: {error}");
     }
     Ok(ExitCode::from(outcome.code))

@@ -2,15 +2,16 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, BufRead as _, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use crate::bash::stdout_unbuffered;
 use crate::events::{
-    Stream, command_lines, opening_lines, result_lines, text_line, web_fetch_line,
+    Stream, command_lines, opening_lines, read_line, result_lines, text_line, web_fetch_line,
 };
+use crate::messages;
 
 /// Longer than any line a supervisor should be willing to hold in memory (the agent's limit is 32 MiB).
 const OVER_LIMIT: usize = 33 * 1024 * 1024;
@@ -45,7 +46,7 @@ pub(crate) enum Script {
     WriteEnv { path: Vec<u8> },
     /// Prints the given lines as they are.
     Echo { lines: Vec<u8>, hang: bool },
-    /// Takes this many lines from standard input, each answered by an event.
+    /// Takes this many lines (or messages) from standard input, each answered by an event.
     ActiveInput { count: usize },
 }
 
@@ -121,8 +122,8 @@ impl Script {
         Some(Self::ActiveInput { count })
     }
 
-    /// Plays the script to its end, if it has one.
-    pub(crate) fn play(self) -> io::Result<ExitCode> {
+    /// Plays the script to its end, if it has one. `messages`: standard input holds messages.
+    pub(crate) fn play(self, messages: bool) -> io::Result<ExitCode> {
         match self {
             Self::Fail { stderr } => {
                 io::stderr().write_all(&stderr)?;
@@ -153,7 +154,7 @@ impl Script {
                     hang_forever();
                 }
             }
-            Self::ActiveInput { count } => return active_input(count),
+            Self::ActiveInput { count } => return active_input(count, messages),
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -276,17 +277,23 @@ fn write_env(path: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn active_input(count: usize) -> io::Result<ExitCode> {
+fn active_input(count: usize, messages: bool) -> io::Result<ExitCode> {
     let mut stream = started("@active-input-smoke")?;
-    let mut lines = io::stdin().lock().take(1024 * 1024).lines();
     for number in 1..=count {
-        let Some(line) = lines.next().transpose()? else {
+        let text = match messages {
+            true => messages::next()?,
+            false => messages::next_line()?,
+        };
+        let Some(text) = text else {
             let missing = format!("input ended before line {number} of {count}");
             result_lines(&mut stream, &missing, true);
             stream.flush()?;
             return Ok(ExitCode::FAILURE);
         };
-        text_line(&mut stream, &format!("input {number}: {line}"));
+        if messages {
+            read_line(&mut stream, &text);
+        }
+        text_line(&mut stream, &format!("input {number}: {text}"));
         stream.flush()?;
     }
     stream.finish(&format!("{count} inputs taken"))?;

@@ -100,6 +100,37 @@ fn failures_print_only_their_message() {
 }
 
 #[test]
+fn each_message_is_a_turn_of_one_session() {
+    let home = tempfile::tempdir().unwrap();
+    let mut child = mock(&home)
+        .args(["--output-format", "stream-json", "--input-format"])
+        .args(["stream-json", "--replay-user-messages"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    for prompt in ["echo one", "echo two; exit 3"] {
+        let message =
+            serde_json::json!({"type": "user", "message": {"role": "user", "content": prompt}});
+        writeln!(stdin, "{message}").unwrap();
+    }
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    let lines = lines(&output);
+    let of = |name: &str| -> Vec<_> {
+        let has = lines.iter().filter(|line| !line[name].is_null());
+        has.map(|line| line[name].to_string()).collect()
+    };
+    assert_eq!(of("isReplay"), ["true", "true"]);
+    assert_eq!(of("result"), [r#""one\n""#, r#""two\n""#]);
+    let mut sessions = of("session_id");
+    sessions.dedup();
+    assert_eq!(sessions.len(), 1);
+}
+
+#[test]
 fn inputs_are_taken_while_it_runs() {
     let home = tempfile::tempdir().unwrap();
     let start = |input: &'static [u8]| {

@@ -7,11 +7,13 @@
     reason = "helpers of tests"
 )]
 
+use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 const REAL: &str = include_str!("fixtures/real-tool-run.jsonl");
+const REAL_INPUT: &str = include_str!("fixtures/real-input.jsonl");
 
 fn lines(text: &str) -> Vec<Value> {
     text.lines()
@@ -71,4 +73,32 @@ fn every_field_of_the_mocks_lines_is_the_real_ones() {
         assert_fields_of(line, counterpart, &kind(line).0);
     }
     assert_eq!(mock[4]["subtype"], real[5]["subtype"]);
+}
+
+#[test]
+fn a_message_that_is_read_is_repeated_like_the_real_one_does() {
+    let home = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_guest-mock-claude"))
+        .args(["--output-format", "stream-json", "--input-format"])
+        .args(["stream-json", "--replay-user-messages"])
+        .current_dir(home.path())
+        .env("HOME", home.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let message = r#"{"type":"user","message":{"role":"user","content":"echo hi"}}"#;
+    let mut stdin = child.stdin.take().unwrap();
+    writeln!(stdin, "{message}").unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    let mock = lines(std::str::from_utf8(&output.stdout).unwrap());
+    let read = |line: &&Value| line["isReplay"] == true;
+    let real = lines(REAL_INPUT);
+    let (mock, real) = (
+        mock.iter().find(read).unwrap(),
+        real.iter().find(read).unwrap(),
+    );
+    assert_fields_of(mock, real, "user");
+    assert_eq!(mock["message"]["content"], "echo hi");
 }
