@@ -103,6 +103,10 @@ pub struct CreateRun {
     /// What if its runner is lost.
     #[serde(default)]
     pub on_runner_lost: OnRunnerLost,
+    /// Whether the agent can be told more while it works (`POST /api/runs/{run}/input`).
+    // Left out where it is not so: the same request made by an older client has the same fingerprint.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accepts_input: bool,
 }
 
 /// Where a run is.
@@ -184,6 +188,12 @@ pub struct Run {
     pub holder: Option<Holder>,
     /// Somebody wants it ended.
     pub cancel_requested: bool,
+    /// Whether it can be given input.
+    #[serde(default)]
+    pub accepts_input: bool,
+    /// How many inputs it was given.
+    #[serde(default)]
+    pub inputs: u64,
     /// Its answer, when it is done.
     pub result: Option<RunResult>,
 }

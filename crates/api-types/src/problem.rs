@@ -57,6 +57,8 @@ kinds! {
     RunFinished = "run-finished", 409, "The run is finished";
     /// It makes no sense while the run waits.
     NotRunning = "not-running", 409, "The run is not running";
+    /// It was made without `acceptsInput`.
+    NoInput = "no-input", 409, "The run takes no input";
     /// Something between what is there and what was sent is missing; `next` says where to go on.
     Gap = "gap", 409, "Something before it is missing";
     /// Only a WebSocket is to be had here.

@@ -123,6 +123,9 @@ pub struct ExecutionContext {
     pub api_start_time: UnixMillis,
     /// Which policy `policy` is; a lease's answer says when there is a newer one.
     pub policy_revision: u64,
+    /// Whether the agent is to be started so that it can be told more while it works.
+    #[serde(default)]
+    pub accepts_input: bool,
     /// How many inputs wait for the agent.
     pub inputs: u64,
 }

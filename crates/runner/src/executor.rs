@@ -212,7 +212,7 @@ async fn attempt(
         }
     }
     let step = steps.begin("agent");
-    let ended = agent(setting, job, env, &sandbox, log, progress).await;
+    let ended = agent(setting, job, api, env, &sandbox, log, progress).await;
     step.end(
         ended
             .as_ref()

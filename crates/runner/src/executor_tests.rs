@@ -94,11 +94,15 @@ impl Bench {
     }
 
     async fn run_heard(&self, job: &Job, heard: &Heard) -> Ended {
+        self.run_for(job, None, heard).await
+    }
+
+    async fn run_for(&self, job: &Job, api: Option<&ApiSide>, heard: &Heard) -> Ended {
         let cancel = self.cancel.subscribe();
         let work = Work {
             job,
             submitter: 0,
-            api: None,
+            api,
             source: self.source(),
             network: None,
             steps: &Steps::default(),
@@ -224,6 +228,43 @@ async fn a_long_prompt_travels_by_stdin_whole() {
     let (ended, _) = bench.run(&job).await;
     assert_eq!(ended.result.exit_code, 0);
     assert!(seen.recv().await.unwrap() == prompt);
+}
+
+#[tokio::test]
+async fn a_job_that_takes_input_gets_its_prompt_and_each_input_as_a_line() {
+    const TEXTS: [&str; 3] = ["the\nprompt", "more", "\u{1f600}\"\n"];
+    let bench = Bench::new(move |mut exec| {
+        assert_eq!(variable(&exec, "VM0_PROMPT"), None);
+        assert_eq!(variable(&exec, "VM0_INPUT"), Some("1"));
+        let stdin = exec.take_stdin().unwrap();
+        std::thread::spawn(move || {
+            rustix::io::ioctl_fionbio(&stdin, false).unwrap();
+            let lines = std::io::BufReader::new(std::fs::File::from(stdin));
+            let lines = std::io::BufRead::lines(lines).map(Result::unwrap);
+            for (text, line) in TEXTS.into_iter().zip(lines) {
+                let message: serde_json::Value = serde_json::from_str(&line).unwrap();
+                assert_eq!(message["type"], "user");
+                assert_eq!(message["message"]["role"], "user");
+                assert_eq!(message["message"]["content"], text);
+                assert!(message["uuid"].is_string());
+            }
+            exec.exit(7);
+        });
+    });
+    let (give, inputs) = mpsc::channel(2);
+    for text in &TEXTS[1..] {
+        give.try_send((*text).to_owned()).unwrap();
+    }
+    let api = ApiSide {
+        url: "https://api.example.com".to_owned(),
+        token: "token".to_owned().into(),
+        group_policy: policy::Draft::default(),
+        resume: None,
+        inputs: Some(tokio::sync::Mutex::new(inputs)),
+    };
+    let job = job(|f| f.prompt = TEXTS[0].to_owned());
+    let ended = bench.run_for(&job, Some(&api), &Heard::default()).await;
+    assert_eq!(ended.result.exit_code, 7, "{:?}", ended.result.error);
 }
 
 #[tokio::test]
@@ -370,6 +411,7 @@ async fn a_guest_that_takes_no_session_holds_its_job_for_a_bounded_time() {
             session_id: "s".to_owned(),
             session_history: "x".repeat(1 << 20),
         }),
+        inputs: None,
     };
     let job = job(|_| ());
     let work = Work {

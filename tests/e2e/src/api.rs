@@ -300,6 +300,14 @@ impl Api {
         assert!(status < 300, "{status}: {answer}");
     }
 
+    /// Tells a run's agent something.
+    pub fn input(&self, run: &str, text: &str) {
+        let path = format!("/api/runs/{run}/input");
+        let body = json!({"text": text});
+        let (status, answer) = self.ask(&self.client, "POST", &path, Some(&body));
+        assert_eq!(status, 202, "{answer}");
+    }
+
     /// Waits until a run is so.
     pub fn until(&self, run: &str, what: &str, mut so: impl FnMut(&Value) -> bool) -> Value {
         eventually_some(what, LONG, || Some(self.run(run)).filter(|run| so(run)))

@@ -8,7 +8,9 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use guest_control::{ControlError, ExecSpec, ExitReport, FileSpec, Session, Stream, UserSpec};
 use sandbox::{Sandbox, SandboxError};
+use tokio::sync::{Mutex, mpsc};
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use super::end::{Ended, judge, timed_out};
 use super::last_line::LastLine;
@@ -55,10 +57,10 @@ pub(super) fn environment(
     set("VM0_SECRET_VALUES", &masked);
     set("VM0_WORKING_DIR", &job.working_dir);
     set("CLI_AGENT_TYPE", &job.cli_agent_type);
-    if is_long(&job.prompt) {
-        set("VM0_PROMPT_STDIN", "1");
-    } else {
-        set("VM0_PROMPT", &job.prompt);
+    match Stdin::of(job, api) {
+        Stdin::Nothing => set("VM0_PROMPT", &job.prompt),
+        Stdin::Prompt => set("VM0_PROMPT_STDIN", "1"),
+        Stdin::Messages(_) => set("VM0_INPUT", "1"),
     }
     if let Some(mock) = mock {
         set("USE_MOCK_CLAUDE", mock);
@@ -92,15 +94,60 @@ pub(super) async fn leave_session(
     ])
 }
 
-/// Longer than one string of an environment may be: travels by stdin.
-fn is_long(prompt: &str) -> bool {
-    prompt.len() > MAX_STRING_BYTES
+/// What the agent gets on its standard input.
+enum Stdin<'a> {
+    Nothing,
+    /// The prompt, which is longer than one string of an environment may be.
+    Prompt,
+    /// The prompt and what clients say while it works.
+    Messages(&'a Mutex<mpsc::Receiver<String>>),
+}
+
+impl<'a> Stdin<'a> {
+    fn of(job: &Job, api: Option<&'a ApiSide>) -> Self {
+        match api.and_then(|api| api.inputs.as_ref()) {
+            Some(inputs) => Self::Messages(inputs),
+            None if job.prompt.len() > MAX_STRING_BYTES => Self::Prompt,
+            None => Self::Nothing,
+        }
+    }
+
+    /// Feeds it all. An agent that ends without reading everything makes this fail; its end tells more.
+    async fn feed(&self, prompt: &str, session: &Session) -> Result<(), ControlError> {
+        match self {
+            Self::Nothing => return Ok(()),
+            Self::Prompt => {
+                let prompt = Bytes::copy_from_slice(prompt.as_bytes());
+                session.write_stdin(prompt).await?;
+            }
+            Self::Messages(inputs) => {
+                session.write_stdin(message(prompt)).await?;
+                let mut inputs = inputs.lock().await;
+                while let Some(input) = inputs.recv().await {
+                    session.write_stdin(message(&input)).await?;
+                }
+            }
+        }
+        session.close_stdin().await
+    }
+}
+
+/// A message of the agent's user, as the CLI reads it: a line of its `stream-json`. With ids, the CLI says of each one when it
+/// reads it; without, it says it once of several.
+fn message(text: &str) -> Bytes {
+    let message = serde_json::json!({
+        "type": "user",
+        "uuid": Uuid::new_v4(),
+        "message": {"role": "user", "content": text},
+    });
+    Bytes::from(format!("{message}\n"))
 }
 
 /// Starts the agent, streams its output and waits for its end.
 pub(super) async fn agent(
     setting: &Setting,
     job: &Job,
+    api: Option<&ApiSide>,
     env: Vec<(String, String)>,
     sandbox: &Sandbox,
     log: &mut RunLog,
@@ -108,12 +155,13 @@ pub(super) async fn agent(
 ) -> Result<Ended, SandboxError> {
     let asked = job.timeout_secs.map(Duration::from_secs);
     let limit = asked.map_or(setting.job_timeout, |asked| asked.min(setting.job_timeout));
+    let stdin = Stdin::of(job, api);
     let spec = ExecSpec {
         argv: vec![AGENT.to_vec()],
         env,
         cwd: None,
         user: UserSpec::User,
-        stdin: is_long(&job.prompt),
+        stdin: !matches!(stdin, Stdin::Nothing),
         pty: None,
         timeout: Some(limit),
         wake: Some(wake_now()?),
@@ -124,7 +172,12 @@ pub(super) async fn agent(
     let mut last_line = LastLine::default();
     let report = timeout(
         limit.saturating_add(TIMEOUT_GRACE),
-        watch_agent(job, &session, log, &mut last_line),
+        watch_agent(
+            stdin.feed(&job.prompt, &session),
+            &session,
+            log,
+            &mut last_line,
+        ),
     )
     .await;
     let report = match report {
@@ -135,9 +188,9 @@ pub(super) async fn agent(
     Ok(judge(job.run_id, &report, limit, &last_line.text()))
 }
 
-/// Feeds the prompt, copies output to the log and waits for the end, all at once.
+/// Feeds the agent, copies output to the log and waits for the end, all at once.
 async fn watch_agent(
-    job: &Job,
+    feed: impl Future<Output = Result<(), ControlError>>,
     session: &Session,
     log: &mut RunLog,
     last_line: &mut LastLine,
@@ -151,15 +204,6 @@ async fn watch_agent(
             log.write(&chunk.data);
         }
     };
-    let feed = async {
-        if is_long(&job.prompt) {
-            // An agent that ends without reading everything makes this fail; its end tells more.
-            let _ = session
-                .write_stdin(Bytes::copy_from_slice(job.prompt.as_bytes()))
-                .await;
-            let _ = session.close_stdin().await;
-        }
-    };
     let end = session.wait();
     tokio::pin!(copy, feed, end);
     let (mut copied, mut fed) = (false, false);
@@ -167,7 +211,7 @@ async fn watch_agent(
         tokio::select! {
             report = &mut end => break report?,
             () = &mut copy, if !copied => copied = true,
-            () = &mut feed, if !fed => fed = true,
+            _ = &mut feed, if !fed => fed = true,
         }
     };
     if !copied {

@@ -13,6 +13,7 @@ use api_types::runner::ResumeSession;
 use host::fs::{Access, Dir, FsError};
 use policy::Draft;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex, mpsc};
 
 use super::group::{
     CLAIMS, GroupQueue, QueueError, QueueFile, RESULTS, RUNNERS, cancel_name, claim_name,
@@ -120,6 +121,8 @@ pub(crate) struct ApiSide {
     pub(crate) group_policy: Draft,
     /// The session to go on with, as an earlier run left it.
     pub(crate) resume: Option<ResumeSession>,
+    /// What clients tell the agent while it works, where the run takes any.
+    pub(crate) inputs: Option<Mutex<mpsc::Receiver<String>>>,
 }
 
 impl std::fmt::Debug for ApiSide {

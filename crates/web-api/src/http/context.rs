@@ -56,6 +56,7 @@ pub(super) async fn context(
         secrets: spec.secrets,
         api_start_time: entry.created_at,
         policy_revision: entry.policy_revision,
+        accepts_input: entry.accepts_input,
         inputs: entry.inputs,
     })
 }

@@ -29,6 +29,8 @@ const MAX_SECRETS: usize = 64;
 const MAX_VALUE_BYTES: usize = 96 << 10;
 const MAX_ENVIRONMENT_BYTES: usize = 1 << 20;
 const MAX_INPUT_BYTES: usize = 64 << 10;
+/// Most inputs of one run.
+const MAX_INPUTS: u64 = 1000;
 const MAX_KEY_BYTES: usize = 255;
 /// Runs on one page, at most.
 const MAX_PAGE: u32 = 200;
@@ -254,6 +256,7 @@ pub(super) async fn create(
         state: RunStateOf::Queued,
         last_holder: None,
         policy_revision: 0,
+        accepts_input: body.accepts_input,
         inputs: 0,
         advice: None,
     };
@@ -416,11 +419,15 @@ async fn announce(
     Ok(())
 }
 
-/// Keeps something for the agent to read, now or as soon as it runs. It is given to the holder of the run's claim; today's
-/// runners do not ask for it, so no agent reads it yet.
+/// Tells the agent something, now or as soon as it runs.
+///
+/// Only a run made with `acceptsInput` takes any. It is a further message of the agent's user: read during the turn that it is
+/// at or answered in a turn after it, and among the run's events (`isReplay`) when it is read. The run ends with an answer
+/// after which no input waits; what is sent at that very moment can come too late, and is among no events then. A run that is
+/// queued again gets all its inputs again.
 #[utoipa::path(post, path = "/api/runs/{run}/input", tag = "runs", operation_id = "sendInput",
     params(("run" = RunId, Path, description = "Its id")), request_body = Input,
-    responses((status = 202, description = "It is kept with the run", body = InputAccepted), Problems),
+    responses((status = 202, description = "It is kept with the run and given to its agent", body = InputAccepted), Problems),
     security(("apiKey" = [])))]
 pub(super) async fn input(
     State(service): State<Arc<Service>>,
@@ -432,10 +439,22 @@ pub(super) async fn input(
     if matches!(entry.state, RunStateOf::Done { .. }) {
         return Err(crate::run::Refusal::Finished.into());
     }
+    if !entry.accepts_input {
+        return Err(problem(
+            ProblemKind::NoInput,
+            "the run was made without \"acceptsInput\": true",
+        ));
+    }
     if body.text.is_empty() || body.text.len() > MAX_INPUT_BYTES || body.text.contains('\0') {
         return Err(invalid(
             "text",
             "it has 1 byte to 64 KiB and no NUL character",
+        ));
+    }
+    if entry.inputs >= MAX_INPUTS {
+        return Err(problem(
+            ProblemKind::TooLarge,
+            format!("the run has had {MAX_INPUTS} inputs"),
         ));
     }
     let chunk = Chunk::Items(vec![body_json(&body.text)?]);

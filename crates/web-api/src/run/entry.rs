@@ -97,6 +97,9 @@ pub struct Entry {
     /// Revision of the policy that a client gave it after it was made; 0: none.
     #[serde(default)]
     pub policy_revision: u64,
+    /// Whether it may be given input. Written only where it is so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accepts_input: bool,
     /// How many inputs it was given.
     #[serde(default)]
     pub inputs: u64,
@@ -133,6 +136,8 @@ impl Entry {
             epoch: self.epoch,
             holder,
             cancel_requested,
+            accepts_input: self.accepts_input,
+            inputs: self.inputs,
             result,
         }
     }

@@ -23,6 +23,7 @@ pub(crate) fn entry() -> Entry {
         state: State::Queued,
         last_holder: None,
         policy_revision: 0,
+        accepts_input: false,
         inputs: 0,
         advice: None,
     }

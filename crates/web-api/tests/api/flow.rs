@@ -145,12 +145,25 @@ async fn cancel_input_and_policy_reach_the_runner_by_its_next_renewal() {
     assert_eq!(ended.result.unwrap().exit_code, 137);
     assert!(runner.poll(me, 0).await.is_none());
 
-    let id = client.create(json!({})).await.run_id;
+    let run = client.create(json!({"acceptsInput": true})).await;
+    assert!(run.accepts_input);
+    let id = run.run_id;
     let input =
         |text: &str| client.post_owned(format!("/api/runs/{id}/input"), json!({"text": text}));
     input("early").await;
-    assert_eq!(runner.claim(me, id).await.inputs, 1);
+    let context = runner.claim(me, id).await;
+    assert!(context.accepts_input);
+    assert_eq!(context.inputs, 1);
     input("late").await;
+    let deaf = client.create(json!({})).await;
+    assert!(!deaf.accepts_input);
+    let refused = client
+        .post_owned(
+            format!("/api/runs/{}/input", deaf.run_id),
+            json!({"text": "x"}),
+        )
+        .await;
+    assert_eq!(refused.problem(), ProblemKind::NoInput);
     let policy = json!({"default": "deny", "rules": []});
     let set: RunPolicy = client
         .put(&format!("/api/runs/{id}/policy"), policy)

@@ -64,6 +64,45 @@ fn a_run_of_the_api_runs_in_a_vm_and_is_answered_there() {
 }
 
 #[test]
+fn what_clients_say_reaches_the_agent_while_it_works() {
+    let Some((_world, api, host)) = scene() else {
+        return;
+    };
+    let run = api.create(
+        "echo prompted >/tmp/begun; until [ -e /tmp/go ]; do sleep 0.2; done; echo first",
+        json!({"acceptsInput": true}),
+    );
+    host.until_file(&run, "/tmp/begun");
+    // While the agent is at its prompt; the second needs what the first did.
+    api.input(&run, "pwd >/tmp/told; echo 'it''s \"second\"'");
+    api.input(&run, "cat /tmp/told; exit 3");
+    eventually("the agent has both", LONG, || {
+        host.log(&run).contains("▷ Input 2")
+    });
+    host.in_vm(&run, "touch /tmp/go");
+    let result = api.result(&run);
+    assert_eq!(result["exitCode"], 3, "{result}");
+    let log = host.log(&run);
+    let answers = log
+        .lines()
+        .filter(|line| !line.contains(['▶', '▷', '✓', '✗']));
+    let answers: Vec<_> = answers.take(3).collect();
+    assert_eq!(answers, ["first", "its \"second\"", "/home/user/workspace"]);
+    // A client sees when each was read, by the prompt and two replays.
+    let events = api.feed(&run, "events");
+    assert_eq!(events.matches("\"isReplay\":true").count(), 3, "{events}");
+    assert_eq!(api.run(&run)["inputs"], 2);
+
+    // One that is there before any runner has the run, and scripts that read by themselves.
+    let run = api.create("@active-input-smoke:1", json!({"acceptsInput": true}));
+    api.input(&run, "early");
+    let result = api.result(&run);
+    assert_eq!(result["exitCode"], 0, "{result}");
+    assert!(host.log(&run).contains("1 inputs taken"));
+    host.finish();
+}
+
+#[test]
 fn a_run_is_cancelled_through_the_api() {
     let Some((_world, api, host)) = scene() else {
         return;

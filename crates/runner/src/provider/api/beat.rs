@@ -7,7 +7,7 @@ use api_types::runner::{Heartbeat, LeaseAnswer, LeaseRef, LeaseVerdict, RunnerMo
 use policy::Draft;
 use tokio::time::Instant;
 
-use super::Inner;
+use super::{Inner, inputs};
 use crate::names::RunId;
 use crate::provider::ProviderEvent;
 use crate::status::Mode;
@@ -137,6 +137,9 @@ fn heed(inner: &Arc<Inner>, answer: &LeaseAnswer) {
     let newer = renewed && answer.policy_revision > held.policy_revision;
     if newer {
         held.policy_revision = answer.policy_revision;
+    }
+    if let (true, Some(inputs)) = (renewed, &held.inputs) {
+        inputs::announce(inputs, answer.inputs);
     }
     let lease = LeaseRef {
         run_id: run,

@@ -9,10 +9,11 @@ use api_types::runner::{
     Claim, ExecutionContext, FirewallAuth, FirewallSecrets, LeaseOf, LeaseRef,
 };
 use policy::Draft;
+use tokio::sync::{Mutex, mpsc};
 use tokio::time::sleep;
 use zeroize::Zeroizing;
 
-use super::{CallError, Held, Inner, Pause, View};
+use super::{CallError, Held, Inner, Pause, View, inputs};
 use crate::names::RunId;
 use crate::provider::ProviderEvent;
 use crate::queue::{
@@ -36,7 +37,10 @@ pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
         epoch: context.epoch,
     };
     inner.hold(lease, inner.id, context.policy_revision);
-    let job = match job_of(&inner, context, &head) {
+    let inputs = context
+        .accepts_input
+        .then(|| inputs::begin(&inner, lease, context.inputs));
+    let job = match job_of(&inner, context, &head, inputs) {
         Ok(job) => job,
         Err(reason) => {
             let why = format!("the run cannot be started: {reason}");
@@ -142,7 +146,12 @@ async fn win(inner: &Inner, head: &JobHead) -> Option<ExecutionContext> {
     }
 }
 
-fn job_of(inner: &Inner, context: ExecutionContext, head: &JobHead) -> Result<ClaimedJob, String> {
+fn job_of(
+    inner: &Inner,
+    context: ExecutionContext,
+    head: &JobHead,
+    inputs: Option<mpsc::Receiver<String>>,
+) -> Result<ClaimedJob, String> {
     let draft = |value: Option<serde_json::Value>| match value {
         Some(value) => Draft::from_json(&value.to_string()).map_err(|error| error.to_string()),
         None => Ok(Draft::default()),
@@ -183,6 +192,7 @@ fn job_of(inner: &Inner, context: ExecutionContext, head: &JobHead) -> Result<Cl
             token: Zeroizing::new(context.sandbox_token),
             group_policy,
             resume: context.resume_session,
+            inputs: inputs.map(Mutex::new),
         })),
     })
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use api_types::runner::{
     Claim, Complete, ExecutionContext, FirewallAuth, FirewallSecrets, Heartbeat, HeartbeatAnswer,
-    LeaseOf, LeaseRef, Poll, Polled, RunPolicy, Upload, Uploaded,
+    Inputs, LeaseOf, LeaseRef, Poll, Polled, RunPolicy, Upload, Uploaded,
 };
 use api_types::{GroupName, Problem, ProblemKind, RunId, RunnerId};
 use reqwest::{
@@ -206,6 +206,19 @@ impl Api {
     ) -> Result<RunPolicy, CallError> {
         let LeaseRef { run_id, epoch } = lease;
         let path = format!("/api/runners/jobs/{run_id}/policy?runnerId={runner}&epoch={epoch}");
+        parse(answer(self.request(Method::GET, &path)).await?).await
+    }
+
+    /// Inputs behind the one of number `after`.
+    pub(super) async fn inputs(
+        &self,
+        runner: RunnerId,
+        lease: LeaseRef,
+        after: u64,
+    ) -> Result<Inputs, CallError> {
+        let LeaseRef { run_id, epoch } = lease;
+        let query = format!("runnerId={runner}&epoch={epoch}&after={after}");
+        let path = format!("/api/runners/jobs/{run_id}/inputs?{query}");
         parse(answer(self.request(Method::GET, &path)).await?).await
     }
 

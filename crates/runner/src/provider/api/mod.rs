@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   discover ── poll ──▶ Found ─▶ (daemon reserves) ─▶ claim() ─▶ claims ── context ──▶ Claimed
-//!   beat ── heartbeat: leases ──▶ Cancelled (wanted, or lost), policy ──▶ Networks
+//!   beat ── heartbeat: leases ──▶ Cancelled (wanted, or lost), policy ──▶ Networks, inputs ──▶ the executor
 //!   bring, one for each claim ── logs as they grow ──▶ complete() ─▶ spool ─▶ Completed ─▶ the API, until it has it
 //! ```
 //!
@@ -16,6 +16,7 @@ mod claims;
 mod client;
 mod discover;
 mod feed;
+mod inputs;
 mod push;
 mod spool;
 #[cfg(test)]
@@ -106,6 +107,8 @@ struct Held {
     /// Who claimed it: us, or a process before us.
     runner: RunnerId,
     policy_revision: u64,
+    /// How many inputs there are for its agent, where it takes any.
+    inputs: Option<watch::Sender<u64>>,
     /// The daemon has been told to end it.
     cancelled: bool,
     lost: bool,
@@ -313,6 +316,7 @@ impl Inner {
             epoch: lease.epoch,
             runner,
             policy_revision,
+            inputs: None,
             cancelled: false,
             lost: false,
             answer,

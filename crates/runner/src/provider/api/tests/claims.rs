@@ -1,6 +1,6 @@
 //! Claims that are on their way while something else happens.
 
-use api_types::runner::{ExecutionContext, FirewallSecrets, LeaseVerdict};
+use api_types::runner::{ExecutionContext, FirewallSecrets, Inputs, LeaseVerdict, NumberedInput};
 use std::collections::BTreeMap;
 
 use super::*;
@@ -92,6 +92,7 @@ impl Bench {
             secrets: vec!["KEY".parse().unwrap()],
             api_start_time: 0,
             policy_revision: 0,
+            accepts_input: false,
             inputs: 0,
         }
     }
@@ -187,4 +188,53 @@ async fn a_run_that_is_won_by_a_daemon_that_leaves_is_given_back() {
         "{event:?}"
     );
     assert!(bench.provider.0.lock().held.is_empty());
+}
+
+#[tokio::test]
+async fn inputs_reach_the_job_once_and_in_order_whatever_the_api_repeats() {
+    let mut bench = Bench::claiming().await;
+    let claim = bench.asked("/claim").await;
+    claim.answer(&ExecutionContext {
+        secrets: Vec::new(),
+        accepts_input: true,
+        inputs: 1,
+        ..bench.context()
+    });
+    let numbered = |range: std::ops::RangeInclusive<u64>| Inputs {
+        inputs: range
+            .map(|sequence| NumberedInput {
+                sequence,
+                text: format!("input {sequence}"),
+            })
+            .collect(),
+    };
+    bench.asked("after=0").await.answer(&numbered(1..=1));
+    let ProviderEvent::Claimed(job) = bench.told().await else {
+        panic!("it is not claimed");
+    };
+    let inputs = job.api.unwrap().inputs.unwrap();
+    let next = async || inputs.lock().await.recv().await;
+    assert_eq!(next().await.as_deref(), Some("input 1"));
+
+    bench.provider.0.beat.notify_one();
+    let heartbeat = bench.asked("/heartbeat").await;
+    heartbeat.take_heartbeat(vec![LeaseAnswer {
+        run_id: bench.run,
+        epoch: 1,
+        verdict: LeaseVerdict::Renewed,
+        cancel_requested: false,
+        policy_revision: 0,
+        inputs: 3,
+    }]);
+    bench
+        .asked("after=1")
+        .await
+        .refuse(ProblemKind::Unavailable);
+    bench.asked("after=1").await.answer(&numbered(1..=2));
+    bench.asked("after=2").await.answer(&numbered(1..=3));
+    assert_eq!(next().await.as_deref(), Some("input 2"));
+    assert_eq!(next().await.as_deref(), Some("input 3"));
+    // When the run is over, so is its input.
+    bench.provider.0.forget(bench.run);
+    assert_eq!(next().await, None);
 }
