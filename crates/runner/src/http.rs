@@ -1,4 +1,11 @@
-//! What `setup` and the Web API's provider say of HTTP.
+//! What all of the runner's HTTP clients have in common: what they say of themselves, and of what went wrong.
+
+/// A client to be built: it says who we are, and follows no redirection, which would carry a token to wherever it points.
+pub(crate) fn client() -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
+        .user_agent(format!("vm0-runner/{}", crate::cli::VERSION))
+        .redirect(reqwest::redirect::Policy::none())
+}
 
 /// An HTTP error with what is below it, which says more than its own words, and without the URL, which is told anyway.
 pub(crate) fn causes(error: &reqwest::Error) -> String {

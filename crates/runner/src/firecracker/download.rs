@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::FirecrackerError;
 use super::pins::Sha256Hex;
-use crate::http::causes;
+use crate::http::{self, causes};
 use crate::image::Steps;
 
 /// How patient a download is.
@@ -85,8 +85,7 @@ impl<'a> Downloader<'a> {
                 attempt.follow()
             }
         });
-        let client = Client::builder()
-            .user_agent(concat!("vm0-runner/", env!("CARGO_PKG_VERSION")))
+        let client = http::client()
             .connect_timeout(limits.stall)
             .redirect(policy)
             .build()

@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::{Settings, SettingsError};
-use crate::http::causes;
+use crate::http::{self, causes};
 use crate::metrics::Counters;
 
 /// Spans that wait for the collector; more are dropped. The default of OpenTelemetry's own batch processor.
@@ -247,11 +247,8 @@ struct Client {
 
 impl Client {
     fn new(timeout: Duration) -> Result<Self, SettingsError> {
-        let http = reqwest::Client::builder()
-            .user_agent(format!("vm0-runner/{}", crate::cli::VERSION))
+        let http = http::client()
             .timeout(timeout)
-            // A redirect would carry the headers to wherever it points.
-            .redirect(reqwest::redirect::Policy::none())
             .build()
             .map_err(|error| SettingsError::Exporter(causes(&error)))?;
         Ok(Self {

@@ -10,7 +10,6 @@ use api_types::runner::{
 use api_types::{GroupName, Problem, ProblemKind, RunId, RunnerId};
 use reqwest::{
     Client, ClientBuilder, Method, RequestBuilder, Response, StatusCode, Upgraded, Url, header,
-    redirect,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,8 +19,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::Role;
 use zeroize::Zeroizing;
 
-use crate::cli::VERSION;
-use crate::http::causes;
+use crate::http::{self, causes};
 
 /// Limit on one request that does not wait: the server's own is 30 s.
 const REQUEST_LIMIT: Duration = Duration::from_secs(40);
@@ -118,13 +116,7 @@ pub(super) struct Api {
 
 impl Api {
     pub(super) fn new(settings: ApiSettings) -> Result<Self, CallError> {
-        let client = || {
-            Client::builder()
-                .user_agent(format!("vm0-runner/{VERSION}"))
-                .connect_timeout(CONNECT_LIMIT)
-                // A redirect would carry the token to wherever it points.
-                .redirect(redirect::Policy::none())
-        };
+        let client = || http::client().connect_timeout(CONNECT_LIMIT);
         let beats = client().pool_max_idle_per_host(1);
         let [http, beats] = [client(), beats].map(ClientBuilder::build);
         Ok(Self {
