@@ -217,6 +217,10 @@ pub struct Input {
     /// The text: 1 byte to 64 KiB.
     #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 65536))]
     pub text: String,
+    /// Which of the run's inputs it is to be, from 1: sent again under its number it is not taken again, whatever the text.
+    #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 1000))]
+    pub sequence: Option<u64>,
 }
 
 /// Where an input stands among a run's inputs.

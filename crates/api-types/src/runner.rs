@@ -262,6 +262,9 @@ pub struct RunPolicy {
 pub struct Inputs {
     /// In their order.
     pub inputs: Vec<NumberedInput>,
+    /// What to send as `cursor` for the ones after these.
+    #[serde(default)]
+    pub cursor: u64,
 }
 
 /// One input.

@@ -112,8 +112,7 @@ fn work(
     ));
     log.line(format_args!("▷ Execution"));
 
-    let supervisor = Supervisor::new(cli, env.limits, signalled, log, reporter);
-    let end = match supervisor.and_then(Supervisor::run) {
+    let end = match Supervisor::new(cli, env.limits, signalled, log, reporter).run() {
         Ok(end) => end,
         Err(error) => {
             log.line(format_args!("✗ The agent CLI cannot be watched: {error}"));

@@ -78,11 +78,11 @@ impl<'a> Supervisor<'a> {
         signalled: &'a OwnedFd,
         log: &'a mut Log,
         reporter: Reporter,
-    ) -> io::Result<Self> {
-        Ok(Self {
+    ) -> Self {
+        Self {
             group: i32::try_from(child.id()).ok().and_then(Pid::from_raw),
             stdout: child.stdout.take(),
-            inputs: child.stdin.take().map(Inputs::new).transpose()?,
+            inputs: None,
             child,
             limits,
             phase: Phase::Running,
@@ -96,7 +96,7 @@ impl<'a> Supervisor<'a> {
                 messages: 0,
                 read: 0,
             },
-        })
+        }
     }
 
     /// Runs to the end. The exit code is the CLI's, 128 + n when signal n ended it or us.
@@ -132,6 +132,7 @@ impl<'a> Supervisor<'a> {
     fn watch_to_the_end(&mut self) -> io::Result<()> {
         let group = self.group.ok_or(io::ErrorKind::InvalidInput)?;
         let exited = pidfd_open(group, PidfdFlags::empty())?;
+        self.inputs = self.child.stdin.take().map(Inputs::new).transpose()?;
         let mut lines = Lines::new(MAX_LINE);
         let mut buffer = vec![0; READ_SIZE];
         loop {
@@ -151,6 +152,8 @@ impl<'a> Supervisor<'a> {
             }
             self.pass_inputs(&ready, now);
             if ready.exit {
+                // Nobody reads any more: what comes now must not count as handed on.
+                self.inputs = None;
                 let until = later(Instant::now(), self.limits.drain);
                 self.phase = Phase::Draining { until };
             }
@@ -254,6 +257,7 @@ impl<'a> Supervisor<'a> {
     }
 
     fn terminate(&mut self, reason: Reason) {
+        self.inputs = None;
         self.reason = Some(reason);
         let signal = match reason {
             Reason::Signal(signal) => Signal::from_named_raw(signal).unwrap_or(Signal::TERM),

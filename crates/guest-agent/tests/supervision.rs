@@ -469,8 +469,11 @@ fn a_job_that_takes_input_gets_each_message_while_it_works() {
 
 #[test]
 fn a_message_that_waits_is_answered_after_the_prompt_and_then_it_is_over() {
-    let large = format!("echo two; : {}", "x".repeat(1 << 20));
-    let (child, _home) = conversation(Run::of(""), &["echo one", &large, "echo three"]);
+    // It is at the first, which is more than pipes hold, until all are there.
+    let filling = "x".repeat(1 << 20);
+    let first = format!(": {filling}; until [ -e ~/go ]; do sleep 0.05; done; echo one");
+    let (child, home) = conversation(Run::of(""), &[&first, "echo two", "echo three"]);
+    fs::write(home.path().join("go"), "").unwrap();
     let (code, said) = ended(child);
     assert_eq!(code, 0, "{said}");
     let answers = said.lines().filter(|line| !line.contains(' '));
@@ -505,12 +508,12 @@ fn what_comes_behind_the_last_answer_is_given_to_nobody() {
 
 #[test]
 fn a_cli_that_has_a_message_to_read_is_given_time_after_its_result() {
-    // The second message is read only after ten times the grace; a result between them is not the end.
+    // Each turn takes longer than the grace; a result between them is not the end.
     let cli = r#"read -r line; echo '{"type":"user","isReplay":true}'
-        read -r line; echo '{"type":"result","result":"one"}'; sleep 0.5
-        echo '{"type":"user","isReplay":true}'; sleep 0.5
+        read -r line; echo '{"type":"result","result":"one"}'; sleep 1
+        echo '{"type":"user","isReplay":true}'; sleep 1
         echo '{"type":"result","result":"two"}'"#;
-    let run = Run::of("").with("VM0_POST_RESULT_GRACE_SECS", "0.2");
+    let run = Run::of("").with("VM0_POST_RESULT_GRACE_SECS", "0.4");
     run.replace_cli(cli);
     let (child, _home) = conversation(run, &["prompt", "more"]);
     let (code, said) = ended(child);
@@ -523,7 +526,7 @@ fn a_turn_that_began_is_told_more_whatever_the_cli_says_of_what_it_read() {
     let cli = r#"read -r line; read -r line; echo '{"type":"result","result":"one"}'
         echo '{"type":"system","subtype":"init","session_id":"s","cwd":"/"}'; echo begun
         read -r line && echo '{"type":"result","result":"two"}'"#;
-    let run = Run::of("");
+    let run = Run::of("").with("VM0_POST_RESULT_GRACE_SECS", "1");
     run.replace_cli(cli);
     let (mut child, _home) = conversation(run, &["prompt", "more"]);
     let mut log = BufReader::new(child.stdout.take().unwrap());
@@ -532,6 +535,8 @@ fn a_turn_that_began_is_told_more_whatever_the_cli_says_of_what_it_read() {
         line.clear();
         assert_ne!(log.read_line(&mut line).unwrap(), 0, "it ended");
     }
+    // Longer than the grace: only the turn that began keeps its input open. No event could tell that.
+    std::thread::sleep(Duration::from_millis(2500));
     say(&mut child, "and more");
     let mut rest = String::new();
     log.read_to_string(&mut rest).unwrap();

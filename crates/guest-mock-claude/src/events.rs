@@ -86,8 +86,8 @@ impl Stream {
     }
 }
 
-/// Lines 1 and 2: the session starts, the assistant says what it does.
-pub(crate) fn opening_lines(stream: &mut Stream) {
+/// Lines 1 and 2: the session starts, the assistant says what it does. Between them, the message that is read.
+pub(crate) fn opening_lines(stream: &mut Stream, message: Option<&str>) {
     let session_id = stream.session_id.clone();
     let cwd = stream.cwd.to_string_lossy().into_owned();
     stream.push(&Event::System {
@@ -97,6 +97,9 @@ pub(crate) fn opening_lines(stream: &mut Stream) {
         tools: &["Bash"],
         model: "mock-claude",
     });
+    if let Some(text) = message {
+        read_line(stream, text);
+    }
     stream.push(&Event::Assistant {
         session_id: &session_id,
         message: Message {
@@ -308,7 +311,7 @@ mod tests {
     #[test]
     fn the_five_lines_are_these() {
         let mut stream = stream();
-        opening_lines(&mut stream);
+        opening_lines(&mut stream, None);
         command_lines(&mut stream, b"echo \"a\"\n");
         result_lines(&mut stream, "a\n", false);
         assert_eq!(

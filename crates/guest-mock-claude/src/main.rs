@@ -21,7 +21,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::process::ExitCode;
 
 use args::{Args, Format};
-use events::{Stream, command_lines, opening_lines, read_line, result_lines};
+use events::{Stream, command_lines, opening_lines, result_lines};
 
 fn main() -> ExitCode {
     match run() {
@@ -70,7 +70,7 @@ fn prompt_bytes(args: &Args) -> io::Result<Option<Vec<u8>>> {
 /// The lines around one run of the prompt.
 fn answer(prompt: &[u8], resume: Option<&OsStr>) -> io::Result<ExitCode> {
     match session(resume)? {
-        Some(mut stream) => turn(&mut stream, prompt),
+        Some(mut stream) => turn(&mut stream, prompt, None),
         None => Ok(ExitCode::FAILURE),
     }
 }
@@ -89,8 +89,7 @@ fn converse(resume: Option<&OsStr>) -> io::Result<ExitCode> {
         let Some(stream) = &mut stream else {
             return Ok(ExitCode::FAILURE);
         };
-        read_line(stream, &text);
-        code = turn(stream, text.as_bytes())?;
+        code = turn(stream, text.as_bytes(), Some(&text))?;
     }
     Ok(code)
 }
@@ -110,9 +109,9 @@ fn session(resume: Option<&OsStr>) -> io::Result<Option<Stream>> {
     }
 }
 
-/// The five lines around one command.
-fn turn(stream: &mut Stream, prompt: &[u8]) -> io::Result<ExitCode> {
-    opening_lines(stream);
+/// The five lines around one command, and one that repeats the message it came with.
+fn turn(stream: &mut Stream, prompt: &[u8], message: Option<&str>) -> io::Result<ExitCode> {
+    opening_lines(stream, message);
     command_lines(stream, prompt);
     stream.flush()?;
 

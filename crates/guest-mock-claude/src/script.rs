@@ -163,7 +163,7 @@ impl Script {
 /// Lines 1 to 3 of a run, printed.
 fn started(prompt: &str) -> io::Result<Stream> {
     let mut stream = Stream::new()?;
-    opening_lines(&mut stream);
+    opening_lines(&mut stream, None);
     command_lines(&mut stream, prompt.as_bytes());
     stream.flush()?;
     Ok(stream)
@@ -206,7 +206,7 @@ fn invalid_utf8() -> io::Result<()> {
 
 fn record_boundaries() -> io::Result<()> {
     let mut stream = Stream::new()?;
-    opening_lines(&mut stream);
+    opening_lines(&mut stream, None);
     command_lines(&mut stream, b"@stdout-record-boundaries");
     result_lines(&mut stream, "boundaries \u{1f600} kept", false);
     let text = String::from_utf8_lossy(&stream.take_unprinted()).replace('\n', "\r\n\n");
@@ -222,7 +222,7 @@ fn stuck_tool(deaf: bool, close_stdout: bool) -> io::Result<()> {
         ignore_sigterm();
     }
     let mut stream = Stream::new()?;
-    opening_lines(&mut stream);
+    opening_lines(&mut stream, None);
     web_fetch_line(&mut stream);
     stream.flush()?;
     if close_stdout {

@@ -241,6 +241,8 @@ async fn a_job_that_takes_input_gets_its_prompt_and_each_input_as_a_line() {
             rustix::io::ioctl_fionbio(&stdin, false).unwrap();
             let lines = std::io::BufReader::new(std::fs::File::from(stdin));
             let lines = std::io::BufRead::lines(lines).map(Result::unwrap);
+            let lines: Vec<_> = lines.take(TEXTS.len()).collect();
+            assert_eq!(lines.len(), TEXTS.len());
             for (text, line) in TEXTS.into_iter().zip(lines) {
                 let message: serde_json::Value = serde_json::from_str(&line).unwrap();
                 assert_eq!(message["type"], "user");

@@ -374,7 +374,8 @@ impl Metal {
         ));
         let mut command = Command::new("nsenter");
         command
-            .args([&namespace, "--", program])
+            // Whoever started the tests in the background has Ctrl-C ignored, and a shell cannot take that back.
+            .args([&namespace, "--", "env", "--default-signal", program])
             .env("PATH", std::env::join_paths(path).expect("a path"))
             .env("RUNNER_ENV_FILE", self.at("laptop/env"))
             // A laptop's user has no agent or settings that would help.

@@ -34,12 +34,14 @@ pub(crate) enum ImageError {
         program: String,
     },
     /// A program failed.
-    #[error("{what} failed ({status}){}", tail(last))]
+    #[error("{what} failed ({status}{}){}", if *full { "; the disk was full" } else { "" }, tail(last))]
     Tool {
         /// The step, for a person.
         what: String,
         /// Its exit status.
         status: String,
+        /// It found no room on a disk, by its own words or those of the file system.
+        full: bool,
         /// The last lines it printed, escaped.
         last: Vec<String>,
     },

@@ -221,6 +221,8 @@ impl Store {
     /// A build that failed on a full disk says where, and how much it takes.
     pub(super) fn explain(&self, error: ImageError, need_mb: u64) -> ImageError {
         let full = match &error {
+            // Which disk, it knows best, unless it is this one.
+            ImageError::Tool { full, .. } => *full && self.free_mb() < need_mb,
             ImageError::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
             ImageError::Fs(error) => error.kind() == Some(std::io::ErrorKind::StorageFull),
             ImageError::Sandbox(SandboxError::Io { source, .. }) => {

@@ -193,18 +193,48 @@ impl Engine {
         }
     }
 
-    /// Appends a piece that begins at `start`; without one, after all that is there.
+    /// Appends a piece that begins at `start`.
     pub async fn append(
         &self,
         kind: FeedKind,
         run: RunId,
         epoch: Epoch,
+        start: u64,
+        chunk: &Chunk,
+    ) -> Result<Appended, EngineError> {
+        self.append_after(kind, run, epoch, Some(start), 0, chunk)
+            .await
+    }
+
+    /// Appends an input: behind `start` others, or behind all. It has had `floor` at least, also where none of them is kept
+    /// any more. Inputs are the run's and not a claim's: they are all of epoch 0.
+    pub async fn append_input(
+        &self,
+        run: RunId,
         start: Option<u64>,
+        floor: u64,
+        text: &str,
+    ) -> Result<Appended, EngineError> {
+        let chunk = Chunk::Items(vec![body_json(&text)?]);
+        self.append_after(FeedKind::Input, run, 0, start, floor, &chunk)
+            .await
+    }
+
+    async fn append_after(
+        &self,
+        kind: FeedKind,
+        run: RunId,
+        epoch: Epoch,
+        start: Option<u64>,
+        floor: u64,
         chunk: &Chunk,
     ) -> Result<Appended, EngineError> {
         let begin = Instant::now();
         loop {
-            match self.append_once(kind, run, epoch, start, chunk).await {
+            match self
+                .append_once(kind, run, epoch, start, floor, chunk)
+                .await
+            {
                 Ok(Some(appended)) => return Ok(appended),
                 Ok(None) => {}
                 // It may be there all the same; reading the tail finds out. Only a piece that does not say where it
@@ -228,11 +258,13 @@ impl Engine {
         run: RunId,
         epoch: Epoch,
         start: Option<u64>,
+        floor: u64,
         chunk: &Chunk,
     ) -> Result<Option<Appended>, EngineError> {
         let cached = self.tails.get((kind, run)).is_some();
         let tail = self.tail(kind, run).await?;
         let have = if tail.epoch == epoch { tail.end } else { 0 };
+        let have = have.max(floor);
         let start = start.unwrap_or(have);
         let end = start.saturating_add(chunk.len());
         let judged = if tail.epoch > epoch {

@@ -90,13 +90,7 @@ pub(super) async fn events(
     let chunk = Chunk::Items(items(&body.events)?);
     let outcome = service
         .engine
-        .append(
-            FeedKind::Events,
-            guest.run,
-            guest.epoch,
-            Some(start),
-            &chunk,
-        )
+        .append(FeedKind::Events, guest.run, guest.epoch, start, &chunk)
         .await?;
     Ok(axum::Json(Accepted {
         next: appended(outcome)?,
@@ -132,20 +126,8 @@ pub(super) async fn telemetry(
     let engine = &service.engine;
     let (run, epoch) = (guest.run, guest.epoch);
     let (system, metrics) = tokio::join!(
-        engine.append(
-            FeedKind::System,
-            run,
-            epoch,
-            Some(body.system_log_start),
-            &log
-        ),
-        engine.append(
-            FeedKind::Metrics,
-            run,
-            epoch,
-            Some(body.metrics_start),
-            &metrics
-        ),
+        engine.append(FeedKind::System, run, epoch, body.system_log_start, &log),
+        engine.append(FeedKind::Metrics, run, epoch, body.metrics_start, &metrics),
     );
     Ok(axum::Json(TelemetryAccepted {
         system_log_next: appended(system?)?,

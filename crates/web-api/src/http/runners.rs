@@ -344,13 +344,7 @@ pub(super) async fn upload(
     };
     let outcome = service
         .engine
-        .append(
-            kind,
-            run,
-            body.epoch,
-            Some(body.start),
-            &Chunk::Text(body.text),
-        )
+        .append(kind, run, body.epoch, body.start, &Chunk::Text(body.text))
         .await?;
     Ok(axum::Json(Uploaded {
         next: appended(outcome)?,
@@ -369,6 +363,9 @@ pub(super) struct LeaseParams {
     /// For inputs: only those with larger numbers.
     #[serde(default)]
     after: u64,
+    /// For inputs: the `cursor` of the last answer.
+    #[serde(default)]
+    cursor: u64,
 }
 
 async fn leased(
@@ -418,7 +415,7 @@ pub(super) async fn inputs(
     Params(params): Params<LeaseParams>,
 ) -> ApiResult<axum::Json<Inputs>> {
     leased(&service, &runner, run, &params).await?;
-    let (mut inputs, mut from) = (Vec::new(), 1);
+    let (mut inputs, mut from) = (Vec::new(), params.cursor);
     while let Some(piece) = service.engine.piece(FeedKind::Input, run, from).await? {
         from = piece.sequence.saturating_add(1);
         let sequence = piece.start.saturating_add(1);
@@ -435,5 +432,8 @@ pub(super) async fn inputs(
             break;
         }
     }
-    Ok(axum::Json(Inputs { inputs }))
+    Ok(axum::Json(Inputs {
+        inputs,
+        cursor: from,
+    }))
 }

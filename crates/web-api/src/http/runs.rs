@@ -17,7 +17,7 @@ use super::Problems;
 use super::auth::Client;
 use super::error::{ApiError, ApiResult, busy, problem};
 use super::extract::{Json, Params, RunPath};
-use crate::engine::{Appended, Chunk, Created, FeedKind, Spec, body_json, run_policy};
+use crate::engine::{Appended, Created, Spec, run_policy};
 use crate::read_model::Filter;
 use crate::run::{Command, Entry, State as RunStateOf, TITLE_CHARS};
 use crate::service::Service;
@@ -421,10 +421,12 @@ async fn announce(
 
 /// Tells the agent something, now or as soon as it runs.
 ///
-/// Only a run made with `acceptsInput` takes any. It is a further message of the agent's user: read during the turn that it is
-/// at or answered in a turn after it, and among the run's events (`isReplay`) when it is read. The run ends with an answer
-/// after which no input waits; what is sent at that very moment can come too late, and is among no events then. A run that is
-/// queued again gets all its inputs again.
+/// Only a run made with `acceptsInput` takes any, at most 1000 (then: 413). It is a further message of the agent's user: read
+/// during the turn that it is at or answered in a turn after it, and repeated among the run's events (`isReplay`) when it is
+/// read. The run ends with an answer after which no input waits in its VM; what is sent shortly before can come too late, and
+/// is among no events then. A run that is queued again gets its inputs again.
+///
+/// After an answer that is no success the input may be there all the same: with `sequence`, it can be sent until it is taken.
 #[utoipa::path(post, path = "/api/runs/{run}/input", tag = "runs", operation_id = "sendInput",
     params(("run" = RunId, Path, description = "Its id")), request_body = Input,
     responses((status = 202, description = "It is kept with the run and given to its agent", body = InputAccepted), Problems),
@@ -451,29 +453,42 @@ pub(super) async fn input(
             "it has 1 byte to 64 KiB and no NUL character",
         ));
     }
-    if entry.inputs >= MAX_INPUTS {
-        return Err(problem(
-            ProblemKind::TooLarge,
-            format!("the run has had {MAX_INPUTS} inputs"),
-        ));
-    }
-    let chunk = Chunk::Items(vec![body_json(&body.text)?]);
-    // Inputs are the run's, not a claim's: they are all of epoch 0.
-    let sequence = match service
-        .engine
-        .append(FeedKind::Input, run, 0, None, &chunk)
-        .await?
+    if body
+        .sequence
+        .is_some_and(|n| !(1..=MAX_INPUTS).contains(&n))
     {
-        Appended::Next(next) => next,
+        return Err(invalid("sequence", "it is 1 to 1000"));
+    }
+    let start = match body.sequence {
+        Some(sequence) => Some(sequence.saturating_sub(1)),
+        None if entry.inputs < MAX_INPUTS => None,
+        None => {
+            let why = format!("the run has had {MAX_INPUTS} inputs");
+            return Err(problem(ProblemKind::TooLarge, why));
+        }
+    };
+    let appended = service
+        .engine
+        .append_input(run, start, entry.inputs, &body.text)
+        .await?;
+    let there = match appended {
+        Appended::Next(there) => there,
         Appended::Full => return Err(problem(ProblemKind::TooLarge, "the run has too much input")),
-        Appended::Gap(_) | Appended::Fenced => {
+        Appended::Gap(there) => {
+            let next = there.saturating_add(1);
+            let mut error = problem(ProblemKind::Gap, format!("the next input is number {next}"));
+            error.0.next = Some(next);
+            return Err(error);
+        }
+        Appended::Fenced => {
             return Err(problem(
                 ProblemKind::Internal,
-                "the inputs are out of order",
+                "the inputs are of another claim",
             ));
         }
     };
-    announce(&service, run, 0, sequence).await?;
+    announce(&service, run, 0, there).await?;
+    let sequence = body.sequence.unwrap_or(there);
     Ok((StatusCode::ACCEPTED, axum::Json(InputAccepted { sequence })).into_response())
 }
 

@@ -139,7 +139,7 @@ async fn every_answer_is_as_the_description_says() {
     let runner = RUNNER.parse().unwrap();
     let mut claims = Vec::new();
     for _ in 0..4 {
-        let run = client.create(json!({})).await.run_id;
+        let run = client.create(json!({"acceptsInput": true})).await.run_id;
         claims.push(operator.claim(runner, run).await);
     }
     let [running, complete, release, done] = claims.try_into().unwrap();

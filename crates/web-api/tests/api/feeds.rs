@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use api_types::client::Run;
+use api_types::client::{InputAccepted, Run};
 use api_types::guest::{Accepted, TelemetryAccepted};
+use api_types::runner::Inputs;
 use api_types::{ProblemKind, RunId, RunnerId};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -242,4 +243,55 @@ async fn logs_come_whole_and_those_of_a_lost_claim_are_told_from_the_next_ones()
         .filter_map(|e| e.data["start"].as_u64().and(e.data["epoch"].as_u64()))
         .collect();
     assert_eq!(epochs, [1, 1, 2, 2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_keeps_its_number_whatever_is_sent_twice_and_whatever_is_forgotten() {
+    let Some(world) = world(Kind::default()).await else {
+        return;
+    };
+    let replica = world.replica(Config::default()).await;
+    let (client, runner) = (world.as_client(&replica.url), world.as_runner(&replica.url));
+    let run = client.create(json!({"acceptsInput": true})).await.run_id;
+    let me = RunnerId::random();
+    runner.claim(me, run).await;
+    let path = format!("/api/runs/{run}/input");
+    let send = |body: Value| client.post_owned(path.clone(), body);
+    let number = async |body: Value| send(body).await.ok::<InputAccepted>().sequence;
+    let fetch = async |after: u64, cursor: u64| {
+        let query = format!("runnerId={me}&epoch=1&after={after}&cursor={cursor}");
+        let path = format!("/api/runners/jobs/{run}/inputs?{query}");
+        let found: Inputs = runner.get(&path).await.ok();
+        let inputs = found.inputs.into_iter();
+        let inputs: Vec<_> = inputs.map(|input| (input.sequence, input.text)).collect();
+        (inputs, found.cursor)
+    };
+    let input = |number: u64, text: &str| (number, text.to_owned());
+
+    // Its sender does not know whether the first one arrived.
+    for _ in 0..2 {
+        assert_eq!(number(json!({"text": "a", "sequence": 1})).await, 1);
+    }
+    let gap = send(json!({"text": "c", "sequence": 3})).await;
+    assert_eq!(gap.problem(), ProblemKind::Gap);
+    assert_eq!(gap.body["next"], 2);
+    assert_eq!(number(json!({"text": "b"})).await, 2);
+    for sequence in [0, 1001] {
+        let wrong = send(json!({"text": "x", "sequence": sequence})).await;
+        assert_eq!(wrong.problem(), ProblemKind::Invalid);
+    }
+    let (all, cursor) = fetch(0, 0).await;
+    assert_eq!(all, [input(1, "a"), input(2, "b")]);
+    assert_eq!(fetch(1, 0).await, (vec![input(2, "b")], cursor));
+    assert_eq!(fetch(2, cursor).await, (Vec::new(), cursor));
+
+    // As the stream does with what is old, seen by a replica that remembers nothing.
+    replica.service.engine.remove_feeds(run).await.unwrap();
+    let other = world.replica(Config::default()).await;
+    let there = world.as_client(&other.url);
+    let again = there.post_owned(path.clone(), json!({"text": "b", "sequence": 2}));
+    assert_eq!(again.await.ok::<InputAccepted>().sequence, 2);
+    let next = there.post_owned(path.clone(), json!({"text": "c"}));
+    assert_eq!(next.await.ok::<InputAccepted>().sequence, 3);
+    assert_eq!(fetch(2, cursor).await.0, [input(3, "c")]);
 }

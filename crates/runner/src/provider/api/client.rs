@@ -201,15 +201,16 @@ impl Api {
         parse(answer(self.request(Method::GET, &path)).await?).await
     }
 
-    /// Inputs behind the one of number `after`.
+    /// Inputs behind the one of number `after`, read on from where the last answer ended.
     pub(super) async fn inputs(
         &self,
         runner: RunnerId,
         lease: LeaseRef,
         after: u64,
+        cursor: u64,
     ) -> Result<Inputs, CallError> {
         let LeaseRef { run_id, epoch } = lease;
-        let query = format!("runnerId={runner}&epoch={epoch}&after={after}");
+        let query = format!("runnerId={runner}&epoch={epoch}&after={after}&cursor={cursor}");
         let path = format!("/api/runners/jobs/{run_id}/inputs?{query}");
         parse(answer(self.request(Method::GET, &path)).await?).await
     }

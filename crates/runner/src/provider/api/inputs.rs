@@ -36,7 +36,7 @@ async fn bring(
     give: mpsc::Sender<String>,
 ) {
     let run = lease.run_id;
-    let (mut taken, mut pause) = (0, Pause::default());
+    let (mut taken, mut cursor, mut pause) = (0, 0, Pause::default());
     loop {
         let more = tokio::select! {
             more = there.wait_for(|there| *there > taken) => more.map(|there| *there),
@@ -45,9 +45,10 @@ async fn bring(
         let Ok(wanted) = more else {
             return;
         };
-        match inner.api.inputs(inner.id, lease, taken).await {
+        match inner.api.inputs(inner.id, lease, taken, cursor).await {
             Ok(found) => {
                 pause = Pause::default();
+                cursor = found.cursor;
                 let before = taken;
                 for input in found.inputs {
                     // An answer that repeats some, or mixes them up, does not make the agent read them twice.

@@ -207,8 +207,12 @@ async fn inputs_reach_the_job_once_and_in_order_whatever_the_api_repeats() {
                 text: format!("input {sequence}"),
             })
             .collect(),
+        cursor: 70,
     };
-    bench.asked("after=0").await.answer(&numbered(1..=1));
+    bench
+        .asked("after=0&cursor=0")
+        .await
+        .answer(&numbered(1..=1));
     let ProviderEvent::Claimed(job) = bench.told().await else {
         panic!("it is not claimed");
     };
@@ -230,8 +234,14 @@ async fn inputs_reach_the_job_once_and_in_order_whatever_the_api_repeats() {
         .asked("after=1")
         .await
         .refuse(ProblemKind::Unavailable);
-    bench.asked("after=1").await.answer(&numbered(1..=2));
-    bench.asked("after=2").await.answer(&numbered(1..=3));
+    bench
+        .asked("after=1&cursor=70")
+        .await
+        .answer(&numbered(1..=2));
+    bench
+        .asked("after=2&cursor=70")
+        .await
+        .answer(&numbered(1..=3));
     assert_eq!(next().await.as_deref(), Some("input 2"));
     assert_eq!(next().await.as_deref(), Some("input 3"));
     // When the run is over, so is its input.
