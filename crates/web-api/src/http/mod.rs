@@ -8,6 +8,7 @@ mod exec;
 mod extract;
 mod follow;
 mod guest;
+mod input;
 pub mod limits;
 mod linger;
 mod outbox;
@@ -127,7 +128,7 @@ fn of_clients() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(runs::list))
         .routes(routes!(runs::get))
         .routes(routes!(runs::cancel))
-        .routes(routes!(runs::input))
+        .routes(routes!(input::send))
         .routes(routes!(runs::set_policy))
         .routes(routes!(policies::get, policies::put, policies::delete))
         .routes(routes!(runners::fleet))

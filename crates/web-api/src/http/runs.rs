@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use api_types::client::{
-    CreateRun, Input, InputAccepted, OnRunnerLost, Run, RunPage, RunState, Secret,
-};
+use api_types::client::{CreateRun, OnRunnerLost, Run, RunPage, RunState, Secret};
 use api_types::runner::RunPolicy;
 use api_types::{GroupName, ProblemKind, ProfileName, RunId, SessionId};
 use axum::extract::State;
@@ -17,7 +15,7 @@ use super::Problems;
 use super::auth::Client;
 use super::error::{ApiError, ApiResult, busy, problem};
 use super::extract::{Json, Params, RunPath};
-use crate::engine::{Appended, Created, Spec, run_policy};
+use crate::engine::{Created, Spec, run_policy};
 use crate::read_model::Filter;
 use crate::run::{Command, Entry, State as RunStateOf, TITLE_CHARS};
 use crate::service::Service;
@@ -28,14 +26,11 @@ const MAX_TIMEOUT_SECS: u64 = 7 * 24 * 3600;
 const MAX_SECRETS: usize = 64;
 const MAX_VALUE_BYTES: usize = 96 << 10;
 const MAX_ENVIRONMENT_BYTES: usize = 1 << 20;
-const MAX_INPUT_BYTES: usize = 64 << 10;
-/// Most inputs of one run.
-const MAX_INPUTS: u64 = 1000;
 const MAX_KEY_BYTES: usize = 255;
 /// Runs on one page, at most.
 const MAX_PAGE: u32 = 200;
 
-fn invalid(field: &str, reason: &str) -> ApiError {
+pub(super) fn invalid(field: &str, reason: &str) -> ApiError {
     problem(
         ProblemKind::Invalid,
         format!("`{field}` is not usable: {reason}"),
@@ -400,7 +395,8 @@ pub(super) async fn cancel(
     Ok(axum::Json(applied.entry.view()))
 }
 
-async fn announce(
+/// Tells the run's runner that there is something new for it.
+pub(super) async fn announce(
     service: &Service,
     run: RunId,
     policy_revision: u64,
@@ -417,79 +413,6 @@ async fn announce(
     service.note(&applied);
     service.push_look(&applied.entry).await;
     Ok(())
-}
-
-/// Tells the agent something, now or as soon as it runs.
-///
-/// Only a run made with `acceptsInput` takes any, at most 1000 (then: 413). It is a further message of the agent's user: read
-/// during the turn that it is at or answered in a turn after it, and repeated among the run's events (`isReplay`) when it is
-/// read. The run ends with an answer after which no input waits in its VM; what is sent shortly before can come too late, and
-/// is among no events then. A run that is queued again gets its inputs again.
-///
-/// After an answer that is no success the input may be there all the same: with `sequence`, it can be sent until it is taken.
-#[utoipa::path(post, path = "/api/runs/{run}/input", tag = "runs", operation_id = "sendInput",
-    params(("run" = RunId, Path, description = "Its id")), request_body = Input,
-    responses((status = 202, description = "It is kept with the run and given to its agent", body = InputAccepted), Problems),
-    security(("apiKey" = [])))]
-pub(super) async fn input(
-    State(service): State<Arc<Service>>,
-    client: Client,
-    RunPath(run): RunPath,
-    Json(body): Json<Input>,
-) -> ApiResult<Response> {
-    let (entry, _) = client.run(&service, run).await?;
-    if matches!(entry.state, RunStateOf::Done { .. }) {
-        return Err(crate::run::Refusal::Finished.into());
-    }
-    if !entry.accepts_input {
-        return Err(problem(
-            ProblemKind::NoInput,
-            "the run was made without \"acceptsInput\": true",
-        ));
-    }
-    if body.text.is_empty() || body.text.len() > MAX_INPUT_BYTES || body.text.contains('\0') {
-        return Err(invalid(
-            "text",
-            "it has 1 byte to 64 KiB and no NUL character",
-        ));
-    }
-    if body
-        .sequence
-        .is_some_and(|n| !(1..=MAX_INPUTS).contains(&n))
-    {
-        return Err(invalid("sequence", "it is 1 to 1000"));
-    }
-    let start = match body.sequence {
-        Some(sequence) => Some(sequence.saturating_sub(1)),
-        None if entry.inputs < MAX_INPUTS => None,
-        None => {
-            let why = format!("the run has had {MAX_INPUTS} inputs");
-            return Err(problem(ProblemKind::TooLarge, why));
-        }
-    };
-    let appended = service
-        .engine
-        .append_input(run, start, entry.inputs, &body.text)
-        .await?;
-    let there = match appended {
-        Appended::Next(there) => there,
-        Appended::Full => return Err(problem(ProblemKind::TooLarge, "the run has too much input")),
-        Appended::Gap(there) => {
-            let next = there.saturating_add(1);
-            let mut error = problem(ProblemKind::Gap, format!("the next input is number {next}"));
-            error.0.next = Some(next);
-            return Err(error);
-        }
-        Appended::Fenced => {
-            return Err(problem(
-                ProblemKind::Internal,
-                "the inputs are of another claim",
-            ));
-        }
-    };
-    announce(&service, run, 0, there).await?;
-    let sequence = body.sequence.unwrap_or(there);
-    Ok((StatusCode::ACCEPTED, axum::Json(InputAccepted { sequence })).into_response())
 }
 
 /// Changes what a run may reach, also while it runs. The group's and the profile's policies stay above it.
