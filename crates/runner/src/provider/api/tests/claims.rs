@@ -231,7 +231,7 @@ async fn inputs_reach_the_job_once_and_in_order_whatever_the_api_repeats() {
         inputs: 3,
     }]);
     bench
-        .asked("after=1")
+        .asked("after=1&cursor=70")
         .await
         .refuse(ProblemKind::Unavailable);
     bench
