@@ -186,7 +186,13 @@ fn a_full_disk_is_told_as_such() {
         store.require_space(u64::MAX),
         Err(ImageError::DiskFull { .. })
     ));
-    let tool = ImageError::Io {
+    let tool = |full| ImageError::Tool {
+        what: "packing".to_owned(),
+        status: "exit status: 1".to_owned(),
+        full,
+        last: vec!["write error: No space left on device".to_owned()],
+    };
+    let io = ImageError::Io {
         action: "run",
         path: "mkfs.erofs".into(),
         source: std::io::ErrorKind::StorageFull.into(),
@@ -195,10 +201,17 @@ fn a_full_disk_is_told_as_such() {
         action: "save the guest's memory".to_owned(),
         source: std::io::ErrorKind::StorageFull.into(),
     });
-    for error in [tool, engine] {
+    for (error, need_mb) in [(tool(true), u64::MAX), (io, 1), (engine, 1)] {
         assert!(matches!(
-            store.explain(error, 1),
+            store.explain(error, need_mb),
             ImageError::DiskFull { .. }
+        ));
+    }
+    // It failed of something else, or of a disk that is not this one: here is more than a MiB free.
+    for (error, need_mb) in [(tool(false), u64::MAX), (tool(true), 1)] {
+        assert!(matches!(
+            store.explain(error, need_mb),
+            ImageError::Tool { .. }
         ));
     }
 }

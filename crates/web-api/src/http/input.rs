@@ -12,6 +12,7 @@ use super::Problems;
 use super::auth::Client;
 use super::error::{ApiResult, problem};
 use super::extract::{Json, RunPath};
+use super::runners::gap;
 use super::runs::{announce, invalid};
 use crate::engine::Appended;
 use crate::run::{Entry, State as RunState};
@@ -60,9 +61,7 @@ pub(super) async fn send(
         Appended::Full => return Err(problem(ProblemKind::TooLarge, "the run has too much input")),
         Appended::Gap(there) => {
             let next = there.saturating_add(1);
-            let mut error = problem(ProblemKind::Gap, format!("the next input is number {next}"));
-            error.0.next = Some(next);
-            return Err(error);
+            return Err(gap(next, format!("the next input is number {next}")));
         }
         Appended::Fenced => {
             return Err(problem(

@@ -291,18 +291,18 @@ pub(super) async fn complete(
     Ok(axum::Json(applied.entry.view()))
 }
 
+/// Something before it is missing; this is wanted next.
+pub(super) fn gap(next: u64, why: String) -> ApiError {
+    let mut error = problem(ProblemKind::Gap, why);
+    error.0.next = Some(next);
+    error
+}
+
 /// What came of appending to a feed, as an answer.
 pub(super) fn appended(outcome: Appended) -> ApiResult<u64> {
     match outcome {
         Appended::Next(next) => Ok(next),
-        Appended::Gap(next) => {
-            let mut error = problem(
-                ProblemKind::Gap,
-                format!("the next piece has to begin at {next}"),
-            );
-            error.0.next = Some(next);
-            Err(error)
-        }
+        Appended::Gap(next) => Err(gap(next, format!("the next piece has to begin at {next}"))),
         Appended::Fenced => Err(crate::run::Refusal::LeaseLost.into()),
         Appended::Full => Err(problem(
             ProblemKind::TooLarge,
