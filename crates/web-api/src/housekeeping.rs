@@ -29,7 +29,9 @@ impl Service {
                 continue;
             }
             let kept = u64::try_from(self.config.run_retention.as_millis()).unwrap_or(u64::MAX);
-            let before = self.clock.now().saturating_sub(kept);
+            // One moment for all of it: keys are looked for where the runs of that moment are gone.
+            let now = self.clock.now();
+            let before = now.saturating_sub(kept);
             self.remove_old_runs(before).await;
             if swept.is_none_or(|at| at.elapsed() >= SWEEP) {
                 match self.sweep(before, &strays).await {
@@ -40,7 +42,6 @@ impl Service {
                 }
             }
             // One pass over all runs: cheap once a day.
-            let now = self.clock.now();
             if looked_for_keys.is_none_or(|at| now.abs_diff(at) >= KEY_REMOVAL_MILLIS) {
                 match self.remove_old_keys(now).await {
                     Ok(()) => looked_for_keys = Some(now),

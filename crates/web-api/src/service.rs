@@ -180,6 +180,10 @@ impl Service {
 
     fn noted(&self, entry: &Entry, revision: u64) {
         self.index.note(entry, revision, Instant::now());
+        self.tell_followers(entry);
+    }
+
+    fn tell_followers(&self, entry: &Entry) {
         if matches!(entry.state, State::Done { .. }) {
             self.hub.ended(entry.run);
         }
@@ -235,7 +239,8 @@ impl Service {
             if holds_value(change.operation) {
                 match parse_entry(&change.value) {
                     Ok(entry) => {
-                        self.noted(&entry, change.revision);
+                        self.index.heard(&entry, change.revision, Instant::now());
+                        self.tell_followers(&entry);
                         let news = Listed::Changed(Box::new(entry), change.revision);
                         let _ = listed.send(news).await;
                     }

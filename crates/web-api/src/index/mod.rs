@@ -60,7 +60,10 @@ struct Waiter {
 }
 
 struct Inner {
+    /// Runs that are not done, and those whose end the watch has yet to tell: it may be behind with their beginning.
     live: HashMap<RunId, Seen>,
+    /// The last revision that the watch brought.
+    heard: u64,
     offers: Offers,
     waiters: HashMap<GroupName, Vec<Waiter>>,
 }
@@ -91,6 +94,7 @@ impl Index {
         Self {
             inner: Mutex::new(Inner {
                 live: HashMap::new(),
+                heard: 0,
                 offers: Offers::new(timing),
                 waiters: HashMap::new(),
             }),
@@ -101,36 +105,20 @@ impl Index {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of an entry, from the watch or written by this replica itself. Older news than what is known are
-    /// ignored. Says whether it was news.
+    /// Takes note of an entry that this replica wrote itself, or found. Older news than what are known are ignored. Says
+    /// whether it was news.
     pub fn note(&self, entry: &Entry, revision: u64, now: Instant) -> bool {
+        self.lock().note(entry, revision, now)
+    }
+
+    /// Takes note of an entry that the watch brought. It brings all changes in the order of their revisions.
+    pub fn heard(&self, entry: &Entry, revision: u64, now: Instant) {
         let mut inner = self.lock();
-        if let Some(seen) = inner.live.get(&entry.run)
-            && seen.revision >= revision
-        {
-            return false;
+        inner.heard = inner.heard.max(revision);
+        // An end that was noted before is news no more, and need not be kept in mind any longer.
+        if !inner.note(entry, revision, now) && matches!(entry.state, State::Done { .. }) {
+            inner.live.remove(&entry.run);
         }
-        match &entry.state {
-            State::Queued => inner.offers.add(entry, revision, now),
-            State::Running(_) => inner.offers.remove(entry.run),
-            State::Done { .. } => {
-                inner.offers.remove(entry.run);
-                inner.live.remove(&entry.run);
-                return true;
-            }
-        }
-        inner.live.insert(
-            entry.run,
-            Seen {
-                entry: entry.clone(),
-                revision,
-                at: now,
-            },
-        );
-        if entry.state == State::Queued {
-            inner.serve(&entry.group, now);
-        }
-        true
     }
 
     /// The run is no more.
@@ -146,6 +134,7 @@ impl Index {
         inner
             .live
             .get(&run)
+            .filter(|seen| !matches!(seen.entry.state, State::Done { .. }))
             .map(|seen| (seen.entry.clone(), seen.revision))
     }
 
@@ -226,6 +215,37 @@ impl Index {
 }
 
 impl Inner {
+    fn note(&mut self, entry: &Entry, revision: u64, now: Instant) -> bool {
+        if let Some(seen) = self.live.get(&entry.run)
+            && seen.revision >= revision
+        {
+            return false;
+        }
+        match &entry.state {
+            State::Queued => self.offers.add(entry, revision, now),
+            State::Running(_) => self.offers.remove(entry.run),
+            State::Done { .. } => {
+                self.offers.remove(entry.run);
+                if revision <= self.heard {
+                    self.live.remove(&entry.run);
+                    return true;
+                }
+            }
+        }
+        self.live.insert(
+            entry.run,
+            Seen {
+                entry: entry.clone(),
+                revision,
+                at: now,
+            },
+        );
+        if entry.state == State::Queued {
+            self.serve(&entry.group, now);
+        }
+        true
+    }
+
     /// Gives what waits to those who wait, the one who has waited longest first.
     fn serve(&mut self, group: &GroupName, now: Instant) {
         let Some(waiters) = self.waiters.remove(group) else {

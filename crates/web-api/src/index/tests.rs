@@ -1,5 +1,5 @@
 use api_types::ClaimId;
-use api_types::client::Holder;
+use api_types::client::{EndReason, Holder, RunResult};
 
 use super::*;
 use crate::run::{Lease, fixture};
@@ -25,6 +25,19 @@ fn running(entry: &Entry) -> Entry {
             cancel_requested: false,
             renewals: 0,
         }),
+        ..entry.clone()
+    }
+}
+
+fn done(entry: &Entry) -> Entry {
+    let result = RunResult {
+        exit_code: 137,
+        error: None,
+        reason: EndReason::Cancelled,
+        at: 0,
+    };
+    Entry {
+        state: State::Done { result, by: None },
         ..entry.clone()
     }
 }
@@ -81,6 +94,26 @@ fn news_that_come_late_change_nothing() {
     assert!(index.note(&claimed, 2, now));
     assert!(!index.note(&queued, 1, now));
     assert!(index.offer(&wants(&["vm0/small"]), now).is_none());
+}
+
+#[test]
+fn a_run_that_ended_here_is_not_offered_while_the_watch_is_behind() {
+    let (index, now) = index();
+    let queued = entry("vm0/small", None);
+    let done = done(&queued);
+    index.note(&queued, 1, now);
+    index.note(&done, 2, now);
+    index.heard(&queued, 1, now);
+    assert!(index.offer(&wants(&["vm0/small"]), now).is_none());
+    assert!(index.hint(queued.run).is_none());
+    assert_eq!(index.lock().live.len(), 1);
+    index.heard(&done, 2, now);
+    assert_eq!(index.lock().live.len(), 0);
+    // Found again later by somebody who believed what a slow handler had noted.
+    index.note(&queued, 1, now);
+    index.note(&done, 2, now);
+    assert!(index.offer(&wants(&["vm0/small"]), now).is_none());
+    assert_eq!(index.lock().live.len(), 0);
 }
 
 #[test]

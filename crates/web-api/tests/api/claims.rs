@@ -245,10 +245,8 @@ async fn news_that_come_late_are_not_believed_for_good() {
     runner.claim(me, id).await;
     let (running, second) = engine.run(id).await.unwrap().unwrap();
     runner.complete(me, id, 1).await.ok::<Run>();
-    eventually("it is known to be done", || async {
-        index.hint(id).is_none()
-    })
-    .await;
+    client.hears_of_the_end(id).await;
+    assert!(index.hint(id).is_none());
 
     // As by a handler that slept between writing and noting.
     index.note(&queued, first, Instant::now());

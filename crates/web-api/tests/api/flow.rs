@@ -67,11 +67,7 @@ async fn a_run_goes_from_its_creation_to_its_answer() {
         .job(made.run_id, "renew", json!({"runnerId": me, "epoch": 1}))
         .await;
     assert_eq!(late.problem(), ProblemKind::LeaseLost);
-    eventually("the list tells it", || async {
-        let page: RunPage = client.get("/api/runs?state=done").await.ok();
-        page.runs.iter().any(|run| run.run_id == made.run_id)
-    })
-    .await;
+    client.hears_of_the_end(made.run_id).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

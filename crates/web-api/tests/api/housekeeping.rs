@@ -296,6 +296,8 @@ async fn keys_go_when_no_run_is_left_that_may_need_them() {
     runner.claim(me, old).await;
     assert_eq!(secrets(replica.url.clone(), old).await, "hunter22");
     runner.complete(me, old, 1).await.ok::<Run>();
+    // Or that day's look for keys would find it there still.
+    client.hears_of_the_end(old).await;
 
     // The run goes, and with it what only it could need.
     replica.clock.set_offset(6 * day);

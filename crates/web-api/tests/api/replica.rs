@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use api_types::client::Run;
+use api_types::client::{Run, RunPage};
 use api_types::runner::{ExecutionContext, Offer, Polled};
 use api_types::{Problem, ProblemKind, RunId, RunnerId};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
@@ -296,6 +296,15 @@ impl<'a> Api<'a> {
 
     pub(crate) async fn run(&self, run: RunId) -> Run {
         self.get(&format!("/api/runs/{run}")).await.ok()
+    }
+
+    /// Waits until the replica has heard by its watch of NATS that the run is done: what it wrote itself it knows sooner.
+    pub(crate) async fn hears_of_the_end(&self, run: RunId) {
+        eventually("the list tells it", || async {
+            let page: RunPage = self.get("/api/runs?state=done").await.ok();
+            page.runs.iter().any(|listed| listed.run_id == run)
+        })
+        .await;
     }
 
     pub(crate) async fn poll(&self, runner: RunnerId, wait_secs: u64) -> Option<Offer> {
