@@ -15,6 +15,7 @@ mod executor;
 mod firecracker;
 mod gc;
 mod home;
+mod host_size;
 mod http;
 mod image;
 mod metrics;

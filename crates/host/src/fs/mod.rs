@@ -9,8 +9,10 @@ mod dir;
 mod error;
 mod lock;
 mod socket;
+mod space;
 mod tree;
 
 pub use dir::{Access, Dir, Entry, EntryKind};
 pub use error::FsError;
 pub use lock::{Lock, LockKind, lock_holder};
+pub use space::Space;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use host::fs::{Access, Dir};
+use host::fs::{Access, Dir, Space};
 use sandbox::{EngineKind, ImageFiles, SandboxError, Shape, SnapshotOutcome};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -242,9 +242,7 @@ impl Store {
 
     /// Free space of the file system that holds the images, MiB.
     fn free_mb(&self) -> u64 {
-        rustix::fs::statvfs(self.home.at(Path::new(IMAGES)))
-            .map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >> 20)
-            .unwrap_or(u64::MAX)
+        Space::of(&self.home.at(Path::new(IMAGES))).map_or(u64::MAX, |space| space.free_mb())
     }
 
     fn directory(

@@ -9,6 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 
+use host::fs::Space;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::Command;
 
@@ -217,10 +218,9 @@ impl Tool {
 
     /// Whether it needs room and there is none.
     fn has_no_room(&self) -> bool {
-        self.room.as_ref().is_some_and(|path| {
-            rustix::fs::statvfs(path)
-                .is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) < NO_ROOM)
-        })
+        self.room
+            .as_ref()
+            .is_some_and(|path| Space::of(path).is_ok_and(|space| space.free < NO_ROOM))
     }
 
     fn disk_full(&self) -> ImageError {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use host::fs::Space;
 use host::slot::SlotId;
 use serde::Serialize;
 
@@ -206,11 +207,11 @@ pub(super) fn judge(scene: &Scene) -> Vec<Anomaly> {
         let remedy = Remedy::Table(table.clone());
         add("orphaned table", table.clone(), outcome, remedy);
     }
-    if let Some((free, all)) = scene.disk {
+    if let Some(Space { free, total }) = scene.disk {
         let found = format!(
             "{} MiB of {} MiB are free for the home",
             free >> 20,
-            all >> 20
+            total >> 20
         );
         let fix = "sudo runner gc --keep-latest 3; then look at logs/, images/ and what else is on this file system";
         if free < DISK_FULL {
@@ -220,7 +221,7 @@ pub(super) fn judge(scene: &Scene) -> Vec<Anomaly> {
                 Outcome::fail(found, fix),
                 Remedy::None,
             );
-        } else if free < all / 100 * DISK_LOW {
+        } else if free < total / 100 * DISK_LOW {
             add(
                 "disk full",
                 String::new(),

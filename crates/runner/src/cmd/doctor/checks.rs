@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use host::cgroup::Cgroups;
-use host::fs::Dir;
+use host::fs::{Dir, Space};
 use sandbox_qemu::QemuEngine;
 
 use super::{Check, Outcome, Subject, engines};
@@ -219,8 +219,8 @@ fn disk_space(subject: &Subject<'_>) -> Outcome {
         .ancestors()
         .find(|path| path.exists())
         .unwrap_or(Path::new("/"));
-    let free_mb = match rustix::fs::statvfs(existing) {
-        Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize) >> 20,
+    let free_mb = match Space::of(existing) {
+        Ok(space) => space.free_mb(),
         Err(error) => {
             return Outcome::fail(
                 format_args!("{}: {error}", existing.display()),

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use host::fs::Space;
 use host::launcher::LauncherConfig;
 use host::net::HubNumber;
 use host::slot::{HeldSlot, SlotId};
@@ -41,8 +42,8 @@ pub(super) struct Scene {
     pub(super) tables: Option<Vec<String>>,
     /// Where the redirects of hubs lead; `None`: only root sees them.
     pub(super) redirects: Option<BTreeMap<u32, BTreeMap<Ipv4Addr, u16>>>,
-    /// Free and all bytes of the file system of the home.
-    pub(super) disk: Option<(u64, u64)>,
+    /// Of the file system of the home.
+    pub(super) disk: Option<Space>,
 }
 
 /// One runner that has a directory.
@@ -104,10 +105,7 @@ impl Scene {
                 scene.redirects = Some(redirects(&scene));
             }
         }
-        scene.disk = rustix::fs::statvfs(home.path()).ok().map(|stat| {
-            let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
-            (bytes(stat.f_bavail), bytes(stat.f_blocks))
-        });
+        scene.disk = Space::of(home.path()).ok();
         scene
     }
 }

@@ -25,6 +25,7 @@ use crate::daemon::{self, Identity, Inbox, Mailbox, Parts};
 use crate::executor::Setting;
 use crate::gc;
 use crate::home::{Home, HomeError, rel};
+use crate::host_size::HostSize;
 use crate::image::InUse;
 use crate::metrics::{self, Metrics};
 use crate::names::ProfileName;
@@ -34,7 +35,7 @@ use crate::provider::local::LocalProvider;
 use crate::provider::{Provider, ProviderEvent};
 use crate::proxy::ProxyConfig;
 use crate::queue::LiveRunner;
-use crate::resource_budget::{self, Budget, HostSize};
+use crate::resource_budget::{self, Budget};
 use crate::status::{STATUS_FILE, StatusWriter};
 use crate::telemetry::{Settings, Telemetry};
 
