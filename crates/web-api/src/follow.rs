@@ -146,9 +146,16 @@ impl Hub {
                         break messages;
                     }
                 };
-                while let Ok(Some(piece)) = engine.piece(kind, run, last.saturating_add(1)).await {
-                    last = piece.sequence;
-                    let _ = pieces.send(Arc::new(piece));
+                // All of it, or a follower's place would move past what is missing.
+                loop {
+                    match engine.piece(kind, run, last.saturating_add(1)).await {
+                        Ok(Some(piece)) => {
+                            last = piece.sequence;
+                            let _ = pieces.send(Arc::new(piece));
+                        }
+                        Ok(None) => break,
+                        Err(_) => tokio::time::sleep(crate::engine::PATIENCE / 50).await,
+                    }
                 }
             }
         });

@@ -4,10 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api_types::{RunId, UnixMillis};
+use api_types::UnixMillis;
 
 use crate::engine::EngineError;
-use crate::run::State;
 use crate::service::Service;
 use crate::tokens::KeyringError;
 
@@ -59,9 +58,11 @@ impl Service {
                 return;
             }
             for run in runs {
-                let removed = self.remove_old_run(run).await;
-                let outcome = match removed {
-                    Ok(true) => self.read_model.forget(run).map_err(|e| e.to_string()),
+                let outcome = match self.engine.remove_run(run).await {
+                    Ok(true) => {
+                        let forgotten = self.read_model.forget_finished(run);
+                        forgotten.map_err(|error| error.to_string())
+                    }
                     Ok(false) => Err("it is not finished".to_owned()),
                     // The others would fare no better, and each is waited for.
                     Err(error @ EngineError::Unavailable(_)) => {
@@ -75,17 +76,6 @@ impl Service {
                     kept = kept.saturating_add(1);
                 }
             }
-        }
-    }
-
-    /// Whether it is gone.
-    async fn remove_old_run(&self, run: RunId) -> Result<bool, EngineError> {
-        match self.engine.run(run).await? {
-            None => Ok(true),
-            Some((entry, _)) if matches!(entry.state, State::Done { .. }) => {
-                self.engine.remove_run(&entry).await.map(|()| true)
-            }
-            Some(_) => Ok(false),
         }
     }
 

@@ -133,6 +133,19 @@ impl ReadModel {
         Ok(())
     }
 
+    /// A finished run is no more. One that was made anew meanwhile stays.
+    pub fn forget_finished(&self, run: RunId) -> Result<(), ReadModelError> {
+        let connection = self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        connection.execute(
+            "DELETE FROM runs WHERE run = ?1 AND ended IS NOT NULL",
+            [run.to_string()],
+        )?;
+        Ok(())
+    }
+
     /// Runs, newest first.
     pub fn list(&self, filter: &Filter) -> Result<RunPage, ReadModelError> {
         let (mut clauses, mut values) = (Vec::<String>::new(), Vec::<Value>::new());
@@ -324,5 +337,9 @@ mod tests {
         assert_eq!(model.ended_before(8, 0, 10).unwrap(), vec![queued.run]);
         assert!(model.ended_before(8, 1, 10).unwrap().is_empty());
         assert!(model.ended_before(7, 0, 10).unwrap().is_empty());
+        // Made anew, while the one before it is removed.
+        model.note(&[(queued.clone(), 6)]).unwrap();
+        model.forget_finished(queued.run).unwrap();
+        assert_eq!(model.list(&of("vm0/a")).unwrap().runs.len(), 1);
     }
 }

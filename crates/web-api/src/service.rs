@@ -64,15 +64,18 @@ impl Default for Config {
 pub struct Fleet(RwLock<HashMap<(GroupName, RunnerId), (RunnerInfo, Instant)>>);
 
 impl Fleet {
-    fn note(&self, info: RunnerInfo) {
+    /// Takes note of a heartbeat; who has not been heard of for too long.
+    fn note(&self, info: RunnerInfo) -> Vec<(GroupName, RunnerId)> {
         let mut fleet = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        fleet.retain(|_, (_, at)| at.elapsed() < FLEET_MEMORY);
+        let gone = fleet.extract_if(|_, (_, at)| at.elapsed() >= FLEET_MEMORY);
+        let gone = gone.map(|(key, _)| key).collect();
         let key = (info.heartbeat.group.clone(), info.heartbeat.runner_id);
         if info.heartbeat.mode == RunnerMode::Stopped {
             fleet.remove(&key);
         } else {
             fleet.insert(key, (info, Instant::now()));
         }
+        gone
     }
 
     /// Those of these groups.
@@ -192,9 +195,10 @@ impl Service {
     /// Learns what a run is now, where the storage has just said that it is not what this replica believed. News that come
     /// late, from a handler that was slow, could be believed for good: the watch says nothing twice.
     pub async fn look_again(&self, run: RunId) {
+        let before = self.index.revision(run);
         match self.engine.run(run).await {
             Ok(Some((entry, revision))) => self.noted(&entry, revision),
-            Ok(None) => self.index.forget(run),
+            Ok(None) => self.index.forget_if(run, before),
             Err(error) => tracing::warn!(%run, %error, "a run cannot be looked at again"),
         }
     }
@@ -317,7 +321,9 @@ impl Service {
             RunnerMode::Draining | RunnerMode::Stopped => &[],
         };
         self.index.holds(&beat.group, beat.runner_id, held);
-        self.fleet.note(info);
+        for (group, runner) in self.fleet.note(info) {
+            self.index.holds(&group, runner, &[]);
+        }
     }
 
     async fn tick(self: Arc<Self>) {

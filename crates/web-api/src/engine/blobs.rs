@@ -3,24 +3,18 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use api_types::UnixMillis;
-use async_nats::jetstream::kv::Entry;
 use async_nats::jetstream::object_store::{DeleteErrorKind, GetErrorKind, ObjectInfo};
 use async_nats::jetstream::stream::Stream;
 use futures_util::TryStreamExt as _;
 use tokio::io::AsyncReadExt as _;
 
+use super::sessions::HISTORIES;
 use super::{Engine, EngineError};
 
 /// Largest blob that is read back, bytes.
 const MAX_BLOB_BYTES: u64 = 64 << 20;
 /// Longest time for writing one.
 const MAX_PUT: Duration = Duration::from_secs(300);
-
-/// The name of a session's newest history.
-pub fn session_blob(key: &str) -> String {
-    format!("session/{key}")
-}
 
 impl Engine {
     /// Writes a blob. Its name comes last: chunks of one that was broken off are found by [`Self::remove_strays`].
@@ -57,28 +51,8 @@ impl Engine {
         }
     }
 
-    /// Removes sessions that have had no checkpoint since.
-    pub async fn remove_sessions(&self, since: UnixMillis) -> Result<(), EngineError> {
-        let mut old = Vec::new();
-        let look = |found: &Entry| {
-            let at = found.created.unix_timestamp_nanos() / 1_000_000;
-            if at < i128::from(since) {
-                old.push((found.key.clone(), found.revision));
-            }
-            Ok(())
-        };
-        self.sessions.scan(look).await?;
-        for (key, revision) in old {
-            // One that has another checkpoint meanwhile stays.
-            if self.sessions.remove_at(&key, revision).await.is_ok() {
-                self.remove_blob(&session_blob(&key)).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes chunks that no name stands for and that were in `before`, what an earlier call gave: longer ago than
-    /// writing a blob takes. Gives those that are left.
+    /// Removes chunks that no name stands for, and histories of no session, that were in `before`, what an earlier call
+    /// gave: longer ago than writing a blob and its record takes. Gives those that are left.
     pub async fn remove_strays(
         &self,
         before: &BTreeSet<String>,
@@ -91,6 +65,7 @@ impl Engine {
             .map_err(EngineError::unavailable)?;
         // Chunks first: a name that is written meanwhile is seen.
         let mut strays = subjects(&stream, &format!("{prefix}.C.>")).await?;
+        let mut histories = BTreeSet::new();
         for name in subjects(&stream, &format!("{prefix}.M.>")).await? {
             // One by one from the leader, rather than as a list that may break off: what is missing here is removed.
             let message = stream
@@ -101,13 +76,21 @@ impl Engine {
                 .map_err(|error| EngineError::Corrupt(error.to_string()))?;
             if !info.deleted {
                 strays.remove(&format!("{prefix}.C.{}", info.nuid));
+                if info.name.starts_with(HISTORIES) {
+                    histories.insert(info.name);
+                }
             }
         }
+        strays.extend(self.unclaimed(histories).await?);
         let (old, new): (Vec<_>, Vec<_>) = strays.into_iter().partition(|s| before.contains(s));
-        for chunks in &old {
+        for stray in &old {
+            if stray.starts_with(HISTORIES) {
+                self.remove_blob(stray).await?;
+                continue;
+            }
             stream
                 .purge()
-                .filter(chunks)
+                .filter(stray)
                 .await
                 .map_err(EngineError::unavailable)?;
         }

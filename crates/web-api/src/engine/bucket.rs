@@ -3,6 +3,7 @@
 //! The library's own `get` may be answered by a follower that lags: nothing may be refused on what such a one says. So
 //! reading goes through `STREAM.MSG.GET`, which only the leader answers (NATS ADR-31 says so of the two kinds of reads).
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use async_nats::jetstream::kv::{CreateErrorKind, Entry, Operation, Store, UpdateErrorKind, Watch};
@@ -111,12 +112,25 @@ impl Bucket {
             .map_err(EngineError::unavailable)
     }
 
-    /// Removes the key where this revision is, and fails where another is.
-    pub async fn remove_at(&self, key: &str, revision: u64) -> Result<(), EngineError> {
+    /// Removes the key and what it held, and has that remembered for good: whoever watches hears of it however long it
+    /// was cut off.
+    pub async fn remove_for_all_to_hear(&self, key: &str) -> Result<(), EngineError> {
         self.store
-            .purge_expect_revision_with_ttl(key, revision, MARKER_TTL)
+            .purge(key)
             .await
             .map_err(EngineError::unavailable)
+    }
+
+    /// Removes the key where this revision is; whether it was.
+    pub async fn remove_at(&self, key: &str, revision: u64) -> Result<bool, EngineError> {
+        let removed = self
+            .store
+            .purge_expect_revision_with_ttl(key, revision, MARKER_TTL);
+        match removed.await {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(false),
+            Err(error) => Err(EngineError::unavailable(error)),
+        }
     }
 
     /// All that is there, then all that changes.
@@ -127,15 +141,18 @@ impl Bucket {
             .map_err(EngineError::unavailable)
     }
 
-    /// Shows each key that holds a value to `each`, and ends with what was there when it began.
+    /// Shows each key that holds a value to `each`, and ends with what was there when it began. Fails where a server that
+    /// lags would leave keys out: what is shown comes from any of a cluster's, what is removed because of it is gone.
     pub async fn scan(
         &self,
         mut each: impl FnMut(&Entry) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
-        // Where nothing is, nothing would come.
-        if self.messages().await? == 0 {
+        // Where nothing is, nothing would come. Only the leader answers this.
+        let there = self.messages().await?;
+        if there == 0 {
             return Ok(());
         }
+        let mut shown = HashSet::new();
         let mut watch = self.watch().await?;
         loop {
             let change = tokio::time::timeout(SCAN_SILENCE, watch.next())
@@ -146,10 +163,19 @@ impl Bucket {
             if holds_value(change.operation) {
                 each(&change)?;
             }
-            if change.delta == 0 {
-                return Ok(());
+            let is_last = change.delta == 0;
+            shown.insert(change.key);
+            if is_last {
+                break;
             }
         }
+        let shown = u64::try_from(shown.len()).unwrap_or(u64::MAX);
+        if shown < there {
+            return Err(EngineError::unavailable(format_args!(
+                "{shown} of {there} keys were listed: the server that listed them lags"
+            )));
+        }
+        Ok(())
     }
 
     /// How many keys hold a value or a mark of removal.

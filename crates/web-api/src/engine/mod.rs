@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | runs | bucket `<ns>_runs`, one key a run | compare-and-set only |
 //! | specifications | bucket `<ns>_specs`; above 512 KiB in the object store | once |
-//! | tokens, keys, group policies, checkpoints | buckets `<ns>_{tokens,keys,policies,sessions}` | put, or create |
+//! | tokens, keys, group policies | buckets `<ns>_{tokens,keys,policies}` | put, or create |
+//! | checkpoints | bucket `<ns>_sessions`, their histories in the object store | compare-and-set |
 //! | fleet | bucket `<ns>_fleet`, forgotten after a minute | put |
 //! | events, outputs, logs, inputs | stream `<ns>_feed`, subject `<ns>.feed.<kind>.<run>` | compare-and-set on the subject |
 //! | large blobs | object store `<ns>_blobs` | once |
@@ -14,6 +15,7 @@ mod bucket;
 mod check;
 mod feed;
 mod runs;
+mod sessions;
 mod specs;
 
 use std::time::Duration;
@@ -23,11 +25,11 @@ use async_nats::jetstream::stream::{self, DiscardPolicy, StorageType};
 use async_nats::jetstream::{self, kv, object_store};
 use percent_encoding::percent_decode_str;
 
-pub use blobs::session_blob;
 pub use bucket::{Bucket, Found, Swap, holds_value};
 pub use check::{MIN_VERSION, ServerFault};
 pub use feed::{Appended, Chunk, FeedKind, Position, body_json};
 pub use runs::{Applied, ApplyError, Created, parse as parse_entry, run_policy};
+pub use sessions::Checkpoint;
 pub use specs::{MAX_INLINE_BYTES, Spec};
 
 /// How long a storage operation is tried again before its caller hears that the storage does not answer. A node's

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::bucket::Swap;
 use super::{Engine, EngineError, PATIENCE, PAUSE};
-use crate::run::{Command, Entry, Refusal, Step, transition};
+use crate::run::{Command, Entry, Refusal, State, Step, transition};
 
 /// A key that is no run's.
 const PROBE: &str = "probe";
@@ -174,16 +174,31 @@ impl Engine {
         })
     }
 
-    /// Removes a finished run and all that was kept of it. Its entry goes last: what is killed in between is done again.
-    pub async fn remove_run(&self, entry: &Entry) -> Result<(), EngineError> {
-        self.remove_feeds(entry.run).await?;
-        self.remove_spec(entry).await?;
-        let policy = run_policy(entry.run);
+    /// Removes a run and all that was kept of it, if it is finished; whether it is gone. Its entry goes last: what is
+    /// killed in between is done again. Another replica may do the same, and a client make the run anew in between, which
+    /// is then another one that stays.
+    pub async fn remove_run(&self, run: RunId) -> Result<bool, EngineError> {
+        let Some((entry, revision)) = self.run(run).await? else {
+            return Ok(true);
+        };
+        if !matches!(entry.state, State::Done { .. }) {
+            return Ok(false);
+        }
+        // Whoever makes it anew writes the specification first. So it is this entry's where this entry still stands now.
+        let spec = self.spec_revision(&entry).await?;
+        match self.run(run).await? {
+            None => return Ok(true),
+            Some((_, now)) if now != revision => return Ok(false),
+            Some(_) => {}
+        }
+        self.remove_feeds(run).await?;
+        self.remove_spec(&entry, spec).await?;
+        let policy = run_policy(run);
         // A removal leaves a mark, so it is looked first.
         if self.policies.get(&policy).await?.is_some() {
             self.policies.remove(&policy).await?;
         }
-        self.runs.remove(&entry.run.to_string()).await
+        self.runs.remove_at(&run.to_string(), revision).await
     }
 
     /// When the oldest run was made that is still there. Fails where one entry cannot be read: it may be that one.

@@ -76,12 +76,30 @@ impl Engine {
         serde_json::from_slice(&bytes).map_err(|error| EngineError::Corrupt(error.to_string()))
     }
 
-    /// Removes it.
-    pub async fn remove_spec(&self, entry: &Entry) -> Result<(), EngineError> {
-        let name = name(entry.run, &entry.fingerprint);
+    /// What to name in its removal; `None`: it is not there, or among the blobs, which have no revision.
+    pub(super) async fn spec_revision(&self, entry: &Entry) -> Result<Option<u64>, EngineError> {
         match entry.spec {
-            SpecAt::Bucket => self.specs.remove(&name).await,
-            SpecAt::Objects => self.remove_blob(&name).await,
+            SpecAt::Bucket => {
+                let found = self.specs.get(&name(entry.run, &entry.fingerprint)).await?;
+                Ok(found.map(|found| found.revision))
+            }
+            SpecAt::Objects => Ok(None),
+        }
+    }
+
+    /// Removes it, unless it has been written again.
+    pub(super) async fn remove_spec(
+        &self,
+        entry: &Entry,
+        revision: Option<u64>,
+    ) -> Result<(), EngineError> {
+        let name = name(entry.run, &entry.fingerprint);
+        match (entry.spec, revision) {
+            (SpecAt::Bucket, None) => Ok(()),
+            (SpecAt::Bucket, Some(revision)) => {
+                self.specs.remove_at(&name, revision).await.map(|_| ())
+            }
+            (SpecAt::Objects, _) => self.remove_blob(&name).await,
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use api_types::SessionId;
 use api_types::runner::{ExecutionContext, ResumeSession};
-use serde::Deserialize;
 
 use super::error::ApiResult;
 use super::policies;
@@ -79,15 +78,6 @@ pub(super) async fn newer_policy(
     })
 }
 
-/// Where the newest checkpoint of a session is.
-#[derive(Debug, serde::Serialize, Deserialize)]
-pub(super) struct SessionRecord {
-    /// The CLI's own id of the session.
-    pub(super) cli_session: String,
-    /// Its history, in the object store.
-    pub(super) blob: String,
-}
-
 /// Key of a session: sessions of two groups are two sessions.
 pub(super) fn session_key(entry: &Entry, session: &SessionId) -> String {
     // A session id may hold dots, but neither two in a row at its ends nor anything that NATS gives a meaning.
@@ -98,23 +88,14 @@ async fn checkpoint(service: &Service, entry: &Entry) -> ApiResult<Option<Resume
     let Some(session) = &entry.session else {
         return Ok(None);
     };
-    let Some(found) = service
-        .engine
-        .sessions
-        .get(&session_key(entry, session))
-        .await?
-    else {
+    let key = session_key(entry, session);
+    let Some(found) = service.engine.checkpoint(&key).await? else {
         return Ok(None);
     };
-    let record: SessionRecord = serde_json::from_slice(&found.value)
+    let session_history = String::from_utf8(found.history)
         .map_err(|error| EngineError::Corrupt(error.to_string()))?;
-    let Some(bytes) = service.engine.blob(&record.blob).await? else {
-        return Ok(None);
-    };
-    let session_history =
-        String::from_utf8(bytes).map_err(|error| EngineError::Corrupt(error.to_string()))?;
     Ok(Some(ResumeSession {
-        session_id: record.cli_session,
+        session_id: found.cli_session,
         session_history,
     }))
 }

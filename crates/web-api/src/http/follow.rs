@@ -179,6 +179,10 @@ impl Stream {
                     }
                 }
                 Ok(Wake::Ended) | Err(_) => {
+                    // A piece may have been on its way when its connection was lost.
+                    if wake.is_err() && self.catch_up().await?.is_err() {
+                        return Ok(());
+                    }
                     if self.end().await? {
                         return Ok(());
                     }

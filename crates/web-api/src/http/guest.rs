@@ -11,16 +11,15 @@ use api_types::runner::{FirewallAuth, FirewallSecrets, LeaseRef};
 use api_types::{ClaimId, ProblemKind};
 use axum::extract::{FromRequest as _, Request, State};
 use axum::http::StatusCode;
-use bytes::Bytes;
 
 use super::Problems;
 use super::auth::{Guest, Runner, holds};
-use super::context::{SessionRecord, session_key};
+use super::context::session_key;
 use super::error::{ApiResult, busy, problem};
 use super::extract::Json;
 use super::limits::Seat;
 use super::runners::appended;
-use crate::engine::{Chunk, EngineError, FeedKind, body_json, session_blob};
+use crate::engine::{Chunk, EngineError, FeedKind, body_json};
 use crate::run::{Advice, Command};
 use crate::service::Service;
 
@@ -163,7 +162,10 @@ pub(super) async fn checkpoints(
         let key = session_key(&entry, session);
         // Goes on when the sender is gone: half a history would be kept for nobody.
         let kept = tokio::spawn(async move {
-            let kept = keep(&service, &key, body).await;
+            let cli_session = body.cli_agent_session_id.to_string();
+            let history = body.cli_agent_session_history.as_bytes();
+            let kept = service.engine.keep_checkpoint(&key, cli_session, history);
+            let kept = kept.await;
             drop((seat, place, guest));
             kept
         });
@@ -173,23 +175,6 @@ pub(super) async fn checkpoints(
     Ok(axum::Json(CheckpointAccepted {
         checkpoint_id: ClaimId::random().to_string(),
     }))
-}
-
-/// Keeps a checkpoint as its session's newest.
-async fn keep(service: &Service, key: &str, checkpoint: Checkpoint) -> Result<(), EngineError> {
-    let record = SessionRecord {
-        cli_session: checkpoint.cli_agent_session_id.to_string(),
-        blob: session_blob(key),
-    };
-    let history = checkpoint.cli_agent_session_history.as_bytes();
-    service.engine.put_blob(&record.blob, history).await?;
-    let value = serde_json::to_vec(&record).map_err(|e| EngineError::Corrupt(e.to_string()))?;
-    service
-        .engine
-        .sessions
-        .put(key, Bytes::from(value))
-        .await
-        .map(|_| ())
 }
 
 /// The agent believes to be done. Only noted: the runner completes the run.

@@ -402,9 +402,10 @@ pub(super) async fn announce(
     policy_revision: u64,
     inputs: u64,
 ) -> ApiResult<()> {
-    let command = |_| Command::Announce {
+    let command = |revision| Command::Announce {
         policy_revision,
         inputs,
+        revision,
     };
     let applied = service
         .engine

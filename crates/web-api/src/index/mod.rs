@@ -54,6 +54,12 @@ struct Seen {
     at: Instant,
 }
 
+impl Seen {
+    fn is_done(&self) -> bool {
+        matches!(self.entry.state, State::Done { .. })
+    }
+}
+
 struct Waiter {
     wants: Wants,
     answer: oneshot::Sender<Offer>,
@@ -115,8 +121,12 @@ impl Index {
     pub fn heard(&self, entry: &Entry, revision: u64, now: Instant) {
         let mut inner = self.lock();
         inner.heard = inner.heard.max(revision);
+        if inner.note(entry, revision, now) {
+            return;
+        }
         // An end that was noted before is news no more, and need not be kept in mind any longer.
-        if !inner.note(entry, revision, now) && matches!(entry.state, State::Done { .. }) {
+        let known = inner.live.get(&entry.run);
+        if known.is_some_and(|seen| seen.is_done() && seen.revision <= revision) {
             inner.live.remove(&entry.run);
         }
     }
@@ -128,13 +138,27 @@ impl Index {
         inner.live.remove(&run);
     }
 
+    /// It was looked for and is no more; unless something has come to notice since it was known to be at `before`.
+    pub fn forget_if(&self, run: RunId, before: Option<u64>) {
+        let mut inner = self.lock();
+        if inner.live.get(&run).map(|seen| seen.revision) == before {
+            inner.offers.remove(run);
+            inner.live.remove(&run);
+        }
+    }
+
+    /// At which revision it was last seen.
+    pub fn revision(&self, run: RunId) -> Option<u64> {
+        self.lock().live.get(&run).map(|seen| seen.revision)
+    }
+
     /// The run as it was last seen, if it is not done.
     pub fn hint(&self, run: RunId) -> Option<(Entry, u64)> {
         let inner = self.lock();
         inner
             .live
             .get(&run)
-            .filter(|seen| !matches!(seen.entry.state, State::Done { .. }))
+            .filter(|seen| !seen.is_done())
             .map(|seen| (seen.entry.clone(), seen.revision))
     }
 

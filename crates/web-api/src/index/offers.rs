@@ -51,8 +51,16 @@ impl Offers {
     }
 
     pub(super) fn add(&mut self, entry: &Entry, revision: u64, now: Instant) {
-        self.remove(entry.run);
         let place = (entry.order.unwrap_or(revision), entry.run);
+        // What is new of a run that keeps its place has nothing to do with whom it is offered to.
+        if self
+            .waiting
+            .get(&entry.run)
+            .is_some_and(|waiting| waiting.place == place)
+        {
+            return;
+        }
+        self.remove(entry.run);
         let waiting = Waiting {
             queue: (entry.group.clone(), entry.profile.clone()),
             place,

@@ -117,6 +117,25 @@ fn a_run_that_ended_here_is_not_offered_while_the_watch_is_behind() {
 }
 
 #[test]
+fn what_is_said_to_a_waiting_run_neither_moves_it_nor_offers_it_twice() {
+    let (index, now) = index();
+    let (a, b) = (entry("vm0/small", None), entry("vm0/small", None));
+    index.note(&a, 1, now);
+    index.note(&b, 2, now);
+    let said = Entry {
+        order: Some(1),
+        inputs: 1,
+        ..a.clone()
+    };
+    index.note(&said, 3, now);
+    let small = wants(&["vm0/small"]);
+    assert_eq!(index.offer(&small, now).unwrap().run_id, a.run);
+    let again = Entry { inputs: 2, ..said };
+    index.note(&again, 4, now);
+    assert_eq!(index.offer(&small, now).unwrap().run_id, b.run);
+}
+
+#[test]
 fn who_waits_gets_the_next_fitting_run_and_who_left_does_not_keep_it() {
     let (index, now) = index();
     let gone = index.wait(wants(&["vm0/small"]), now);

@@ -65,6 +65,8 @@ pub enum Command {
         policy_revision: u64,
         /// At least so many inputs.
         inputs: u64,
+        /// The entry's revision: the place of a run that has never been claimed.
+        revision: u64,
     },
 }
 
@@ -207,12 +209,17 @@ pub fn transition(entry: &Entry, command: &Command, now: UnixMillis) -> Result<S
             Command::Announce {
                 policy_revision,
                 inputs,
+                revision,
             },
         ) => {
             next.policy_revision = entry.policy_revision.max(*policy_revision);
             next.inputs = entry.inputs.max(*inputs);
             if next == *entry {
                 return Ok(Step::Same);
+            }
+            // Or being spoken to would send a run that waits to the back of the queue.
+            if entry.state == State::Queued {
+                next.order = Some(entry.order.unwrap_or(*revision));
             }
         }
         (State::Queued, Command::Advise(_)) => return Err(Refusal::LeaseLost),

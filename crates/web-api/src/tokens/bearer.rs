@@ -182,7 +182,7 @@ impl Bearers {
     pub async fn revoke(&self, id: &str) -> Result<bool, EngineError> {
         let there = self.bucket.get(id).await?.is_some();
         if there {
-            self.bucket.remove(id).await?;
+            self.bucket.remove_for_all_to_hear(id).await?;
         }
         Ok(there)
     }

@@ -1,12 +1,12 @@
 //! Replacing the master key: every key is wrapped anew, while replicas that were given both master keys go on.
 
+use async_nats::jetstream::kv::Entry;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use futures_util::StreamExt as _;
 
 use super::keyring::{KeyringError, Record};
 use super::master::MasterKey;
-use crate::engine::{Bucket, EngineError, Swap, holds_value};
+use crate::engine::{Bucket, Swap};
 
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,22 +45,17 @@ pub async fn rotate(
     old: &MasterKey,
     new: &MasterKey,
 ) -> Result<Rotated, KeyringError> {
-    let mut names = Vec::new();
-    if bucket.messages().await? > 0 {
-        let mut watch = bucket.watch().await?;
-        while let Some(change) = watch.next().await {
-            let change = change.map_err(|error| EngineError::Unavailable(error.to_string()))?;
-            if holds_value(change.operation) {
-                step(old, new, &change.key, &change.value)?;
-                names.push(change.key);
-            }
-            if change.delta == 0 {
-                break;
-            }
-        }
+    let mut found = Vec::new();
+    let list = |entry: &Entry| {
+        found.push((entry.key.clone(), entry.value.clone()));
+        Ok(())
+    };
+    bucket.scan(list).await?;
+    for (name, value) in &found {
+        step(old, new, name, value)?;
     }
     let mut rotated = Rotated::default();
-    for name in names {
+    for (name, _) in found {
         // Whoever wrote in between did this very thing, or removed the key.
         while let Some(found) = bucket.get(&name).await? {
             let Step::Anew(record) = step(old, new, &name, &found.value)? else {

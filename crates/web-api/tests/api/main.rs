@@ -19,6 +19,7 @@ mod full_disk;
 mod guest_agent;
 mod housekeeping;
 mod nats;
+mod ordering;
 mod partition;
 mod push;
 mod replica;

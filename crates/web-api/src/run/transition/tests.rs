@@ -145,6 +145,21 @@ fn a_cancel_ends_a_waiting_run_at_once_and_asks_the_runner_of_a_running_one() {
 }
 
 #[test]
+fn a_run_that_waits_keeps_its_place_whatever_its_client_says_meanwhile() {
+    let announce = |inputs, revision| Command::Announce {
+        policy_revision: 0,
+        inputs,
+        revision,
+    };
+    let said = write(&entry(OnRunnerLost::Answer), &announce(1, 3));
+    assert_eq!(said.order, Some(3));
+    let again = write(&said, &announce(2, 5));
+    assert_eq!(again.order, Some(3));
+    assert_eq!(transition(&again, &announce(2, 8), 9), Ok(Step::Same));
+    assert_eq!(write(&again, &claim(1, 1)).order, Some(3));
+}
+
+#[test]
 fn a_guests_word_changes_no_state() {
     let advice = |epoch| {
         Command::Advise(Advice {
@@ -192,7 +207,7 @@ fn commands() -> impl Strategy<Value = Command> {
         2 => (who, epoch.clone()).prop_map(|(n, epoch)| complete(n, epoch)),
         1 => Just(Command::Cancel),
         2 => epoch.clone().prop_map(|epoch| Command::Expire { epoch }),
-        1 => (0..3_u64, 0..3_u64).prop_map(|(policy_revision, inputs)| Command::Announce { policy_revision, inputs }),
+        1 => (0..3_u64, 0..3_u64).prop_map(|(policy_revision, inputs)| Command::Announce { policy_revision, inputs, revision: 1 }),
         1 => epoch.prop_map(|epoch| Command::Advise(Advice { epoch, exit_code: 0, error: None })),
     ]
 }
@@ -218,6 +233,8 @@ proptest! {
             prop_assert_eq!((now.run, &now.group, &now.profile, now.spec), (before.run, &before.group, &before.profile, before.spec));
             // Done is for good, except that nothing may be written at all.
             prop_assert!(!matches!(before.state, State::Done { .. }), "{:?} changed a finished run", command);
+            // Once it has a place, it keeps it.
+            prop_assert!(before.order.is_none() || now.order == before.order);
             // Only a claim starts, only from the queue, and each one raises the epoch by one; nothing else does.
             match command {
                 Command::Claim { .. } => {
