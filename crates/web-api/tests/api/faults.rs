@@ -219,7 +219,7 @@ async fn an_outage_of_nats_is_told_and_costs_no_lease() {
         return;
     };
     let config = Config {
-        lease: Duration::from_secs(5),
+        lease: Duration::from_secs(10),
         ..Config::default()
     };
     let replica = world.replica(config).await;
@@ -238,15 +238,15 @@ async fn an_outage_of_nats_is_told_and_costs_no_lease() {
     assert_eq!(down.await.problem(), ProblemKind::Unavailable);
     let refused = client.post("/api/runs", run(json!({}))).await;
     assert_eq!(refused.problem(), ProblemKind::Unavailable);
-    // Longer than a lease by far.
-    tokio::time::sleep(Duration::from_secs(8)).await;
+    // Longer than a lease.
+    tokio::time::sleep(Duration::from_secs(13)).await;
     world.nats.restart(0);
     eventually("the replica is back", || async {
         client.get("/readyz").await.status == StatusCode::OK
     })
     .await;
     // The runner is slow to notice: who ends silent leases has looked several times by then, but not for a whole lease.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
     eventually("the lease is renewed", || async {
         let body = json!({"runnerId": me, "epoch": 1});
         match runner.job(id, "renew", body).await {

@@ -171,8 +171,9 @@ async fn logs_come_whole_and_those_of_a_lost_claim_are_told_from_the_next_ones()
     let Some(world) = world(Kind::default()).await else {
         return;
     };
+    // Nobody renews it while either claim says what it has to say.
     let config = Config {
-        lease: Duration::from_secs(2),
+        lease: Duration::from_secs(8),
         ..Config::default()
     };
     let replica = world.replica(config).await;
