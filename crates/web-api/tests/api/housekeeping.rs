@@ -10,7 +10,7 @@ use api_types::{ProblemKind, RunId, RunnerId};
 use reqwest::StatusCode;
 use serde_json::json;
 use web_api::service::Config;
-use web_api::tokens::KeyringError;
+use web_api::tokens::{self, KeyringError, SandboxRefusal};
 
 use crate::nats::Kind;
 use crate::replica::{Api, World, eventually, open};
@@ -293,6 +293,10 @@ async fn keys_go_when_no_run_is_left_that_may_need_them() {
     for name in &old_names {
         assert!(keys.get(name).await.unwrap().is_some(), "{name}");
     }
+    // At a time when no token is good what is said of one tells whether its key is known.
+    let refusal = async || tokens::read(keyring, &old_token, 0).await.unwrap_err();
+    let known = refusal().await;
+    assert!(matches!(known, SandboxRefusal::Expired), "{known}");
     runner.claim(me, old).await;
     assert_eq!(secrets(replica.url.clone(), old).await, "hunter22");
     runner.complete(me, old, 1).await.ok::<Run>();
@@ -310,12 +314,15 @@ async fn keys_go_when_no_run_is_left_that_may_need_them() {
         there == 0
     })
     .await;
+    // The replica forgets them when NATS has done so with the last one.
+    eventually("the replica does not know them", || async {
+        keyring.open_sealed("x", &sealed).await.is_err()
+    })
+    .await;
     let closed = keyring.open_sealed("x", &sealed).await.unwrap_err();
     assert!(matches!(closed, KeyringError::Sealed), "{closed}");
-    let late = Api::new(&replica.url, &old_token)
-        .post("/api/webhooks/agent/heartbeat", json!({"runId": short}))
-        .await;
-    assert_eq!(late.problem(), ProblemKind::Unauthorized);
+    let unknown = refusal().await;
+    assert!(matches!(unknown, SandboxRefusal::Invalid), "{unknown}");
     // The run that is left has its own, also at a replica that has just started.
     assert!(keys.get(&signer(&new_token)).await.unwrap().is_some());
     let fresh = world.skewed_replica(hourly(), 6 * day).await;
