@@ -274,12 +274,13 @@ async fn a_token_expires_by_the_replicas_clock_with_five_minutes_to_spare() {
     let guest = Api::new(&replica.url, &token);
     let lifetime = (60 + 600) * 1000;
     let spare = 300 * 1000;
+    // The claim was a while ago, so only two of the ends can be told to the second.
     for (offset, status) in [
         (0, 200),
         (-spare + 2000, 200),
-        (-spare - 2000, 401),
-        (lifetime + spare - 5000, 200),
-        (lifetime + spare + 5000, 401),
+        (-spare - 60_000, 401),
+        (lifetime + spare - 60_000, 200),
+        (lifetime + spare + 2000, 401),
     ] {
         replica.clock.set_offset(offset);
         let answer = guest.post(HEARTBEAT, json!({"runId": id})).await;
