@@ -105,8 +105,9 @@ async fn a_run_is_reported_whole_and_its_session_goes_on_elsewhere() {
     let id = RunnerId::random();
     let prompt = "echo first; sleep 1; env | grep VM0_API_TOKEN; cat /proc/$PPID/comm";
     let body = json!({"prompt": prompt, "sessionId": "s-1"});
-    let context = claimed(&client, &runner, id, body).await;
+    // Before a lease runs: this may build the agent.
     let here = Guest::new();
+    let context = claimed(&client, &runner, id, body).await;
     let ended = output(
         here.agent(&replica.url, &context)
             .env("VM0_SECRET_VALUES", "Zmlyc3Q="),
