@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 /// Memory of one process, bytes, from `/proc/<pid>/smaps_rollup`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -40,6 +40,20 @@ impl ProcessMemory {
 pub fn come_before_vms() {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     let _ = rustix::process::setpriority_process(None, -10);
+}
+
+/// Lets the calling process open as many files as it may at all. A VM's network and its process take four descriptors in
+/// the launcher, and its sockets and pidfd some in the daemon: the usual limit would be reached with 250 of them.
+pub fn may_open_many() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // What cannot be raised shows when it is reached.
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    );
 }
 
 /// The real, effective, saved and file-system uid of a process, from `/proc/<pid>/status`.

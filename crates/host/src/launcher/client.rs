@@ -59,6 +59,9 @@ impl Connection {
         let (reader, reader_waiting) = (Arc::clone(&socket), Arc::clone(&waiting));
         tokio::spawn(async move {
             read_answers(&reader, &reader_waiting).await;
+            // Whatever ended it: a launcher that nobody hears any more has to end as well, or its VMs run on unowned. One
+            // that is gone does not mind.
+            let _ = rustix::net::shutdown(reader.as_fd(), Shutdown::Both);
             // Dropping the waiters tells each of them that the launcher is gone.
             reader_waiting.lock().take();
             // Its cleaning is over when it has exited; then nobody finds a zombie of it.
@@ -132,7 +135,7 @@ impl Drop for Connection {
     }
 }
 
-/// Hands out answers until the launcher is gone.
+/// Hands out answers until the launcher is gone, or says what cannot be received: descriptors, where we have none free.
 async fn read_answers(socket: &AsyncFd<OwnedFd>, waiting: &Waiting) {
     let mut buffer = vec![0; wire::MAX_MESSAGE];
     loop {
@@ -165,5 +168,39 @@ async fn read_answers(socket: &AsyncFd<OwnedFd>, waiting: &Waiting) {
                 })
                 .await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_launcher_that_cannot_be_heard_any_more_ends() {
+        let (ours, theirs) = super::super::socket_pair().unwrap();
+        // Lives until its socket is closed, as the launcher does.
+        let child = Command::new("cat")
+            .stdin(Stdio::from(theirs.try_clone().unwrap()))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = Pid::from_child(&child);
+        let forked = ForkedLauncher {
+            socket: ours,
+            pidfd: pidfd_open(pid, PidfdFlags::empty()).unwrap(),
+            pid,
+        };
+        let connection = Connection::new(forked).unwrap();
+        // As with an answer whose descriptors found no room, nothing can be made of it.
+        wire::send(&theirs, b"\xff", &[]).unwrap();
+        let gone = tokio::time::timeout(Duration::from_secs(10), connection.gone());
+        gone.await.expect("the launcher to end");
+        let asked = connection.ask(Op::Usage, &[]).await;
+        assert!(matches!(asked, Err(LauncherError::Gone)), "{asked:?}");
     }
 }

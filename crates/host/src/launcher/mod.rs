@@ -30,7 +30,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, WaitOptions};
 
 use crate::net::NetworkId;
-use crate::process::{ProcessMemory, come_before_vms};
+use crate::process::{ProcessMemory, come_before_vms, may_open_many};
 use crate::slot::{DEFAULT_UID_BASE, HostLimits, HostUsage, SlotId, SlotRecord};
 use fork::Forked;
 pub use jailed::{CONTROL_DIR, JailFile, JailName, JailSpec, Jailed, METRICS_PIPE};
@@ -303,20 +303,6 @@ fn settle(socket: &OwnedFd) -> Result<(), Refusal> {
     // What a slot's main process leaves behind becomes our child, so that we see it die.
     rustix::process::set_child_subreaper(Pid::from_raw(1))
         .map_err(|e| Refusal::step("become a subreaper", e))
-}
-
-/// A VM's network and its process take four descriptors; the usual limit would be reached with 250 of them.
-fn may_open_many() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // What cannot be raised shows when it is reached.
-    let _ = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: maximum,
-            maximum,
-        },
-    );
 }
 
 /// Closes every descriptor of the daemon's that came along with the fork, but for stderr and `keep`.

@@ -115,6 +115,7 @@ pub(crate) fn run(args: Args, context: &Context) -> Result<ExitCode, CliError> {
     // Before any thread, and before anything is open that the launcher should not hold.
     let forked = ForkedLauncher::fork(launcher)?;
     host::process::come_before_vms();
+    host::process::may_open_many();
     // Still as root, who may have made the locks.
     let images = hold_images(&home, &config)?;
     home.become_owner()?;
