@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! service manager      `start --takeover`        new instance              old instance
-//!   reload ──────────▶ fork ───────────────────▶ proxy, images, budget
+//!   reload ──────────▶ fork ───────────────────▶ proxy, images, budget,
+//!                        │                        signals, queue, socket
 //!                        │ waits                  Retire ────────────────▶ drains; its name is free
 //!   new main process ◀───┼───────────────────────────────────────────────── MAINPID=new
 //!                        │                        takes name and jobs      finishes its jobs, leaves

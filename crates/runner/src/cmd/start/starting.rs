@@ -28,7 +28,7 @@ use crate::home::{Home, HomeError, rel};
 use crate::host_size::HostSize;
 use crate::image::InUse;
 use crate::metrics::{self, Metrics};
-use crate::names::ProfileName;
+use crate::names::{ProfileName, RunnerName};
 use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
 use crate::provider::api::{ApiProvider, ApiRunner};
 use crate::provider::local::LocalProvider;
@@ -117,13 +117,9 @@ impl Starting {
             }
         };
         let listener = metrics_listener(&config).await?;
-        let name = match name {
-            Some(name) => name,
-            None => {
-                handover::retire_others(&home, &config.name, &instance).await?;
-                only_one(&home, &config.name)?
-            }
-        };
+        let socket = instance_dir.bind_socket("control.sock", 0o600)?;
+        let status_dir = instance_dir.try_clone()?;
+        let link = home.ensure_dir(rel::runner(&config.name))?;
 
         let (mailbox, inbox): (Mailbox, Inbox) = Mailbox::new();
         daemon::watch_signals(&mailbox)?;
@@ -173,6 +169,23 @@ impl Starting {
             networks: Some(networks),
             restores: Arc::new(Semaphore::new(cpus)),
         };
+        // Last, when nothing else can fail: who has retired takes no jobs any more whatever becomes of us, and its jobs would
+        // end with us, whom systemd takes for the service from then on. It sends its signals to us, too, and they are heard.
+        // That both look for jobs for a moment does no harm: a claim is a link that one of them makes, and the claims of an
+        // instance that lives are left alone. From the API nothing is asked for before the daemon runs.
+        let name = match name {
+            Some(name) => name,
+            None => match take_over(&home, &config.name, &instance).await {
+                Ok(name) => name,
+                Err(error) => {
+                    // The API knows us since the provider was started.
+                    if let Some(api) = api {
+                        api.finish().await;
+                    }
+                    return Err(error);
+                }
+            },
+        };
         let cleaned = Arc::clone(&metrics);
         let cleaning = tokio::spawn(gc::daemon::look_after(
             Arc::clone(&home),
@@ -181,10 +194,7 @@ impl Starting {
             images,
             move |report| cleaned.cleaned(report),
         ));
-        let socket = instance_dir.bind_socket("control.sock", 0o600)?;
         let owner = home.owner().uid;
-        let status_dir = instance_dir.try_clone()?;
-        let link = home.ensure_dir(rel::runner(&config.name))?;
         let shown = instance.clone();
         let target = |file: &str| format!("instances/{instance}/{file}");
         let (status_target, registry_target) = (target(STATUS_FILE), target(REGISTRY_FILE));
@@ -255,6 +265,12 @@ impl Starting {
         let _ = instance_dir.remove_file("control.sock");
         Ok(code)
     }
+}
+
+/// Takes the name of the instance that has it.
+async fn take_over(home: &Home, name: &RunnerName, instance: &str) -> Result<Lock, CliError> {
+    handover::retire_others(home, name, instance).await?;
+    only_one(home, name)
 }
 
 /// What jobs' networks need, but for what each job says itself.
