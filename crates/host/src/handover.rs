@@ -6,13 +6,17 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 
 /// Memory that every Linux system mounts.
-const PLACE: &str = "/dev/shm";
+pub const PLACE: &str = "/dev/shm";
+/// How the names of files begin.
+const PREFIX: &str = "vm0-handover-";
 /// Largest file that is taken, bytes.
 pub const MAX_BYTES: u64 = 4 << 20;
 
@@ -49,28 +53,62 @@ pub enum HandoverError {
 #[derive(Debug)]
 pub struct Handover {
     path: PathBuf,
+    /// Locked as long as we live: one that nobody holds was left by a process that was killed.
+    file: File,
 }
 
 impl Handover {
-    /// Leaves `bytes` under `name`, readable for the caller and root only.
+    /// Leaves `bytes` under `name`, readable for the caller and root only. What the caller's user left there before goes: who
+    /// is killed leaves it behind, and the next attempt at the same run has the values anew.
     pub fn leave(name: &str, bytes: &[u8]) -> Result<Handover, HandoverError> {
         let path = path(name)?;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let file = rustix::fs::open(&path, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
-            .map_err(|errno| io_error("create", &path)(errno.into()))?;
+        let file = match create(&path) {
+            Err(Errno::EXIST) if remove_own(&path) => create(&path),
+            other => other,
+        };
+        let file = file.map_err(|errno| io_error("create", &path)(errno.into()))?;
         // From here on it is removed whatever fails.
-        let handover = Handover { path };
-        File::from(file)
+        let mut handover = Handover {
+            path,
+            file: file.into(),
+        };
+        rustix::fs::flock(&handover.file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| io_error("lock", &handover.path)(errno.into()))?;
+        handover
+            .file
             .write_all(bytes)
             .map_err(io_error("write", &handover.path))?;
         Ok(handover)
     }
 }
 
+fn create(path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
+}
+
+/// Removes a file of the caller's user; false if it is somebody else's, who put it in the way.
+fn remove_own(path: &Path) -> bool {
+    let me = rustix::process::geteuid().as_raw();
+    let is_own = |meta: std::fs::Metadata| meta.is_file() && meta.uid() == me;
+    std::fs::symlink_metadata(path).is_ok_and(is_own) && std::fs::remove_file(path).is_ok()
+}
+
+/// The name under which a file of [`PLACE`] was handed over, if it was.
+pub fn handed_over(file: &str) -> Option<&str> {
+    file.strip_prefix(PREFIX)
+}
+
 impl Drop for Handover {
     fn drop(&mut self) {
-        // Usually it was taken.
-        let _ = std::fs::remove_file(&self.path);
+        // Usually it was taken, or another attempt at the same run has left its own there.
+        let number = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
+        let there = std::fs::symlink_metadata(&self.path).map(number);
+        if let (Ok(there), Ok(ours)) = (there, self.file.metadata().map(number))
+            && there == ours
+        {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -84,8 +122,8 @@ pub fn take(name: &str, owner: u32) -> Result<File, HandoverError> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(&path, flags, Mode::empty()) {
         Ok(file) => File::from(file),
-        Err(rustix::io::Errno::NOENT) => return Err(HandoverError::Missing),
-        Err(rustix::io::Errno::LOOP) => return Err(refuse("it is a symbolic link")),
+        Err(Errno::NOENT) => return Err(HandoverError::Missing),
+        Err(Errno::LOOP) => return Err(refuse("it is a symbolic link")),
         Err(errno) => return Err(io_error("open", &path)(errno.into())),
     };
     let meta = file.metadata().map_err(io_error("examine", &path))?;
@@ -118,7 +156,7 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Hand
 /// Where a file of this name lies; the name may not lead elsewhere.
 fn path(name: &str) -> Result<PathBuf, HandoverError> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
-    let path = Path::new(PLACE).join(format!("vm0-handover-{name}"));
+    let path = Path::new(PLACE).join(format!("{PREFIX}{name}"));
     if name.is_empty() || name.len() > 64 || !name.bytes().all(plain) {
         return Err(HandoverError::Refused {
             path,
@@ -155,7 +193,6 @@ mod tests {
     fn what_was_left_is_taken_once_and_has_no_name_afterwards() {
         let name = name("once");
         let left = Handover::leave(&name, b"value").unwrap();
-        Handover::leave(&name, b"other").unwrap_err();
         let mut text = String::new();
         take(&name, me())
             .unwrap()
@@ -164,6 +201,25 @@ mod tests {
         assert_eq!(text, "value");
         assert!(!left.path.exists());
         assert!(matches!(take(&name, me()), Err(HandoverError::Missing)));
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_replaced_and_nobody_removes_what_is_not_theirs() {
+        let name = name("again");
+        let first = Handover::leave(&name, b"first").unwrap();
+        let left = Handover::leave(&name, b"second").unwrap();
+        drop(first);
+        let mut text = String::new();
+        let mut taken = take(&name, me()).unwrap();
+        taken.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "second");
+        // What is no file of ours stays, and says so.
+        std::fs::create_dir(&left.path).unwrap();
+        Handover::leave(&name, b"third").unwrap_err();
+        std::fs::remove_dir(&left.path).unwrap();
+        symlink("/etc/hostname", &left.path).unwrap();
+        Handover::leave(&name, b"third").unwrap_err();
+        std::fs::remove_file(&left.path).unwrap();
     }
 
     #[test]

@@ -12,6 +12,7 @@
 
 pub(crate) mod daemon;
 mod deployed;
+mod handovers;
 mod images;
 mod logs;
 mod remains;
@@ -78,6 +79,8 @@ pub(crate) enum Kind {
     Instance,
     /// The lock of something that is gone.
     Lock,
+    /// Secrets that a killed process left in shared memory.
+    Handover,
     /// The slot of a dead runner, with its processes, network and cgroup.
     Slot,
 }
@@ -93,6 +96,7 @@ impl Kind {
             Self::Deployed => "deployed",
             Self::Instance => "instance",
             Self::Lock => "lock",
+            Self::Handover => "handover",
             Self::Slot => "slot",
         }
     }
@@ -103,7 +107,7 @@ impl Kind {
 pub(crate) struct Removed {
     /// What it is.
     pub(crate) kind: Kind,
-    /// Where, below the home; of a slot its number.
+    /// Where, below the home; of a slot its number, of secrets the whole path.
     pub(crate) path: PathBuf,
     /// What it takes on the disk, bytes.
     pub(crate) bytes: u64,
@@ -154,6 +158,8 @@ impl Report {
 /// One run over a home.
 pub(crate) struct Collector<'a> {
     home: &'a Home,
+    /// Where secrets are handed over.
+    handovers: PathBuf,
     rules: Rules,
     now: SystemTime,
     report: Report,
@@ -161,8 +167,13 @@ pub(crate) struct Collector<'a> {
 
 /// Collects everything in a home that its owner may remove.
 pub(crate) fn collect(home: &Home, rules: Rules) -> Collector<'_> {
+    collect_with(home, host::handover::PLACE.into(), rules)
+}
+
+fn collect_with(home: &Home, handovers: PathBuf, rules: Rules) -> Collector<'_> {
     let mut collector = Collector {
         home,
+        handovers,
         rules,
         now: SystemTime::now(),
         report: Report {
@@ -179,6 +190,7 @@ pub(crate) fn collect(home: &Home, rules: Rules) -> Collector<'_> {
         (Kind::Lock, remains::locks),
         (Kind::Log, logs::collect),
         (Kind::Deployed, deployed::collect),
+        (Kind::Handover, handovers::collect),
     ] {
         if let Err(error) = part(&mut collector) {
             collector.failed(kind, &error);

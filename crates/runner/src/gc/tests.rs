@@ -18,7 +18,7 @@ fn hash(n: u8) -> ImageHash {
 
 struct Place {
     home: Arc<Home>,
-    _temp: tempfile::TempDir,
+    temp: tempfile::TempDir,
 }
 
 impl Place {
@@ -28,7 +28,7 @@ impl Place {
         let home = Arc::new(home);
         Store::open(Arc::clone(&home)).unwrap();
         home.logs().unwrap();
-        Self { home, _temp: temp }
+        Self { home, temp }
     }
 
     /// A file of this age and of 4 KiB.
@@ -38,6 +38,10 @@ impl Place {
         fs::write(&path, [1; 4096]).unwrap();
         self.age(&path, age);
         path
+    }
+
+    fn handovers(&self) -> PathBuf {
+        self.temp.path().join("shm")
     }
 
     fn age(&self, path: &Path, age: Duration) {
@@ -73,7 +77,7 @@ impl Place {
             dry_run: false,
         };
         change(&mut rules);
-        collect(&self.home, rules).finish()
+        collect_with(&self.home, self.handovers(), rules).finish()
     }
 
     fn clean(&self, change: impl FnOnce(&mut Rules)) -> Report {
@@ -339,4 +343,27 @@ fn instances_and_locks_of_what_is_gone_go() {
     let left = [1, 2, 3].map(|n| place.home.at(instance(n)).exists());
     assert_eq!(left, [false, true, true]);
     assert!(!lock.exists() && other.exists());
+}
+
+#[test]
+fn secrets_that_a_killed_process_left_go_and_those_of_the_living_stay() {
+    let place = Place::new();
+    let left = |what: &str, age| place.file(place.handovers().join(what), age);
+    let run = || format!("vm0-handover-{}", RunId::random());
+    let dead = left(&run(), 2 * HOUR);
+    let young = left(&run(), HOUR / 2);
+    let held = left(&run(), DAY);
+    let lock = fs::File::open(&held).unwrap();
+    lock.lock().unwrap();
+    let others = [left("vm0-handover-x", DAY), left("something-else", DAY)];
+    let rehearsal = place.clean(|rules| rules.dry_run = true);
+    assert_eq!(kinds(&rehearsal), [Kind::Handover]);
+    assert!(dead.exists());
+    let report = place.clean(|_| {});
+    assert_eq!(report.removed[0].path, dead);
+    assert!(!dead.exists() && young.exists() && held.exists());
+    assert!(others.iter().all(|path| path.exists()));
+    drop(lock);
+    let report = place.clean(|_| {});
+    assert_eq!(report.removed[0].path, held);
 }
