@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use api_types::runner::ResumeSession;
 use host::fs::{Access, Dir, FsError};
 use policy::Draft;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, mpsc};
 
@@ -85,7 +86,7 @@ impl JobHead {
 pub(crate) enum Look {
     /// A job nobody has taken.
     Fresh(JobHead),
-    /// Nothing, or somebody has it.
+    /// Nothing, or somebody has it, or it cannot be read at the moment.
     NotOurs,
     /// It can never become a job: answer it with this.
     Bad(String),
@@ -217,10 +218,12 @@ impl RunnerQueue {
         match self.claims.metadata(claim_name(id)) {
             Ok(None) => {}
             Ok(Some(_)) => return Look::NotOurs,
+            Err(error) if is_ours(&error) => return not_now(id, &error),
             Err(error) => return Look::Bad(error.to_string()),
         }
         match self.read_job(id) {
             ReadJob::Gone => Look::NotOurs,
+            ReadJob::NotNow(error) => not_now(id, &error),
             ReadJob::Good(read) => {
                 Look::Fresh(JobHead::of(&read.job, read.submitter, read.submitted))
             }
@@ -253,6 +256,10 @@ impl RunnerQueue {
             ReadJob::Gone => {
                 self.unclaim(id);
                 return Ok(Claim::Lost);
+            }
+            ReadJob::NotNow(error) => {
+                self.unclaim(id);
+                return Err(error.into());
             }
             ReadJob::Good(read) => Claim::Won(Box::new(ClaimedJob {
                 job: read.job,
@@ -336,6 +343,7 @@ impl RunnerQueue {
         let file = match self.group.dir.open_file(&name, Access::Read) {
             Ok(file) => file,
             Err(error) if error.is_not_found() => return ReadJob::Gone,
+            Err(error) if is_ours(&error) => return ReadJob::NotNow(error),
             Err(error) => {
                 let modified = match &error {
                     // A regular file that we may not read yet may get its mode in a moment.
@@ -353,7 +361,7 @@ impl RunnerQueue {
         };
         let meta = match file.metadata() {
             Ok(meta) => meta,
-            Err(error) => return bad(format!("the job file cannot be examined: {error}"), None),
+            Err(source) => return ReadJob::NotNow(self.unread(&name, source)),
         };
         let modified = meta.modified().ok();
         if meta.nlink() == 0 {
@@ -369,11 +377,11 @@ impl RunnerQueue {
             return bad(JobError::TooLarge.to_string(), modified);
         }
         let mut bytes = Vec::new();
-        if let Err(error) = file
+        if let Err(source) = file
             .take(MAX_JOB_BYTES.saturating_add(1))
             .read_to_end(&mut bytes)
         {
-            return bad(format!("the job file cannot be read: {error}"), modified);
+            return ReadJob::NotNow(self.unread(&name, source));
         }
         match Job::parse(&bytes) {
             Ok(job) if job.run_id == id => ReadJob::Good(Box::new(ReadFile {
@@ -391,6 +399,33 @@ impl RunnerQueue {
             Err(error) => bad(error.to_string(), modified),
         }
     }
+
+    /// Of a regular file that is open: nothing that its submitter did.
+    fn unread(&self, name: &str, source: std::io::Error) -> FsError {
+        FsError::Io {
+            path: self.group.dir.display_path(name),
+            action: "read",
+            source,
+        }
+    }
+}
+
+/// Whether it is this process or its host that has no room or a bad disk, and not the file that is wrong: another moment, or
+/// another runner, may do better.
+fn is_ours(error: &FsError) -> bool {
+    let FsError::Io { source, .. } = error else {
+        return false;
+    };
+    let code = source.raw_os_error();
+    [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::IO]
+        .iter()
+        .any(|errno| code == Some(errno.raw_os_error()))
+}
+
+/// The slow scan finds it again.
+fn not_now(id: RunId, error: &FsError) -> Look {
+    tracing::warn!(run = %id, %error, "cannot look at a job; looking again later");
+    Look::NotOurs
 }
 
 impl Drop for RunnerQueue {
@@ -428,6 +463,8 @@ struct ReadFile {
 #[derive(Debug)]
 enum ReadJob {
     Gone,
+    /// The job may be good: it cannot be read at the moment.
+    NotNow(FsError),
     Good(Box<ReadFile>),
     Bad {
         reason: String,

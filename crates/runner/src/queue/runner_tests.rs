@@ -396,3 +396,37 @@ fn only_the_submitter_the_owner_and_root_cancel() {
     symlink("/etc/passwd", group.path(cancel_name(link))).unwrap();
     assert_eq!(runner.cancelled_by(link, me), None);
 }
+
+#[test]
+fn a_runner_that_has_no_descriptors_left_refuses_no_job() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    // In a process of its own, whose limit is no other test's.
+    const ALONE: &str = "VM0_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let module = module_path!().strip_prefix("runner::").unwrap();
+        let name = format!("{module}::a_runner_that_has_no_descriptors_left_refuses_no_job");
+        let test = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", &name])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&test.stdout);
+        assert!(test.status.success() && told.contains("1 passed"), "{told}");
+        return;
+    }
+    let group = Group::new();
+    let runner = group.runner();
+    let id = group.submit();
+    let before = getrlimit(Resource::Nofile);
+    let none = Rlimit {
+        current: Some(0),
+        ..before.clone()
+    };
+    setrlimit(Resource::Nofile, none).unwrap();
+    let (look, claim) = (runner.look(id, true), runner.claim(id));
+    setrlimit(Resource::Nofile, before).unwrap();
+    assert!(matches!(look, Look::NotOurs), "{look:?}");
+    assert!(claim.is_err(), "{claim:?}");
+    assert!(matches!(runner.look(id, true), Look::Fresh(_)));
+    won(runner.claim(id).unwrap());
+}
