@@ -244,8 +244,7 @@ impl Handler {
             return Err(error);
         }
         if detach {
-            let active = self.lookup.runs().await;
-            self.sessions.keep(id, run, session, &active);
+            self.keep(id, run, session).await;
             entry.set(Outcome::ok());
             return protocol::send(&mut connection, &Reply::Done).await;
         }
@@ -275,9 +274,19 @@ impl Handler {
             session: id,
             pid: session.pid(),
         };
-        protocol::send(&mut connection, &reply).await?;
+        if let Err(error) = protocol::send(&mut connection, &reply).await {
+            // Nobody has been attached: it waits for the next who asks.
+            self.keep(id, run, session).await;
+            return Err(error);
+        }
         self.serve_attached(connection, run, id, session, entry)
             .await
+    }
+
+    /// Keeps a session for whoever attaches next.
+    async fn keep(&self, id: u32, run: RunId, session: Session) {
+        let active = self.lookup.runs().await;
+        self.sessions.keep(id, run, session, &active);
     }
 
     async fn serve_attached(
@@ -292,17 +301,12 @@ impl Handler {
             Ok(End::Exited) => Ok(()),
             Ok(End::Detached) => {
                 entry.set(Outcome::ok());
-                let active = self.lookup.runs().await;
-                self.sessions.keep(id, run, session, &active);
+                self.keep(id, run, session).await;
                 Ok(())
             }
-            Ok(End::PeerGone) => {
+            gone => {
                 kill(&session).await;
-                Ok(())
-            }
-            Err(error) => {
-                kill(&session).await;
-                Err(error)
+                gone.map(drop)
             }
         }
     }

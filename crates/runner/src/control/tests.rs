@@ -205,6 +205,29 @@ async fn a_detached_session_lives_on_and_can_be_attached_to_once() {
 }
 
 #[tokio::test]
+async fn a_session_that_somebody_asked_for_and_went_away_is_still_there() {
+    let daemon = Daemon::start();
+    let run = only_run(&daemon).await;
+    let (mut connection, session) = exec(&run, bash("read line; echo got $line")).await;
+    send(&mut connection, Input::Detach).await;
+    let end = protocol::receive::<Reply, _>(&mut connection).await;
+    assert!(end.unwrap().is_none());
+    let attach = Request::Attach {
+        run: run.info.run_id,
+        session,
+        size: None,
+    };
+    // Gone before the server, which has its turn at the next wait, can answer.
+    drop(run.instance.request(&attach).await.unwrap());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut again = run.instance.request(&attach).await.unwrap();
+    let reply = receive(&mut again).await;
+    assert!(matches!(reply, Reply::Started { .. }), "{reply:?}");
+    send(&mut again, Input::Stdin("hello\n".into())).await;
+    assert_eq!(finish(&mut again).await.stdout, b"got hello\n");
+}
+
+#[tokio::test]
 async fn a_terminal_has_its_size_and_its_new_size() {
     let daemon = Daemon::start();
     let run = only_run(&daemon).await;
