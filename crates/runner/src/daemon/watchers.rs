@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use host::fs::Dir;
-use host::launcher::Launcher;
+use host::launcher::{Launcher, LauncherError};
 use host::slot::{CHANGES_FILE, HostUsage};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -101,10 +101,19 @@ pub(crate) fn watch_host(mailbox: &Mailbox, launcher: Launcher, run_dir: PathBuf
         }
         let mut changes = changes.ok();
         let mut known = HostUsage::default();
-        while let Ok(usage) = launcher.usage().await {
-            if usage != known {
-                known = usage;
-                mailbox.event(Event::Usage(usage));
+        loop {
+            match launcher.usage().await {
+                Ok(usage) if usage != known => {
+                    known = usage;
+                    mailbox.event(Event::Usage(usage));
+                }
+                Ok(_) => {}
+                // The daemon ends as well.
+                Err(LauncherError::Gone) => return,
+                // As where the launcher has no descriptor left for a moment: later looks tell what this one does not.
+                Err(error) => {
+                    tracing::warn!(%error, "cannot look at the host's slots; looking again later");
+                }
             }
             sleep(LOOK_INTERVAL).await;
             tokio::select! {
@@ -142,4 +151,52 @@ async fn changed(changes: &mut Option<AsyncFd<Watch>>) {
         }
     }
     *changes = None;
+}
+
+#[cfg(test)]
+mod tests {
+    use host::launcher::ForkedLauncher;
+    use host::slot::{HostLimits, LeaseKind, Resources, SlotRecord};
+    use host::test_support::TestHost;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_look_at_the_host_that_fails_is_not_the_last() {
+        let Some(host) = TestHost::new() else { return };
+        let config = host.config("test");
+        let run_dir = config.run_dir.clone();
+        let forked = ForkedLauncher::fork_in_tests(config).unwrap();
+        let launcher = forked.attach().unwrap();
+        // No look is possible without the host's lock.
+        let lock = run_dir.join("lock");
+        let _ = std::fs::remove_file(&lock);
+        std::fs::create_dir(&lock).unwrap();
+        launcher.usage().await.unwrap_err();
+        let (mailbox, mut inbox) = Mailbox::new();
+        watch_host(&mailbox, launcher.clone(), run_dir);
+        sleep(LOOK_INTERVAL * 2).await;
+        std::fs::remove_dir(&lock).unwrap();
+        let resources = Resources {
+            vcpu: 1,
+            memory_mb: 1,
+            disk_mb: 1,
+        };
+        let record = SlotRecord {
+            instance: "test".to_owned(),
+            kind: LeaseKind::Firm,
+            resources,
+            run_id: None,
+            shared_mb: 0,
+        };
+        let limits = HostLimits { total: resources };
+        launcher.reserve(record, limits).await.unwrap();
+        let told = tokio::time::timeout(LOOK_AT_HOST * 2, inbox.0.recv());
+        let told = told.await.expect("another look");
+        let Some(Message::Event(Event::Usage(usage))) = told else {
+            panic!("{told:?}")
+        };
+        assert_eq!(usage.firm, resources);
+        launcher.shutdown().await;
+    }
 }
