@@ -369,6 +369,8 @@ impl JobNetworks {
             ..
         } = *registration;
         lock(&self.sources).remove(&registration.run);
+        // First: a worker that comes up, or a name that is asked for, meanwhile would be missed by what follows.
+        self.registrations.begin_end(address, generation);
         self.proxy.unregister(address, generation).await;
         if self.registrations.take_opened(address, generation)
             && let Err(error) = self.launcher.cut_network(network).await

@@ -40,6 +40,8 @@ struct Kept {
     log: NetworkLog,
     /// A destination past the proxy was opened for it.
     opened: bool,
+    /// Its run is over: lines that are on their way still are its own, but nobody begins anything for it.
+    ending: bool,
 }
 
 /// All of a runner.
@@ -109,10 +111,22 @@ impl Registrations {
             registration: registration.clone(),
             log,
             opened: false,
+            ending: false,
         };
         state.kept.insert(address, kept);
         self.changed.send_replace(());
         Ok(registration)
+    }
+
+    /// Begins the end of a registration: from here on no worker is told of it, nothing is opened for it and its policy
+    /// stays as it is, so that who ends it everywhere has seen everything there is. Its log is open still.
+    pub(crate) fn begin_end(&self, address: Ipv4Addr, generation: u64) {
+        let mut state = self.lock();
+        let kept = state.kept.get_mut(&address);
+        if let Some(kept) = kept.filter(|kept| kept.registration.generation == generation) {
+            kept.ending = true;
+            self.changed.send_replace(());
+        }
     }
 
     /// Ends a registration and closes its log; says how many lines the log lacks. Nothing if it has ended.
@@ -143,8 +157,8 @@ impl Registrations {
         decides: Arc<Policy>,
     ) -> Option<Registration> {
         let mut state = self.lock();
-        let kept = state.kept.values_mut();
-        let kept = kept.into_iter().find(|kept| kept.registration.run == run)?;
+        let mut kept = state.kept.values_mut();
+        let kept = kept.find(|kept| kept.registration.run == run && !kept.ending)?;
         kept.registration.policy = policy;
         kept.registration.decides = decides;
         let changed = kept.registration.clone();
@@ -152,13 +166,13 @@ impl Registrations {
         Some(changed)
     }
 
-    /// Notes that a destination past the proxy is about to be opened for a registration; false if it has ended, and
-    /// nothing may be opened for it any more.
+    /// Notes that a destination past the proxy is about to be opened for a registration; false if it ends or has ended,
+    /// and nothing may be opened for it any more.
     pub(crate) fn opens(&self, address: Ipv4Addr, generation: u64) -> bool {
         let mut state = self.lock();
         let kept = state.kept.get_mut(&address);
         let current = kept.filter(|kept| kept.registration.generation == generation);
-        current.is_some_and(|kept| {
+        current.filter(|kept| !kept.ending).is_some_and(|kept| {
             kept.opened = true;
             true
         })
@@ -186,10 +200,10 @@ impl Registrations {
             .map(|kept| kept.registration.clone())
     }
 
-    /// All there are now.
+    /// All there are now, but for those that end.
     pub(crate) fn all(&self) -> Vec<Registration> {
         let state = self.lock();
-        let kept = state.kept.values();
+        let kept = state.kept.values().filter(|kept| !kept.ending);
         kept.map(|kept| kept.registration.clone()).collect()
     }
 
@@ -251,7 +265,7 @@ mod tests {
     const LINE: &str = r#"{"timestamp":"2026-01-31T12:00:00.000Z","type":"dns","action":"ALLOW","rule":null,"host":"a.example.com","port":53,"query":"A","answers":[],"latency_ms":1,"error":null}"#;
 
     #[test]
-    fn a_line_of_an_older_generation_is_nobodys() {
+    fn a_line_of_an_older_generation_is_nobodys_and_one_that_ends_begins_nothing() {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join("logs")).unwrap();
         let home = Dir::open(root.path()).unwrap();
@@ -277,6 +291,17 @@ mod tests {
         assert!(!registrations.take_opened(address, first.generation));
         assert!(registrations.take_opened(address, second.generation));
         assert!(!registrations.take_opened(address, second.generation));
+        assert!(registrations.opens(address, second.generation));
+        registrations.begin_end(address, first.generation);
+        assert_eq!(registrations.all().len(), 1);
+        // What is on its way is written still, and what was opened is to be cut. Nothing new begins.
+        registrations.begin_end(address, second.generation);
+        registrations.write(address, Some(second.generation), &line);
+        assert!(registrations.all().is_empty());
+        assert!(!registrations.opens(address, second.generation));
+        assert!(registrations.take_opened(address, second.generation));
+        let changed = registrations.set_policy(two, Arc::default());
+        assert!(changed.unwrap().is_none());
         assert_eq!(registrations.remove(address, first.generation), None);
         assert_eq!(registrations.remove(address, second.generation), Some(0));
         registrations.write(address, None, &line);
@@ -284,7 +309,7 @@ mod tests {
             let path = root.path().join(rel::network_log(&run));
             std::fs::read_to_string(path).unwrap().lines().count()
         };
-        assert_eq!((lines(one), lines(two)), (1, 1));
+        assert_eq!((lines(one), lines(two)), (1, 2));
         assert!(registrations.find(address).is_none());
     }
 }

@@ -467,7 +467,7 @@ mod tests {
         let ending = Arc::clone(&registrations);
         let (address, generation) = (only.address, only.generation);
         let told = worker(theirs, move || {
-            ending.remove(address, generation).unwrap();
+            ending.begin_end(address, generation);
         });
         let channel = Channel::start(ours, |_| {}).unwrap();
         tell_all(&channel, &registrations).await.unwrap();
