@@ -424,9 +424,12 @@ fn a_runner_that_has_no_descriptors_left_refuses_no_job() {
     };
     setrlimit(Resource::Nofile, none).unwrap();
     let (look, claim) = (runner.look(id, true), runner.claim(id));
+    let read = runner.read_job(id);
     setrlimit(Resource::Nofile, before).unwrap();
     assert!(matches!(look, Look::NotOurs), "{look:?}");
     assert!(claim.is_err(), "{claim:?}");
+    // As a claim finds it that the last descriptors were enough for.
+    assert!(matches!(read, ReadJob::NotNow(_)), "{read:?}");
     assert!(matches!(runner.look(id, true), Look::Fresh(_)));
     won(runner.claim(id).unwrap());
 }
