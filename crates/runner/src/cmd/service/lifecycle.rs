@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use host::fs::{Lock, LockKind};
+use tokio::signal::unix::{self, SignalKind};
 
 use super::systemd::{JournalMark, State, require_root, systemctl};
 use super::unit::{Place, Unit, UnitName, other_home};
@@ -235,12 +236,17 @@ fn end(unit: &UnitName, name: &RunnerName, force: bool, context: &Context) -> Re
     let _one = one_at_a_time(&home, name)?;
     let state = State::of(unit)?;
     if state.is_up() {
-        if force {
+        let drained = if force {
             block_on(end_predecessors(&home, unit, name))?;
+            None
         } else {
-            refuse_active(&home, unit, name)?;
-        }
+            refuse_active(&home, unit, name)?
+        };
+        // Where that fails, also because somebody interrupts it, what runs takes jobs again.
         systemctl(&["stop", unit.as_str()])?;
+        if let Some(drained) = drained {
+            drained.ended();
+        }
     }
     if State::of(unit)?.has_failed() {
         systemctl(&["reset-failed", unit.as_str()])?;
@@ -248,23 +254,74 @@ fn end(unit: &UnitName, name: &RunnerName, force: bool, context: &Context) -> Re
     Ok(())
 }
 
+/// A service that was told to take no jobs, so that it can be ended. It takes them again when this is dropped.
+struct Drained<'a>(Option<&'a UnitName>);
+
+impl Drained<'_> {
+    /// It has ended, and takes nothing any more.
+    fn ended(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Drained<'_> {
+    fn drop(&mut self) {
+        // One that is stopping already does not heed it.
+        if let Some(unit) = self.0
+            && let Err(error) = signal(unit, "SIGUSR2")
+        {
+            note(format_args!(
+                "warning: {unit} may still be draining (`runner service resume`): {error}"
+            ));
+        }
+    }
+}
+
+/// Tells the service to take no jobs, and waits until it does as `followed` says.
+async fn drain_to_end<T>(
+    unit: &UnitName,
+    followed: impl Future<Output = Result<T, CliError>>,
+) -> Result<(Drained<'_>, T), CliError> {
+    // From here on a signal is heard: who died of it would leave a service that takes no jobs, for no reason that shows.
+    let mut interrupt = unix::signal(SignalKind::interrupt())?;
+    let mut terminate = unix::signal(SignalKind::terminate())?;
+    let mut hang_up = unix::signal(SignalKind::hangup())?;
+    // Before it is told: when that fails, it may have heard.
+    let drained = Drained(Some(unit));
+    signal(unit, "SIGUSR1")?;
+    tokio::select! {
+        followed = followed => return Ok((drained, followed?)),
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+        _ = hang_up.recv() => {}
+    }
+    Err(CliError::failed(format_args!(
+        "interrupted; {unit} runs, and takes jobs again"
+    )))
+}
+
 /// Fails while jobs run. A job that comes between this look and the end is impossible: the runner drains meanwhile.
-fn refuse_active(home: &Home, unit: &UnitName, name: &RunnerName) -> Result<(), CliError> {
+fn refuse_active<'a>(
+    home: &Home,
+    unit: &'a UnitName,
+    name: &RunnerName,
+) -> Result<Option<Drained<'a>>, CliError> {
     let running = |status: &Status| status.mode == Mode::Running;
-    let ran = block_on(instances::statuses(home, name))?
-        .iter()
-        .any(running);
-    if ran {
-        signal(unit, "SIGUSR1")?;
+    let (drained, all) = block_on(async {
+        let ran = instances::statuses(home, name).await?.iter().any(running);
+        let drain = instances::wait_drained(home, name);
+        if ran {
+            let (drained, all) = drain_to_end(unit, drain).await?;
+            Ok((Some(drained), all))
+        } else {
+            // Somebody else's drain goes on whatever becomes of this.
+            Ok((None, drain.await?))
+        }
+    })?;
+    let active = instances::runs(&all);
+    if active.is_empty() {
+        return Ok(drained);
     }
-    let active = block_on(instances::wait_drained(home, name)).map(|all| instances::runs(&all));
-    if matches!(&active, Ok(runs) if runs.is_empty()) {
-        return Ok(());
-    }
-    if ran {
-        signal(unit, "SIGUSR2")?;
-    }
-    let active = active?;
     Err(CliError::failed(format_args!(
         "runner {name} has {} active job(s): {}",
         active.len(),
@@ -368,4 +425,54 @@ pub(super) fn resume(name: &RunnerName, context: &Context) -> Result<ExitCode, C
     signal(&unit, "SIGUSR2")?;
     context.print_line(format_args!("{unit} takes jobs again"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_service_takes_jobs_again_unless_it_has_ended() {
+        // In a process of its own, which gets the signals and another `systemctl`.
+        const PLACE: &str = "VM0_TEST_SYSTEMCTL";
+        let Some(place) = std::env::var_os(PLACE) else {
+            let temp = tempfile::tempdir().unwrap();
+            let program = temp.path().join("systemctl");
+            let script = format!("#!/bin/sh\necho \"$4\" >> {}/told\n", temp.path().display());
+            std::fs::write(&program, script).unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let module = module_path!().strip_prefix("runner::").unwrap();
+            let name = format!("{module}::a_service_takes_jobs_again_unless_it_has_ended");
+            let path = std::env::var("PATH").unwrap();
+            let test = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", &name])
+                .env("PATH", format!("{}:{path}", temp.path().display()))
+                .env(PLACE, temp.path())
+                .output()
+                .unwrap();
+            let told = String::from_utf8_lossy(&test.stdout);
+            assert!(test.status.success() && told.contains("1 passed"), "{told}");
+            return;
+        };
+        let told = || {
+            let told = std::fs::read_to_string(PathBuf::from(&place).join("told")).unwrap();
+            told.replace('\n', " ").trim_end().to_owned()
+        };
+        let unit = UnitName::of(&"demo".parse().unwrap());
+        let drain = || block_on(drain_to_end(&unit, async { Ok(()) })).unwrap();
+        drain().0.ended();
+        assert_eq!(told(), "SIGUSR1");
+        // As where `systemctl stop` fails.
+        drop(drain());
+        assert_eq!(told(), "SIGUSR1 SIGUSR1 SIGUSR2");
+        let interrupted = async {
+            let me = rustix::process::getpid();
+            rustix::process::kill_process(me, rustix::process::Signal::INT).unwrap();
+            std::future::pending::<Result<(), CliError>>().await
+        };
+        assert!(block_on(drain_to_end(&unit, interrupted)).is_err());
+        assert_eq!(told(), "SIGUSR1 SIGUSR1 SIGUSR2 SIGUSR1 SIGUSR2");
+    }
 }
