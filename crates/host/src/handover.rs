@@ -244,6 +244,7 @@ mod tests {
         std::fs::remove_file(&left.path).unwrap();
         symlink("/etc/hostname", &left.path).unwrap();
         assert!(refused(&name, me()));
+        std::fs::remove_file(&left.path).unwrap();
         for bad in ["", "../x", "a/b", "a\nb"] {
             assert!(refused(bad, me()), "{bad:?}");
         }

@@ -184,7 +184,7 @@ mod tests {
     async fn a_launcher_that_cannot_be_heard_any_more_ends() {
         let (ours, theirs) = super::super::socket_pair().unwrap();
         // Lives until its socket is closed, as the launcher does.
-        let child = Command::new("cat")
+        let mut child = Command::new("cat")
             .stdin(Stdio::from(theirs.try_clone().unwrap()))
             .stdout(Stdio::null())
             .spawn()
@@ -202,5 +202,7 @@ mod tests {
         gone.await.expect("the launcher to end");
         let asked = connection.ask(Op::Usage, &[]).await;
         assert!(matches!(asked, Err(LauncherError::Gone)), "{asked:?}");
+        // The connection has reaped it, as its own child.
+        child.wait().unwrap_err();
     }
 }

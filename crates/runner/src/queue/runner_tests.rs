@@ -420,7 +420,7 @@ fn a_runner_that_has_no_descriptors_left_refuses_no_job() {
     let before = getrlimit(Resource::Nofile);
     let none = Rlimit {
         current: Some(0),
-        ..before.clone()
+        ..before
     };
     setrlimit(Resource::Nofile, none).unwrap();
     let (look, claim) = (runner.look(id, true), runner.claim(id));
