@@ -18,9 +18,11 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
+use host::fs::Lock;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions};
 
+use super::{name_if_free, only_one};
 use crate::context::CliError;
 use crate::control::client::{self, Instance};
 use crate::control::protocol::{Reply, Request};
@@ -87,22 +89,35 @@ fn wait(reads: OwnedFd, between: libc::pid_t) -> io::Result<ExitCode> {
     })
 }
 
-/// Asks every other instance of this name to retire, and returns when the name is free.
-pub(super) async fn retire_others(
+/// Takes the name of the instance that has it, which retires.
+pub(super) async fn take_over(
     home: &Home,
     name: &RunnerName,
     ours: &str,
-) -> Result<(), CliError> {
+) -> Result<Lock, CliError> {
+    let asked = retire_others(home, name, ours).await;
+    // Who does not answer may be one that has retired long ago, or comes up as we do. When the one that had the name has let
+    // go of it, there is no way back.
+    if let Some(lock) = name_if_free(home, name)? {
+        return Ok(lock);
+    }
+    asked?;
+    only_one(home, name)
+}
+
+/// Asks every other instance of this name to retire; fails if one did not say that it does.
+async fn retire_others(home: &Home, name: &RunnerName, ours: &str) -> Result<(), CliError> {
     let successor = std::process::id();
+    let mut all = Ok(());
     for instance in Instance::live(home)? {
         if instance.runner != *name || instance.id == ours {
             continue;
         }
         match instance.ask(&Request::Retire { successor }).await {
             Ok(Reply::Done) => {}
-            Ok(_) => return Err(client::odd()),
+            Ok(_) => all = Err(client::odd()),
             Err(error) => {
-                return Err(CliError::failed(format_args!(
+                all = Err(CliError::failed(format_args!(
                     "the running instance of {name} does not hand its jobs over: {error}"
                 ))
                 .with_hint(format_args!(
@@ -111,5 +126,28 @@ pub(super) async fn retire_others(
             }
         }
     }
-    Ok(())
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use host::fs::LockKind;
+
+    use super::*;
+    use crate::home::rel;
+
+    #[tokio::test]
+    async fn who_does_not_answer_is_in_the_way_only_with_the_name() {
+        let top = tempfile::tempdir().unwrap();
+        let home = Home::open_or_create(&top.path().join("home")).unwrap();
+        let name = "demo".parse().unwrap();
+        let instances = home.ensure_dir(rel::instances(&name)).unwrap();
+        let silent = instances.create_dir("silent", 0o700).unwrap();
+        let _alive = silent.lock("lock", LockKind::Exclusive, 0o600).unwrap();
+        let held = name_if_free(&home, &name).unwrap().unwrap();
+        let error = take_over(&home, &name, "ours").await.unwrap_err();
+        assert!(error.to_string().contains("hand its jobs over"), "{error}");
+        drop(held);
+        take_over(&home, &name, "ours").await.unwrap();
+    }
 }

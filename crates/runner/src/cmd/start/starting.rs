@@ -12,11 +12,11 @@ use sandbox::Template;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use super::collector;
 use super::handover::{self, Readiness};
 use super::profiles::open_profiles;
 use super::source::Source;
 use super::sweep::sweep;
-use super::{collector, only_one};
 use crate::audit::{Action, Audit, Outcome, Who};
 use crate::config::Config;
 use crate::context::CliError;
@@ -28,7 +28,7 @@ use crate::home::{Home, HomeError, rel};
 use crate::host_size::HostSize;
 use crate::image::InUse;
 use crate::metrics::{self, Metrics};
-use crate::names::{ProfileName, RunnerName};
+use crate::names::ProfileName;
 use crate::network::{JobNetworks, NetworkSettings, REGISTRY_FILE};
 use crate::provider::api::{ApiProvider, ApiRunner};
 use crate::provider::local::LocalProvider;
@@ -175,7 +175,7 @@ impl Starting {
         // instance that lives are left alone. From the API nothing is asked for before the daemon runs.
         let name = match name {
             Some(name) => name,
-            None => match take_over(&home, &config.name, &instance).await {
+            None => match handover::take_over(&home, &config.name, &instance).await {
                 Ok(name) => name,
                 Err(error) => {
                     // The API knows us since the provider was started.
@@ -265,12 +265,6 @@ impl Starting {
         let _ = instance_dir.remove_file("control.sock");
         Ok(code)
     }
-}
-
-/// Takes the name of the instance that has it.
-async fn take_over(home: &Home, name: &RunnerName, instance: &str) -> Result<Lock, CliError> {
-    handover::retire_others(home, name, instance).await?;
-    only_one(home, name)
 }
 
 /// What jobs' networks need, but for what each job says itself.
