@@ -207,6 +207,8 @@ impl Plan {
 
     fn digest(&mut self, event: Event, now: Instant) {
         match event {
+            // Offered again while its claim is on its way, it is ours all the same: it does not wait.
+            Event::Found(head) if self.runs.contains_key(&head.run_id) => {}
             Event::Found(head) => self.waiting.add(head),
             Event::Gone(id) => drop(self.waiting.remove(id)),
             Event::Admitted { run, slot, usage } => self.on_admitted(run, slot, usage, now),

@@ -131,7 +131,8 @@ impl Plan {
         // takes nothing new: then it waits on.
         let running = self.mode == Mode::Running;
         let head = running.then(|| self.waiting.admit(id)).flatten();
-        let Some(head) = head else {
+        // One that is ours already has its VM, and is not replaced: nobody would answer it.
+        let Some(head) = head.filter(|_| !self.runs.contains_key(&id)) else {
             match chosen {
                 Some(vm) => self.give_back(vm.slot, vm.idle, now),
                 None => self.add_vm_for_nobody(slot, now),

@@ -3,6 +3,7 @@
 mod any_order;
 mod leaving;
 mod next_of_session;
+mod offered_again;
 mod set_aside;
 
 use std::collections::BTreeMap;

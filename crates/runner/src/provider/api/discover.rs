@@ -84,11 +84,12 @@ fn startable(inner: &Inner, view: &View) -> Vec<ProfileName> {
 }
 
 /// Shows the daemon an offer, and waits until it claims it or there is no point in waiting.
-async fn offered(inner: &Arc<Inner>, offer: Offer) {
+pub(super) async fn offered(inner: &Arc<Inner>, offer: Offer) {
     let run = offer.run_id;
     let head = {
         let mut state = inner.lock();
-        if state.held.contains_key(&run) {
+        // It is ours, or will be known not to be in a moment: a replica may not have heard of the claim yet.
+        if state.held.contains_key(&run) || state.claiming.contains(&run) {
             return;
         }
         let head = state.known.remove(&run).unwrap_or_else(|| JobHead {

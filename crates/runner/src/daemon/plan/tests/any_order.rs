@@ -28,6 +28,10 @@ proptest! {
                 3 => bench.pass(Duration::from_millis(u64::from(pick) * 300)),
                 4 if pick < 30 => bench.tell(Event::Drain),
                 4 => bench.tell(Event::Resume),
+                // The API may offer a run again that is ours by now.
+                6 if pick < 128 => {
+                    if let Some(head) = active(&bench, pick) { bench.tell(Event::Found(head)); }
+                }
                 5 => bench.tell(Event::Usage(HostUsage {
                     firm: Resources { vcpu: 0, memory_mb: u64::from(pick) * 20, disk_mb: 0 },
                     ..HostUsage::default()
@@ -55,6 +59,15 @@ proptest! {
         world.claimed.sort();
         prop_assert_eq!(answered, world.claimed);
     }
+}
+
+/// What was offered of one of the active runs.
+fn active(bench: &Bench, pick: u8) -> Option<JobHead> {
+    let mut runs: Vec<&Run> = bench.plan.runs.values().collect();
+    runs.sort_by_key(|run| run.admitted_at);
+    let count = runs.len().max(1);
+    runs.get(usize::from(pick) % count)
+        .map(|run| run.head.clone())
 }
 
 #[derive(Debug, Default)]

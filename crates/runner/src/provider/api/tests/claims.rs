@@ -1,6 +1,8 @@
 //! Claims that are on their way while something else happens.
 
-use api_types::runner::{ExecutionContext, FirewallSecrets, Inputs, LeaseVerdict, NumberedInput};
+use api_types::runner::{
+    ExecutionContext, FirewallSecrets, Inputs, LeaseVerdict, NumberedInput, Offer,
+};
 use std::collections::BTreeMap;
 
 use super::*;
@@ -247,4 +249,19 @@ async fn inputs_reach_the_job_once_and_in_order_whatever_the_api_repeats() {
     // When the run is over, so is its input.
     bench.provider.0.forget(bench.run);
     assert_eq!(next().await, None);
+}
+
+#[tokio::test]
+async fn a_run_that_is_offered_again_while_its_claim_is_on_its_way_is_not_found_again() {
+    let mut bench = Bench::claiming().await;
+    let _hanging = bench.asked("/claim").await;
+    let offer = Offer {
+        run_id: bench.run,
+        profile: "vm0/small".parse().unwrap(),
+        session_id: None,
+    };
+    discover::offered(&bench.provider.0, offer).await;
+    let told = std::iter::from_fn(|| bench.told.try_recv().ok());
+    let found = |event: &ProviderEvent| matches!(event, ProviderEvent::Found(_));
+    assert!(!told.into_iter().any(|event| found(&event)));
 }

@@ -1,0 +1,59 @@
+//! Runs that are found once more while they are ours.
+
+use super::*;
+
+fn head(job: &ClaimedJob) -> JobHead {
+    JobHead::of(&job.job, job.submitter, job.submitted)
+}
+
+#[test]
+fn a_run_that_is_offered_again_while_it_is_claimed_is_admitted_once() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    let (run, again) = (job.job.run_id, head(&job));
+    let (_, slot, _) = bench.admit();
+    bench.tell(Event::Found(again.clone()));
+    assert!(
+        !bench
+            .asked
+            .iter()
+            .any(|a| matches!(a, Action::Admit { .. }))
+    );
+    bench.claim(job);
+    bench.tell(Event::Found(again.clone()));
+    assert_eq!(bench.started(run), slot);
+    bench.tell(Event::Found(again));
+    bench.end(run, false);
+    assert_eq!(bench.destroyed(), slot);
+    bench.nothing_asked();
+    assert_eq!(bench.plan.waiting(), 0);
+}
+
+#[test]
+fn a_run_that_is_lost_may_be_found_again() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    bench.admit();
+    bench.tell(Event::Lost(job.job.run_id));
+    bench.destroyed();
+    bench.asked.clear();
+    bench.tell(Event::Found(head(&job)));
+    bench.start(job);
+}
+
+#[test]
+fn a_run_that_is_ours_keeps_its_vm_whatever_is_admitted() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    let (run, again) = (job.job.run_id, head(&job));
+    let first = bench.start(job);
+    // However it got there.
+    bench.plan.waiting.add(again);
+    bench.tell(Event::Time);
+    let (admitted, second, _) = bench.admit();
+    assert_eq!(admitted, run);
+    assert_eq!(bench.destroyed(), second);
+    bench.end(run, false);
+    assert_eq!(bench.destroyed(), first);
+    bench.nothing_asked();
+}
