@@ -28,8 +28,7 @@ const LAST_ANSWER: Duration = Duration::from_secs(5);
 pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
     let run = head.run_id;
     let Some(context) = win(&inner, &head).await else {
-        inner.lock().claiming.remove(&run);
-        (inner.tell)(ProviderEvent::Lost(run));
+        inner.lost(run);
         return;
     };
     let lease = LeaseRef {
@@ -52,9 +51,8 @@ pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
     let actual = JobHead::of(&job.job, job.submitter, job.submitted);
     if !head.decides_like(&actual) {
         // It was admitted as something else. The next offer of it is known for what it is.
-        inner.lock().known.insert(run, actual);
+        inner.lock().known.add(actual);
         give_back(&inner, lease).await;
-        (inner.tell)(ProviderEvent::Lost(run));
         return;
     }
     let handed = secrets(&inner, lease, &job.job).await;
@@ -67,14 +65,12 @@ pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
     if handed.is_none() || is_leaving(&inner.view.borrow()) {
         // It has not begun: another runner may have it.
         give_back(&inner, lease).await;
-        (inner.tell)(ProviderEvent::Lost(run));
         return;
     }
     // Heartbeats renew the lease already, and may have brought its end while the secrets were on their way.
     let is = |mark: fn(&Held) -> bool| inner.lock().held.get(&run).is_some_and(mark);
     if is(|held| held.lost) {
-        inner.forget(run);
-        (inner.tell)(ProviderEvent::Lost(run));
+        inner.lost(run);
         return;
     }
     (inner.tell)(ProviderEvent::Claimed(Box::new(job)));
@@ -198,15 +194,20 @@ fn job_of(
 }
 
 /// Gives a run back. Where the API does not hear of it, it finds out by the lease that nobody renews.
+///
+/// It is lost to us before the API hears of it: the offer that follows, which may come before the answer, is a new one.
 async fn give_back(inner: &Inner, lease: LeaseRef) {
     let body = LeaseOf {
         runner_id: inner.id,
         epoch: lease.epoch,
     };
     let run = lease.run_id;
+    // The daemon, which has the run no more, may leave; until this has been said it does not.
+    inner.returning(|count| count.saturating_add(1));
+    inner.lost(run);
     // Whatever it says: we do not have the run any more.
     let _ = ask(inner, run, || inner.api.release(run, &body)).await;
-    inner.forget(run);
+    inner.returning(|count| count.saturating_sub(1));
 }
 
 /// Fetches the values of the job's secrets, and leaves them where the network takes them from: in memory. `None`: the

@@ -1,5 +1,6 @@
 //! Finding runs: one offer at a time, and only while there is room for one.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,7 +8,7 @@ use api_types::runner::{Offer, Poll};
 use host::slot::Resources;
 
 use super::{Inner, Pause, View};
-use crate::names::ProfileName;
+use crate::names::{ProfileName, RunId};
 use crate::provider::ProviderEvent;
 use crate::queue::JobHead;
 use crate::status::Mode;
@@ -16,6 +17,27 @@ use crate::status::Mode;
 const WAIT_SECS: u64 = 30;
 /// An offer that the daemon has no room for after all is given up after this: another runner may have room.
 const OFFER_LIFE: Duration = Duration::from_secs(5);
+/// Most runs that are known for what they are. Those that are offered again are so at once; others have got the rest.
+const MAX_KNOWN: usize = 64;
+
+/// What runs turned out to be when they were claimed, the newest last: an offer does not say everything.
+#[derive(Debug, Default)]
+pub(super) struct Known(VecDeque<JobHead>);
+
+impl Known {
+    pub(super) fn add(&mut self, head: JobHead) {
+        self.remove(head.run_id);
+        self.0.push_back(head);
+        if self.0.len() > MAX_KNOWN {
+            self.0.pop_front();
+        }
+    }
+
+    fn remove(&mut self, run: RunId) -> Option<JobHead> {
+        let place = self.0.iter().position(|head| head.run_id == run)?;
+        self.0.remove(place)
+    }
+}
 
 /// Polls for ever.
 pub(super) async fn run(inner: Arc<Inner>) {
@@ -92,7 +114,7 @@ pub(super) async fn offered(inner: &Arc<Inner>, offer: Offer) {
         if state.held.contains_key(&run) || state.claiming.contains(&run) {
             return;
         }
-        let head = state.known.remove(&run).unwrap_or_else(|| JobHead {
+        let head = state.known.remove(run).unwrap_or_else(|| JobHead {
             run_id: run,
             profile: offer.profile,
             session_id: offer.session_id,
@@ -119,4 +141,25 @@ pub(super) async fn offered(inner: &Arc<Inner>, offer: Offer) {
 /// When an offer came: what orders runs that wait here.
 pub(super) fn now() -> SystemTime {
     SystemTime::now().max(UNIX_EPOCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::head;
+    use super::*;
+
+    #[test]
+    fn what_is_known_of_runs_that_others_took_does_not_add_up() {
+        let mut known = Known::default();
+        let runs: Vec<RunId> = (0..=MAX_KNOWN).map(|_| RunId::random()).collect();
+        for run in &runs {
+            known.add(head(*run));
+            known.add(head(*run));
+        }
+        assert_eq!(known.0.len(), MAX_KNOWN);
+        assert_eq!(known.remove(runs[0]), None, "the oldest goes first");
+        let newest = known.remove(runs[MAX_KNOWN]);
+        assert_eq!(newest.map(|head| head.run_id), runs.last().copied());
+        assert_eq!(known.remove(runs[MAX_KNOWN]), None, "it is taken once");
+    }
 }

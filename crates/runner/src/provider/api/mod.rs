@@ -122,13 +122,14 @@ struct Held {
 struct State {
     /// Offered to the daemon and not claimed yet.
     offered: HashMap<RunId, JobHead>,
-    /// What runs turned out to be when they were claimed: an offer does not say everything.
-    known: HashMap<RunId, JobHead>,
+    known: discover::Known,
     held: HashMap<RunId, Held>,
     /// Answers of ours or of processes before us that the API does not have.
     undelivered: usize,
     /// Runs whose claim is on its way.
     claiming: HashSet<RunId>,
+    /// How many runs the API is being given back.
+    returning: usize,
     error: Option<String>,
     last_contact: Option<Instant>,
 }
@@ -206,7 +207,11 @@ impl ApiProvider {
             loop {
                 // Before the look: whatever happens after it is heard.
                 let delivered = inner.settled.notified();
-                if inner.lock().undelivered == 0 {
+                let (undelivered, returning) = {
+                    let state = inner.lock();
+                    (state.undelivered, state.returning)
+                };
+                if undelivered == 0 && returning == 0 {
                     break;
                 }
                 delivered.await;
@@ -403,6 +408,23 @@ impl Inner {
             }
             (inner.tell)(ProviderEvent::Completed(run));
         });
+    }
+
+    /// A run that we claimed is not ours. Told under the lock: whoever finds it offered again tells so later, and the daemon
+    /// does not take that for the claim that it still believes in.
+    fn lost(&self, run: RunId) {
+        let mut state = self.lock();
+        state.claiming.remove(&run);
+        state.held.remove(&run);
+        (self.tell)(ProviderEvent::Lost(run));
+    }
+
+    /// Changes how many runs are being given back.
+    fn returning(&self, change: impl FnOnce(usize) -> usize) {
+        let mut state = self.lock();
+        state.returning = change(state.returning);
+        drop(state);
+        self.settled.notify_waiters();
     }
 
     /// Nothing more is said about a run.

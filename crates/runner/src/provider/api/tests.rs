@@ -136,7 +136,7 @@ fn runner(instance: &str) -> ApiRunner {
 }
 
 /// What an offer says of a run.
-fn head(run: RunId) -> JobHead {
+pub(super) fn head(run: RunId) -> JobHead {
     JobHead {
         run_id: run,
         profile: "vm0/small".parse().unwrap(),

@@ -183,13 +183,79 @@ async fn a_run_that_is_won_by_a_daemon_that_leaves_is_given_back() {
     });
     let release = bench.asked("/release").await;
     assert_eq!(release.body["epoch"], 1);
-    release.answer(&());
+    // The daemon may have nothing else to wait for. It says goodbye, but not before.
+    {
+        let (provider, asked) = (&bench.provider, &mut bench.asked);
+        let leaving = provider.finish();
+        let goodbye = async {
+            let (mut beats, mut release) = (0, Some(release));
+            loop {
+                let asked = asked.recv().await.unwrap();
+                let stopped = asked.body["mode"] == "stopped";
+                asked.take_heartbeat(Vec::new());
+                beats += 1;
+                if stopped {
+                    return release.is_none();
+                } else if beats < 3 {
+                    provider.0.beat.notify_one();
+                } else if let Some(release) = release.take() {
+                    release.answer(&());
+                }
+            }
+        };
+        provider.0.beat.notify_one();
+        let both = futures_util::future::join(leaving, goodbye);
+        let ((), given_back) = tokio::time::timeout(PATIENCE, both).await.unwrap();
+        assert!(given_back);
+    }
     let event = bench.told().await;
     assert!(
         matches!(event, ProviderEvent::Lost(run) if run == bench.run),
         "{event:?}"
     );
     assert!(bench.provider.0.lock().held.is_empty());
+}
+
+#[tokio::test]
+async fn a_run_that_is_given_back_may_be_offered_before_that_is_answered_and_is_known_then() {
+    let mut bench = Bench::claiming().await;
+    let claim = bench.asked("/claim").await;
+    claim.answer(&ExecutionContext {
+        session_id: Some("s".parse().unwrap()),
+        ..bench.context()
+    });
+    let _hanging = bench.asked("/release").await;
+    let offer = Offer {
+        run_id: bench.run,
+        profile: "vm0/small".parse().unwrap(),
+        session_id: Some("s".parse().unwrap()),
+    };
+    let inner = Arc::clone(&bench.provider.0);
+    tokio::spawn(async move { discover::offered(&inner, offer).await });
+    let event = bench.told().await;
+    assert!(
+        matches!(event, ProviderEvent::Lost(run) if run == bench.run),
+        "{event:?}"
+    );
+    let event = bench.told().await;
+    let ProviderEvent::Found(head) = event else {
+        panic!("it is not found: {event:?}");
+    };
+    // The second time nothing is found out, and it stays.
+    bench.provider.claim(bench.run);
+    let claim = bench.asked("/claim").await;
+    assert_eq!(head.session_id, Some("s".parse().unwrap()));
+    claim.answer(&ExecutionContext {
+        epoch: 2,
+        session_id: Some("s".parse().unwrap()),
+        ..bench.context()
+    });
+    let secrets = bench.asked("/firewall/auth").await;
+    secrets.answer(&FirewallSecrets {
+        secrets: Vec::new(),
+    });
+    let event = bench.told().await;
+    assert!(matches!(event, ProviderEvent::Claimed(_)), "{event:?}");
 }
 
 #[tokio::test]
