@@ -8,7 +8,6 @@ use policy::Draft;
 use tokio::time::Instant;
 
 use super::{Inner, inputs};
-use crate::names::RunId;
 use crate::provider::ProviderEvent;
 use crate::status::Mode;
 
@@ -18,6 +17,47 @@ const PERIOD: Duration = Duration::from_secs(10);
 const LEAST_LIMIT: Duration = Duration::from_secs(2);
 /// Most leases and sessions that one heartbeat names.
 const MAX_LIST: usize = 1024;
+
+/// Which policy a run has, and which it is to have.
+#[derive(Debug)]
+pub(super) struct PolicyState {
+    /// Revision of the one that holds.
+    pub(super) set: u64,
+    /// The newest that was announced.
+    announced: u64,
+    /// Somebody is setting one. One at a time, or an answer that is late would put an older policy over a newer one.
+    busy: bool,
+}
+
+impl PolicyState {
+    pub(super) fn of(set: u64) -> Self {
+        Self {
+            set,
+            announced: set,
+            busy: false,
+        }
+    }
+
+    /// There is at least this revision. True: whoever is told so sets it, and says what came of it.
+    fn announce(&mut self, revision: u64) -> bool {
+        self.announced = self.announced.max(revision);
+        let begins = !self.busy && self.announced > self.set;
+        self.busy |= begins;
+        begins
+    }
+
+    /// What a replica that is behind answers with is none.
+    fn is_news(&self, revision: u64) -> bool {
+        revision > self.set
+    }
+
+    /// What came of it: this revision holds now, or none but the last. True: a newer one was announced meanwhile.
+    fn came(&mut self, revision: Option<u64>) -> bool {
+        self.set = revision.map_or(self.set, |revision| revision.max(self.set));
+        self.busy = revision.is_some() && self.announced > self.set;
+        self.busy
+    }
+}
 
 /// Beats for ever.
 pub(super) async fn run(inner: Arc<Inner>) {
@@ -134,10 +174,7 @@ fn heed(inner: &Arc<Inner>, answer: &LeaseAnswer) {
     }
     let cancel = (lost || (renewed && answer.cancel_requested)) && !held.cancelled;
     held.cancelled |= cancel;
-    let newer = renewed && answer.policy_revision > held.policy_revision;
-    if newer {
-        held.policy_revision = answer.policy_revision;
-    }
+    let newer = renewed && held.policy.announce(answer.policy_revision);
     if let (true, Some(inputs)) = (renewed, &held.inputs) {
         inputs::announce(inputs, answer.inputs);
     }
@@ -154,33 +191,48 @@ fn heed(inner: &Arc<Inner>, answer: &LeaseAnswer) {
     }
 }
 
-/// Fetches a run's new policy and sets it.
+/// Fetches a run's new policy and sets it, until it has the newest that was announced.
 async fn new_policy(inner: Arc<Inner>, lease: LeaseRef) {
     let run = lease.run_id;
-    if let Err(error) = try_new_policy(&inner, lease).await {
-        tracing::warn!(%run, error, "the run's new policy cannot be set; trying again at the next heartbeat");
-        forget_revision(&inner, run);
+    loop {
+        let set = try_new_policy(&inner, lease).await;
+        if let Err(error) = &set {
+            tracing::warn!(%run, error, "the run's new policy cannot be set; trying again at the next heartbeat");
+        }
+        let more = of_claim(&inner, lease, |policy| policy.came(set.ok()));
+        if more != Some(true) {
+            return;
+        }
     }
 }
 
-fn forget_revision(inner: &Inner, run: RunId) {
-    if let Some(held) = inner.lock().held.get_mut(&run) {
-        held.policy_revision = held.policy_revision.saturating_sub(1);
-    }
+fn of_claim<T>(
+    inner: &Inner,
+    lease: LeaseRef,
+    what: impl FnOnce(&mut PolicyState) -> T,
+) -> Option<T> {
+    let mut state = inner.lock();
+    let held = state.held.get_mut(&lease.run_id)?;
+    (held.epoch == lease.epoch).then(|| what(&mut held.policy))
 }
 
-async fn try_new_policy(inner: &Inner, lease: LeaseRef) -> Result<(), String> {
+/// Gives the revision of the policy that holds now.
+async fn try_new_policy(inner: &Inner, lease: LeaseRef) -> Result<u64, String> {
     let found = inner.api.policy(inner.id, lease).await;
     let found = found.map_err(|error| error.to_string())?;
+    let is_news = |policy: &mut PolicyState| policy.is_news(found.policy_revision);
+    if of_claim(inner, lease, is_news) != Some(true) {
+        return Err("what the API answers with is no newer".to_owned());
+    }
     let draft = match found.policy {
         Some(value) => Draft::from_json(&value.to_string()).map_err(|error| error.to_string())?,
         None => Draft::default(),
     };
-    let Some(networks) = &inner.runner.networks else {
-        return Ok(());
-    };
-    let set = networks.replace(lease.run_id, draft).await;
-    set.map(drop).map_err(|error| error.to_string())
+    if let Some(networks) = &inner.runner.networks {
+        let set = networks.replace(lease.run_id, draft).await;
+        set.map_err(|error| error.to_string())?;
+    }
+    Ok(found.policy_revision)
 }
 
 #[cfg(test)]
@@ -200,5 +252,22 @@ mod tests {
         }
         assert_eq!(pace(60), (PERIOD, PERIOD));
         assert_eq!(pace(1), (Duration::from_secs(1), LEAST_LIMIT));
+    }
+
+    #[test]
+    fn one_policy_is_set_at_a_time_and_the_newest_last() {
+        let mut policy = PolicyState::of(4);
+        assert!(!policy.announce(4), "it holds already");
+        assert!(policy.announce(5));
+        assert!(!policy.announce(6), "somebody is at it");
+        assert!(policy.came(Some(5)), "6 is still to come");
+        assert!(!policy.came(Some(6)));
+        assert!(!policy.announce(5), "a late heartbeat");
+        assert!(policy.announce(7));
+        assert!(!policy.is_news(5) && !policy.is_news(6) && policy.is_news(7));
+        assert!(!policy.came(None), "the next heartbeat tries again");
+        assert!(policy.announce(7));
+        assert!(!policy.came(Some(8)), "it was changed meanwhile");
+        assert!(!policy.announce(8));
     }
 }

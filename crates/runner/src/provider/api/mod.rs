@@ -106,7 +106,7 @@ struct Held {
     epoch: Epoch,
     /// Who claimed it: us, or a process before us.
     runner: RunnerId,
-    policy_revision: u64,
+    policy: beat::PolicyState,
     /// How many inputs there are for its agent, where it takes any.
     inputs: Option<watch::Sender<u64>>,
     /// The daemon has been told to end it.
@@ -320,7 +320,7 @@ impl Inner {
         let held = Held {
             epoch: lease.epoch,
             runner,
-            policy_revision,
+            policy: beat::PolicyState::of(policy_revision),
             inputs: None,
             cancelled: false,
             lost: false,
