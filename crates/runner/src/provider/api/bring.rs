@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api_types::runner::{Complete, LeaseRef, Upload, UploadKind};
-use api_types::{ProblemKind, RunnerId};
-use host::fs::Access;
+use api_types::{ProblemKind, RunId, RunnerId};
+use host::fs::{Access, Dir};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::client::CallError;
@@ -18,6 +19,27 @@ use crate::queue::JobResult;
 
 /// How often the logs are looked at while a run runs.
 const LOOK: Duration = Duration::from_millis(300);
+
+/// How long the run's logs were when it was claimed: what an earlier claim wrote at this home is not brought again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct LogStarts {
+    output: u64,
+    network: u64,
+}
+
+impl LogStarts {
+    /// As long as they are now.
+    pub(super) fn now(home: &Dir, run: RunId) -> Self {
+        let length = |path: PathBuf| {
+            let found = home.metadata(path).ok().flatten();
+            found.map_or(0, |meta| meta.len())
+        };
+        Self {
+            output: length(rel::system_log(&run)),
+            network: length(rel::network_log(&run)),
+        }
+    }
+}
 
 /// One log of the run.
 struct Log {
@@ -41,19 +63,28 @@ pub(super) async fn run(
     inner: Arc<Inner>,
     lease: LeaseRef,
     runner: RunnerId,
+    starts: LogStarts,
     mut answer: watch::Receiver<Option<JobResult>>,
 ) {
     let speaker = Speaker { lease, runner };
-    let log = |kind, path| Log {
+    let log = |kind, path, start| Log {
         kind,
         path,
         file: None,
-        tail: Tail::default(),
+        tail: Tail::behind(start),
         closed: false,
     };
     let mut logs = [
-        log(UploadKind::Output, rel::system_log(&lease.run_id)),
-        log(UploadKind::Network, rel::network_log(&lease.run_id)),
+        log(
+            UploadKind::Output,
+            rel::system_log(&lease.run_id),
+            starts.output,
+        ),
+        log(
+            UploadKind::Network,
+            rel::network_log(&lease.run_id),
+            starts.network,
+        ),
     ];
     let mut pause = Pause::default();
     loop {

@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::time::sleep;
 use zeroize::Zeroizing;
 
+use super::bring::LogStarts;
 use super::{CallError, Held, Inner, Pause, View, inputs};
 use crate::names::RunId;
 use crate::provider::ProviderEvent;
@@ -35,7 +36,8 @@ pub(super) async fn claim(inner: Arc<Inner>, head: JobHead) {
         run_id: run,
         epoch: context.epoch,
     };
-    inner.hold(lease, inner.id, context.policy_revision);
+    let logs = LogStarts::now(&inner.home, run);
+    inner.hold(lease, inner.id, context.policy_revision, logs);
     let inputs = context
         .accepts_input
         .then(|| inputs::begin(&inner, lease, context.inputs));

@@ -2,7 +2,7 @@
 //!
 //! The API counts positions in the text that it has, and a log may hold bytes that are no text. So the text is made from
 //! the bytes in one way only: the same bytes give the same text however they are cut into pieces, and a position that
-//! the API names can be found again from the beginning of the file.
+//! the API names can be found again from the beginning of the text: where the log ended when the run was claimed.
 
 use std::fs::File;
 use std::io;
@@ -16,6 +16,8 @@ const REPLACEMENT: &str = "\u{fffd}";
 /// How far a log has been brought.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Tail {
+    /// Where the text begins in the file.
+    begin: u64,
     /// Bytes of the file that are done.
     offset: u64,
     /// Bytes of text that the API has.
@@ -41,6 +43,15 @@ impl Piece {
 }
 
 impl Tail {
+    /// Of a file whose first bytes are not part of the text.
+    pub(super) fn behind(begin: u64) -> Self {
+        Self {
+            begin,
+            offset: begin,
+            position: 0,
+        }
+    }
+
     /// What comes next; nothing if there is nothing yet. `ended`: nothing will be added to the file any more, and a
     /// character that is cut off stays so.
     pub(super) fn next(&self, file: &File, ended: bool) -> io::Result<Option<Piece>> {
@@ -61,6 +72,7 @@ impl Tail {
             return Ok(None);
         }
         let after = Tail {
+            begin: self.begin,
             offset: self.offset.saturating_add(used as u64),
             position: self.position.saturating_add(text.len() as u64),
         };
@@ -78,7 +90,7 @@ impl Tail {
 
     /// The API wants to go on at `position`: looks for it from the beginning.
     pub(super) fn go_to(&mut self, file: &File, position: u64) -> io::Result<()> {
-        *self = Self::default();
+        *self = Self::behind(self.begin);
         while self.position < position {
             let Some(piece) = self.next(file, true)? else {
                 return Err(io::Error::other(
@@ -192,11 +204,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_position_is_found_again(bytes in proptest::collection::vec(any::<u8>(), 0..300), cut in 0_usize..300) {
-            let log = file(&bytes);
+        fn any_position_is_found_again(before in 0_usize..20, bytes in proptest::collection::vec(any::<u8>(), 0..300), cut in 0_usize..300) {
+            let log = file(&[&"€".as_bytes().repeat(before), bytes.as_slice()].concat());
             let whole = String::from_utf8_lossy(&bytes).into_owned();
             let at = (0..=cut.min(whole.len())).rev().find(|at| whole.is_char_boundary(*at)).unwrap();
-            let mut tail = Tail::default();
+            let mut tail = Tail::behind(3 * before as u64);
             tail.go_to(&log, at as u64).unwrap();
             let mut rest = String::new();
             while let Some(piece) = tail.next(&log, true).unwrap() {

@@ -37,6 +37,7 @@ use tokio::time::Instant;
 
 pub(crate) use client::{ApiSettings, CallError};
 
+use self::bring::LogStarts;
 use self::client::Api;
 use self::spool::{Spool, Spooled};
 use super::{Provider, ProviderEvent};
@@ -107,6 +108,7 @@ struct Held {
     /// Who claimed it: us, or a process before us.
     runner: RunnerId,
     policy: beat::PolicyState,
+    logs: LogStarts,
     /// How many inputs there are for its agent, where it takes any.
     inputs: Option<watch::Sender<u64>>,
     /// The daemon has been told to end it.
@@ -315,12 +317,19 @@ impl Inner {
     }
 
     /// A run is ours from now on; its logs are brought as they grow.
-    fn hold(self: &Arc<Self>, lease: LeaseRef, runner: RunnerId, policy_revision: u64) {
+    fn hold(
+        self: &Arc<Self>,
+        lease: LeaseRef,
+        runner: RunnerId,
+        policy_revision: u64,
+        logs: LogStarts,
+    ) {
         let (answer, answered) = watch::channel(None);
         let held = Held {
             epoch: lease.epoch,
             runner,
             policy: beat::PolicyState::of(policy_revision),
+            logs,
             inputs: None,
             cancelled: false,
             lost: false,
@@ -332,7 +341,7 @@ impl Inner {
             state.claiming.remove(&lease.run_id);
             state.held.insert(lease.run_id, held);
         }
-        self.spawn(bring::run(Arc::clone(self), lease, runner, answered));
+        self.spawn(bring::run(Arc::clone(self), lease, runner, logs, answered));
     }
 
     /// Brings what other processes of this runner left on disk. What is left of a run that we have (or may have in a
@@ -355,7 +364,7 @@ impl Inner {
             run_id: left.result.run_id,
             epoch: left.epoch,
         };
-        self.hold(lease, left.runner_id, 0);
+        self.hold(lease, left.runner_id, 0, left.logs);
         let mut state = self.lock();
         state.undelivered = state.undelivered.saturating_add(1);
         if let Some(held) = state.held.get(&lease.run_id) {
@@ -373,6 +382,7 @@ impl Inner {
                     let spooled = Spooled {
                         runner_id: held.runner,
                         epoch: held.epoch,
+                        logs: held.logs,
                         result,
                     };
                     state.undelivered = state.undelivered.saturating_add(1);

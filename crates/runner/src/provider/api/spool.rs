@@ -9,6 +9,7 @@ use api_types::{Epoch, RunId, RunnerId};
 use host::fs::{Dir, FsError};
 use serde::{Deserialize, Serialize};
 
+use super::bring::LogStarts;
 use crate::home::{Home, HomeError, rel};
 use crate::names::RunnerName;
 use crate::queue::JobResult;
@@ -23,6 +24,9 @@ pub(super) struct Spooled {
     pub(super) runner_id: RunnerId,
     /// Which claim.
     pub(super) epoch: Epoch,
+    /// Where this claim's part of the run's logs begins.
+    #[serde(default)]
+    pub(super) logs: LogStarts,
     /// The answer.
     pub(super) result: JobResult,
 }
@@ -113,6 +117,7 @@ mod tests {
         Spooled {
             runner_id: RunnerId::random(),
             epoch,
+            logs: LogStarts::default(),
             result: JobResult::failed(run, 1, "it ended"),
         }
     }

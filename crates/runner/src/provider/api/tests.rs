@@ -1,6 +1,7 @@
 //! Answers that were left, taken and refused, over HTTP to an API that a test scripts.
 
 mod claims;
+mod logs;
 
 use api_types::runner::{HeartbeatAnswer, LeaseAnswer};
 use api_types::{Problem, ProblemKind};
@@ -153,6 +154,7 @@ fn left(home: &Home) -> (Spooled, Dir) {
     let answer = Spooled {
         runner_id: RunnerId::random(),
         epoch: 3,
+        logs: LogStarts::default(),
         result: JobResult::failed(RunId::random(), 7, "it ended"),
     };
     let spool = Spool::open(home, &name, "old").unwrap();

@@ -8,16 +8,22 @@ use std::collections::BTreeMap;
 use super::*;
 
 /// A provider that has been told to claim a run.
-struct Bench {
+pub(super) struct Bench {
     _top: tempfile::TempDir,
-    provider: ApiProvider,
-    run: RunId,
-    asked: mpsc::UnboundedReceiver<Asked>,
+    pub(super) home: Home,
+    pub(super) provider: ApiProvider,
+    pub(super) run: RunId,
+    pub(super) asked: mpsc::UnboundedReceiver<Asked>,
     told: mpsc::UnboundedReceiver<ProviderEvent>,
 }
 
 impl Bench {
-    async fn claiming() -> Self {
+    pub(super) async fn claiming() -> Self {
+        Self::claiming_at(|_, _| ()).await
+    }
+
+    /// With something that was there before.
+    pub(super) async fn claiming_at(before: impl FnOnce(&Home, RunId)) -> Self {
         let (top, home) = home();
         let (settings, asked) = open_api().await;
         let (tell, told) = mpsc::unbounded_channel();
@@ -26,10 +32,12 @@ impl Bench {
         };
         let provider = ApiProvider::start(settings, &home, runner("new"), tell).unwrap();
         let run = RunId::random();
+        before(&home, run);
         provider.0.lock().offered.insert(run, head(run));
         provider.claim(run);
         Self {
             _top: top,
+            home,
             provider,
             run,
             asked,
@@ -38,7 +46,7 @@ impl Bench {
     }
 
     /// The next request but heartbeats that nobody waits for, and those without the lease.
-    async fn asked(&mut self, path: &str) -> Asked {
+    pub(super) async fn asked(&mut self, path: &str) -> Asked {
         let next = async {
             loop {
                 let asked = self.asked.recv().await.unwrap();
@@ -82,7 +90,7 @@ impl Bench {
     }
 
     /// What is told next, but that something changed.
-    async fn told(&mut self) -> ProviderEvent {
+    pub(super) async fn told(&mut self) -> ProviderEvent {
         let next = async {
             loop {
                 match self.told.recv().await.unwrap() {
@@ -95,7 +103,7 @@ impl Bench {
         told.expect("nothing is told")
     }
 
-    fn context(&self) -> ExecutionContext {
+    pub(super) fn context(&self) -> ExecutionContext {
         ExecutionContext {
             run_id: self.run,
             epoch: 1,
