@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
 use guest_control::{ExecSpec, ExitStatus, PtySize, Session, Stream, UserSpec};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -34,6 +34,13 @@ enum Input {
     Data(Bytes),
     End,
     Resize(PtySize),
+}
+
+/// A command that somebody wants: it is ended when this is dropped.
+struct Wanted {
+    input: mpsc::Sender<Input>,
+    /// Heard also by one that does not read its input.
+    _end: oneshot::Sender<()>,
 }
 
 /// Where commands are run, and where that is noted.
@@ -68,9 +75,9 @@ async fn serve(
 ) {
     let (mut sink, mut stream) = socket.split();
     let (say, mut said) = mpsc::channel::<FromRunner>(64);
-    // Each ends when its sender is dropped, with this connection at the latest: whoever wanted it cannot be told any more.
+    // Each ends when it is dropped here, with this connection at the latest: whoever wanted it cannot be told any more.
     // So nothing waits for the tasks, and nothing aborts them: a session that is merely dropped leaves its process running.
-    let mut commands: HashMap<String, mpsc::Sender<Input>> = HashMap::new();
+    let mut commands: HashMap<String, Wanted> = HashMap::new();
     loop {
         tokio::select! {
             message = tokio::time::timeout(SILENCE, stream.next()) => {
@@ -90,14 +97,15 @@ async fn serve(
                     // Runs are taken by poll, one at a time; this was not asked for.
                     Ok(ToRunner::Job(_)) => {}
                     Ok(ToRunner::ExecStart { exec_id, run_id, epoch, argv, by, pty }) => {
-                        commands.retain(|_, input| !input.is_closed());
+                        commands.retain(|_, wanted| !wanted.input.is_closed());
                         let (input, inputs) = mpsc::channel(MAX_QUEUED);
                         let known = inner.lock().held.get(&run_id).is_some_and(|held| held.epoch == epoch);
                         let start = Start { exec_id: exec_id.clone(), run: run_id, argv, by, pty };
                         if known && commands.len() < MAX_COMMANDS {
-                            commands.insert(exec_id, input);
+                            let (end, ended) = oneshot::channel();
+                            commands.insert(exec_id, Wanted { input, _end: end });
                             let submitter = inner.runner.submitter;
-                            tokio::spawn(command(Arc::clone(operators), submitter, start, inputs, say.clone()));
+                            tokio::spawn(command(Arc::clone(operators), submitter, start, inputs, ended, say.clone()));
                         } else {
                             let why = if known { "too many commands run here" } else { "the run is not here" };
                             if say.try_send(exit(&start, None, Some(why.to_owned()))).is_err() {
@@ -132,10 +140,10 @@ async fn serve(
 }
 
 /// Queues input for a command; one that does not read is ended.
-fn give(commands: &mut HashMap<String, mpsc::Sender<Input>>, exec: &str, input: Input) {
+fn give(commands: &mut HashMap<String, Wanted>, exec: &str, input: Input) {
     let full = commands
         .get(exec)
-        .is_some_and(|queue| queue.try_send(input).is_err());
+        .is_some_and(|wanted| wanted.input.try_send(input).is_err());
     if full {
         commands.remove(exec);
     }
@@ -158,12 +166,13 @@ fn exit(start: &Start, exit_code: Option<i32>, error: Option<String>) -> FromRun
     }
 }
 
-/// Runs a command until it ends or nobody wants it any more: its input's sender is gone then.
+/// Runs a command until it ends or nobody wants it any more: [`Wanted`] is gone then.
 async fn command(
     operators: Arc<Operators>,
     submitter: u32,
     start: Start,
     mut inputs: mpsc::Receiver<Input>,
+    ended: oneshot::Receiver<()>,
     say: mpsc::Sender<FromRunner>,
 ) {
     let run = start.run;
@@ -197,6 +206,7 @@ async fn command(
     };
     let wanted = tokio::select! {
         told = output(&start, &session, &say) => told,
+        _ = ended => false,
         () = feed(&session, &mut inputs) => false,
     };
     if !wanted {
@@ -248,3 +258,7 @@ async fn feed(session: &Session, inputs: &mut mpsc::Receiver<Input>) {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "push_tests.rs"]
+mod tests;
