@@ -117,6 +117,7 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::queue::VariableNames;
     use std::time::{Duration, SystemTime};
 
     fn head(profile: &str, second: u64) -> JobHead {
@@ -124,7 +125,7 @@ mod tests {
             run_id: RunId::random(),
             profile: profile.parse().unwrap(),
             session_id: None,
-            variables: Vec::new(),
+            variables: VariableNames::none(),
             submitter: 0,
             submitted: SystemTime::UNIX_EPOCH + Duration::from_secs(second),
         }

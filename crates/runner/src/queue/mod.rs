@@ -27,7 +27,9 @@ pub(crate) use network::{
 };
 pub(crate) use registry::LiveRunner;
 pub(crate) use result::{JobResult, Verdict};
-pub(crate) use runner::{ApiSide, Claim, ClaimedJob, JobHead, Look, RunnerQueue, Scan, Unwanted};
+pub(crate) use runner::{
+    ApiSide, Claim, ClaimedJob, JobHead, Look, RunnerQueue, Scan, Unwanted, VariableNames,
+};
 pub(crate) use watch::{Change, Watch};
 
 #[cfg(test)]

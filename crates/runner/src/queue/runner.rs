@@ -14,6 +14,7 @@ use host::fs::{Access, Dir, FsError};
 use policy::Draft;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use tokio::sync::{Mutex, mpsc};
 
 use super::group::{
@@ -34,6 +35,31 @@ struct ClaimText {
     instance: String,
 }
 
+/// Names of variables: a digest, for all that counts is whether they are the same as another job's. Any number of jobs
+/// may wait, each with as many names as its file has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct VariableNames([u8; 32]);
+
+impl VariableNames {
+    /// Of these, in whatever order.
+    pub(crate) fn of<'a>(names: impl Iterator<Item = &'a str>) -> Self {
+        let mut names: Vec<_> = names.collect();
+        names.sort_unstable();
+        let mut digest = Sha256::new();
+        for name in names {
+            // With their lengths, or two lists could run into each other.
+            digest.update((name.len() as u64).to_le_bytes());
+            digest.update(name);
+        }
+        Self(digest.finalize().into())
+    }
+
+    /// Of a job that brings none, or of which none are known.
+    pub(crate) fn none() -> Self {
+        Self::of(std::iter::empty())
+    }
+}
+
 /// What the queue needs to know of a job before it is claimed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct JobHead {
@@ -43,8 +69,8 @@ pub(crate) struct JobHead {
     pub(crate) profile: ProfileName,
     /// Whose VM it may meet again.
     pub(crate) session_id: Option<SessionId>,
-    /// Names of the variables it brings, in order. Secrets travel in them, so they decide which VM it may meet.
-    pub(crate) variables: Vec<String>,
+    /// The variables it brings. Secrets travel in them, so they decide which VM it may meet.
+    pub(crate) variables: VariableNames,
     /// Who submitted it: the owner of the file.
     pub(crate) submitter: u32,
     /// When (modification time of the file).
@@ -60,10 +86,9 @@ impl JobHead {
             session_id: job.session_id.clone(),
             variables: {
                 let secrets = job.network.iter().flat_map(|network| &network.secrets);
-                let secrets = secrets.map(|name| name.as_str().to_owned());
-                let mut names: Vec<_> = job.environment.keys().cloned().chain(secrets).collect();
-                names.sort_unstable();
-                names
+                let secrets = secrets.map(policy::SecretName::as_str);
+                let names = job.environment.keys().map(String::as_str);
+                VariableNames::of(names.chain(secrets))
             },
             submitter,
             submitted,

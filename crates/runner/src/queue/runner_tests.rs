@@ -3,8 +3,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::super::JobState;
 use super::super::job::tests::fields;
+use super::super::{JobFields, JobState};
 use super::*;
 
 struct Group {
@@ -108,6 +108,33 @@ fn a_job_goes_from_its_submitter_to_a_runner_and_the_answer_comes_back() {
     assert!(group.is_clean());
     submitter.forget(id);
     assert_eq!(submitter.result(id).unwrap(), None);
+}
+
+#[test]
+fn names_of_variables_are_compared_whole_and_take_no_room() {
+    let of = |names: &[&str]| VariableNames::of(names.iter().copied());
+    assert_eq!(of(&["A", "B"]), of(&["B", "A"]));
+    assert_eq!(of(&[]), VariableNames::none());
+    for other in [&["AB"] as &[&str], &["A"], &["A", "B", "C"], &["A", "C"]] {
+        assert_ne!(of(&["A", "B"]), of(other));
+    }
+    // A group's directory holds any number of jobs, and all of their heads are kept.
+    fn is_plain<T: Copy>(_: T) {}
+    is_plain(of(&["A"]));
+
+    let mut with = fields(RunId::random());
+    with.session_id = Some("s".parse().unwrap());
+    let head = |fields: &JobFields| {
+        JobHead::of(
+            &Job::new(fields.clone()).unwrap(),
+            0,
+            SystemTime::UNIX_EPOCH,
+        )
+    };
+    let without = head(&with);
+    with.environment.insert("A".to_owned(), "1".to_owned());
+    assert!(!head(&with).decides_like(&without));
+    assert_eq!(head(&with).variables, of(&["A"]));
 }
 
 #[test]

@@ -28,7 +28,7 @@ use super::waiting::Waiting;
 use crate::config::WarmConfig;
 use crate::names::{GroupName, ProfileName, RunId, SessionId};
 use crate::pool::Pool;
-use crate::queue::{ClaimedJob, JobHead, JobResult};
+use crate::queue::{ClaimedJob, JobHead, JobResult, VariableNames};
 use crate::status::{Mode, Phase};
 
 /// A pool is not refilled while jobs that started just now are likely to be still starting: the CPU is worth more to
@@ -75,7 +75,7 @@ struct Reuse {
     session: SessionId,
     profile: ProfileName,
     image: String,
-    variables: Vec<String>,
+    variables: VariableNames,
 }
 
 #[derive(Clone, Debug)]

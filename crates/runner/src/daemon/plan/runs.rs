@@ -68,7 +68,7 @@ impl Plan {
             session: head.session_id.clone()?,
             profile: head.profile.clone(),
             image: profile.image.clone(),
-            variables: head.variables.clone(),
+            variables: head.variables,
         })
     }
 

@@ -489,7 +489,7 @@ fn a_vm_is_reused_only_when_everything_about_the_next_job_is_the_same() {
 
     for change in [
         (|head: &mut JobHead| head.submitter = 1001) as fn(&mut JobHead),
-        |head| head.variables.push("SECRET".to_owned()),
+        |head| head.variables = VariableNames::of(["SECRET"].into_iter()),
     ] {
         let mut fields = fields(RunId::random());
         fields.session_id = Some("s".parse().unwrap());

@@ -10,7 +10,7 @@ use host::slot::Resources;
 use super::{Inner, Pause, View};
 use crate::names::{ProfileName, RunId};
 use crate::provider::ProviderEvent;
-use crate::queue::JobHead;
+use crate::queue::{JobHead, VariableNames};
 use crate::status::Mode;
 
 /// How long the API waits for a run, seconds.
@@ -118,7 +118,7 @@ pub(super) async fn offered(inner: &Arc<Inner>, offer: Offer) {
             run_id: run,
             profile: offer.profile,
             session_id: offer.session_id,
-            variables: Vec::new(),
+            variables: VariableNames::none(),
             submitter: inner.runner.submitter,
             submitted: now(),
         });

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use zeroize::Zeroizing;
 
 use super::*;
+use crate::queue::VariableNames;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -142,7 +143,7 @@ pub(super) fn head(run: RunId) -> JobHead {
         run_id: run,
         profile: "vm0/small".parse().unwrap(),
         session_id: None,
-        variables: Vec::new(),
+        variables: VariableNames::none(),
         submitter: 0,
         submitted: discover::now(),
     }
