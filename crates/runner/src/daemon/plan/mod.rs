@@ -114,6 +114,9 @@ struct Admitting {
     vm: Option<Chosen>,
     /// Room has come free since: a refusal that is on its way knows nothing of it.
     outdated: bool,
+    /// It was taken back since. If it waits again it may be another job under the same name: what is on its way is not for
+    /// that one.
+    gone: bool,
 }
 
 #[derive(Debug)]
@@ -210,7 +213,12 @@ impl Plan {
             // Offered again while its claim is on its way, it is ours all the same: it does not wait.
             Event::Found(head) if self.runs.contains_key(&head.run_id) => {}
             Event::Found(head) => self.waiting.add(head),
-            Event::Gone(id) => drop(self.waiting.remove(id)),
+            Event::Gone(id) => {
+                self.waiting.remove(id);
+                if let Some(admitting) = self.admitting.as_mut().filter(|one| one.run == id) {
+                    admitting.gone = true;
+                }
+            }
             Event::Admitted { run, slot, usage } => self.on_admitted(run, slot, usage, now),
             Event::Refused { run, usage } => self.on_refused(run, usage, now),
             Event::Claimed(job) => self.on_claimed(job, now),

@@ -34,6 +34,7 @@ impl Plan {
             run,
             vm,
             outdated: false,
+            gone: false,
         });
     }
 
@@ -118,8 +119,8 @@ impl Plan {
         usage: Option<HostUsage>,
         now: Instant,
     ) {
-        let chosen = match self.admitting.take() {
-            Some(admitting) if admitting.run == id => admitting.vm,
+        let (chosen, gone) = match self.admitting.take() {
+            Some(admitting) if admitting.run == id => (admitting.vm, admitting.gone),
             other => {
                 // The provider broke meanwhile, and we are on our way out.
                 self.admitting = other;
@@ -130,7 +131,8 @@ impl Plan {
         // It may have been taken back, or cancelled and answered, while its lease was on its way. And who drains or stops
         // takes nothing new: then it waits on.
         let running = self.mode == Mode::Running;
-        let head = running.then(|| self.waiting.admit(id)).flatten();
+        let wanted = running && !gone;
+        let head = wanted.then(|| self.waiting.admit(id)).flatten();
         // One that is ours already has its VM, and is not replaced: nobody would answer it.
         let Some(head) = head.filter(|_| !self.runs.contains_key(&id)) else {
             match chosen {
@@ -179,6 +181,7 @@ impl Plan {
 
     pub(super) fn on_refused(&mut self, id: RunId, usage: Option<HostUsage>, now: Instant) {
         let admitting = self.admitting.take_if(|admitting| admitting.run == id);
+        let gone = admitting.as_ref().is_some_and(|one| one.gone);
         let outdated = admitting.as_ref().is_some_and(|one| one.outdated);
         if let Some(vm) = admitting.and_then(|admitting| admitting.vm) {
             // Its lease was never made firm.
@@ -189,7 +192,8 @@ impl Plan {
             None => self.retry_at = Some(now + RETRY),
         }
         // Whoever is blocked is tried again when room comes free, and that may have been just now.
-        if !(outdated && usage.is_some()) {
+        let says_nothing = gone || (outdated && usage.is_some());
+        if !says_nothing {
             self.waiting.block(id);
         }
     }

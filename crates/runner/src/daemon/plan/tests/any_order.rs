@@ -32,6 +32,14 @@ proptest! {
                 6 if pick < 128 => {
                     if let Some(head) = active(&bench, pick) { bench.tell(Event::Found(head)); }
                 }
+                // Somebody takes a job back, whatever is on its way for it, and may submit it again.
+                6 => {
+                    if let Some(job) = jobs.values().min_by_key(|job| job.submitted) {
+                        let head = JobHead::of(&job.job, job.submitter, job.submitted);
+                        bench.tell(Event::Gone(head.run_id));
+                        if pick.is_multiple_of(2) { bench.tell(Event::Found(head)); }
+                    }
+                }
                 5 => bench.tell(Event::Usage(HostUsage {
                     firm: Resources { vcpu: 0, memory_mb: u64::from(pick) * 20, disk_mb: 0 },
                     ..HostUsage::default()

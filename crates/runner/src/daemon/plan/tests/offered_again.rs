@@ -57,3 +57,29 @@ fn a_run_that_is_ours_keeps_its_vm_whatever_is_admitted() {
     assert_eq!(bench.destroyed(), first);
     bench.nothing_asked();
 }
+
+#[test]
+fn a_lease_that_is_asked_for_a_job_that_was_taken_back_is_not_the_next_one_s_of_its_name() {
+    for refused in [false, true] {
+        let mut bench = Bench::new();
+        let small = bench.submit("vm0/small");
+        let run = small.job.run_id;
+        let mut fields = fields(run);
+        fields.profile = "vm0/big".parse().unwrap();
+        let big = ClaimedJob {
+            job: Job::new(fields).unwrap(),
+            ..*small
+        };
+        bench.tell(Event::Gone(run));
+        bench.tell(Event::Found(head(&big)));
+        if refused {
+            assert_eq!(bench.refuse(), run);
+        } else {
+            let (_, slot, _) = bench.admit();
+            assert_eq!(bench.destroyed(), slot);
+        }
+        let is_big = |a: &Action| matches!(a, Action::Admit { profile, .. } if profile.as_str() == "vm0/big");
+        assert!(bench.asked.iter().any(is_big), "{:?}", bench.asked);
+        bench.start(Box::new(big));
+    }
+}
