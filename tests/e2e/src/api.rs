@@ -25,12 +25,16 @@ pub struct Api {
     program: PathBuf,
     nats: Child,
     group: String,
+    lease_secs: u32,
     replicas: Vec<Option<Child>>,
     /// An API key of the group.
     pub client: String,
     /// A runner token of the group.
     pub runner: String,
 }
+
+/// How long a run stays with a runner that says nothing: longer than one takes to start and to bring what it has.
+const LEASE_SECS: u32 = 60;
 
 /// A program in a network namespace that ends with the thread that started it.
 fn bound(namespace: &str, program: &Path) -> Command {
@@ -74,6 +78,15 @@ impl Api {
 
     /// The same for another group than [`Self::GROUP`].
     pub fn serving(world: &World, group: &str) -> Option<Self> {
+        Self::made(world, group, LEASE_SECS)
+    }
+
+    /// The same for a test that waits for the end of a lease, which lasts so long.
+    pub fn with_leases(world: &World, secs: u32) -> Option<Self> {
+        Self::made(world, Self::GROUP, secs)
+    }
+
+    fn made(world: &World, group: &str, lease_secs: u32) -> Option<Self> {
         let nats = std::env::var_os("VM0_TEST_NATS").map_or_else(installed_nats, PathBuf::from);
         let program = std::env::var_os("VM0_TEST_API")
             .map_or_else(|| target().join("debug/vm0-api"), PathBuf::from);
@@ -110,6 +123,7 @@ impl Api {
             program,
             nats,
             group: group.to_owned(),
+            lease_secs,
             replicas: Vec::new(),
             client: String::new(),
             runner: String::new(),
@@ -183,14 +197,9 @@ impl Api {
             .open(self.directory.path().join(format!("api-{replica}.log")))
             .expect("our directory");
         let child = self
-            .command(&[
-                "serve",
-                "--lease-secs",
-                "6",
-                "--listen",
-                &listen,
-                "--master-key",
-            ])
+            .command(&["serve", "--listen", &listen, "--lease-secs"])
+            .arg(self.lease_secs.to_string())
+            .arg("--master-key")
             .arg(self.key_file())
             .stdout(Stdio::null())
             .stderr(log)
