@@ -84,10 +84,27 @@ async fn read_all(mut output: File) -> String {
     .unwrap()
 }
 
-async fn within_a_second<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(1), future)
+/// Longer than anything here takes on a busy machine; what is waited for comes sooner.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn in_time<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future)
         .await
-        .expect("it took longer than a second")
+        .expect("it does not end")
+}
+
+/// Gives a slot back. Where the kernel lets go of its control group late, the launcher says so and goes on by itself.
+async fn give_back(launcher: &Launcher, slot: SlotId) {
+    let Err(error) = launcher.release(slot).await else {
+        return;
+    };
+    assert!(error.to_string().contains("is not empty"), "{error}");
+    in_time(async {
+        while launcher.wait(slot).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
 }
 
 /// Resolves when the process behind the pidfd is dead.
@@ -154,7 +171,7 @@ async fn a_child_sees_and_may_do_nothing_but_its_work() {
         );
     }
     assert_eq!(reaped.code, Some(0), "{seen}");
-    launcher.release(slot).await.unwrap();
+    give_back(&launcher, slot).await;
     launcher.shutdown().await;
 }
 
@@ -178,13 +195,13 @@ async fn death_is_reported_and_a_slot_serves_again() {
     assert!(error.contains("one runs in it already"), "{error}");
     let memory = launcher.memory(slot).await.unwrap();
     assert!(memory.rss > 0 && memory.private_dirty <= memory.rss);
-    let killed = within_a_second(launcher.kill(slot)).await.unwrap().unwrap();
+    let killed = in_time(launcher.kill(slot)).await.unwrap().unwrap();
     assert_eq!(killed.signal, Some(9));
     assert!(!killed.oom_killed);
-    within_a_second(death(process.pidfd)).await;
+    in_time(death(process.pidfd)).await;
     // The pipe ends only when the last of them is gone.
-    assert_eq!(within_a_second(read_all(output)).await, "");
-    launcher.release(slot).await.unwrap();
+    assert_eq!(in_time(read_all(output)).await, "");
+    give_back(&launcher, slot).await;
     let error = launcher.wait(slot).await.unwrap_err().to_string();
     assert!(error.contains("this runner does not hold it"), "{error}");
     launcher.shutdown().await;
@@ -249,7 +266,7 @@ async fn limits_hold_and_running_out_of_memory_is_told() {
     );
     launcher.launch(spec).await.unwrap();
     output.read_exact(&mut [0; 3]).unwrap();
-    within_a_second(launcher.kill(slot)).await.unwrap();
+    in_time(launcher.kill(slot)).await.unwrap();
     let uid = host.uid_base() + u32::from(slot.0);
     assert_eq!(processes_of(uid), Vec::<u32>::new());
     let (seen, reaped) = run(&launcher, slot, "(echo fork works)").await;
@@ -269,13 +286,16 @@ async fn everything_dies_within_a_second_of_the_daemon() {
     }
     // As the kernel does when the daemon dies: the last descriptor of the connection goes.
     drop(launcher);
-    within_a_second(async {
+    // The one test of how long it takes; everywhere else it is enough that it ends.
+    let all_dead = async {
         for pidfd in deaths {
             death(pidfd).await;
         }
         exit_of(launcher_pid).await;
-    })
-    .await;
+    };
+    tokio::time::timeout(Duration::from_secs(1), all_dead)
+        .await
+        .expect("it took longer than a second");
     for n in 0..5 {
         assert_eq!(processes_of(host.uid_base() + n), Vec::<u32>::new());
     }
@@ -302,7 +322,7 @@ async fn everything_dies_with_a_killed_launcher_and_the_next_one_cleans_up() {
         async move { launcher.wait(slot).await }
     });
     kill(launcher_pid);
-    within_a_second(async {
+    in_time(async {
         death(process.pidfd).await;
         launcher.gone().await;
         assert!(matches!(waiting.await.unwrap(), Err(LauncherError::Gone)));
@@ -314,7 +334,16 @@ async fn everything_dies_with_a_killed_launcher_and_the_next_one_cleans_up() {
     assert_eq!(processes_of(uid).len(), 1);
 
     let (next, _) = start(&host, "b");
-    assert_eq!(next.reclaim_orphans().await.unwrap(), 1);
+    // The kernel may let go of its control group late: then it is left for the next time.
+    let reclaimed = in_time(async {
+        loop {
+            match next.reclaim_orphans().await.unwrap() {
+                0 => {}
+                reclaimed => return reclaimed,
+            }
+        }
+    });
+    assert_eq!(reclaimed.await, 1);
     assert_eq!(next.reclaim_orphans().await.unwrap(), 0);
     assert_eq!(processes_of(uid), Vec::<u32>::new());
     assert_eq!(groups_of(&host), Vec::<String>::new());
@@ -332,7 +361,17 @@ async fn a_slot_left_by_a_dead_owner_is_clean_when_it_is_given_again() {
     kill(first_pid);
     first.gone().await;
     let (second, _) = start(&host, "b");
-    assert_eq!(reserve(&second, "b", LeaseKind::Firm).await.unwrap(), slot);
+    // Where the kernel lets go of its control group late, another is given meanwhile.
+    in_time(async {
+        loop {
+            let given = reserve(&second, "b", LeaseKind::Firm).await.unwrap();
+            if given == slot {
+                return;
+            }
+            give_back(&second, given).await;
+        }
+    })
+    .await;
     assert_eq!(
         processes_of(host.uid_base() + u32::from(slot.0)),
         Vec::<u32>::new()
@@ -386,7 +425,7 @@ async fn many_launches_at_once_are_all_answered() {
             tokio::spawn(async move {
                 let slot = reserve(&launcher, "a", LeaseKind::Revocable).await.unwrap();
                 let (seen, reaped) = run(&launcher, slot, &format!("echo $UID; exit {n}")).await;
-                launcher.release(slot).await.unwrap();
+                give_back(&launcher, slot).await;
                 assert_eq!(reaped.code, Some(n));
                 seen.trim().parse::<u32>().unwrap()
             })
@@ -413,7 +452,7 @@ async fn a_reservation_whose_caller_was_cancelled_is_given_back() {
             .await
         );
     }
-    within_a_second(async { while launcher.usage().await.unwrap().firm_count > 0 {} }).await;
+    in_time(async { while launcher.usage().await.unwrap().firm_count > 0 {} }).await;
     launcher.shutdown().await;
 }
 
@@ -440,7 +479,7 @@ fn a_daemon_without_privileges_can_do_all_of_it() {
             assert_eq!(launcher.usage().await.unwrap().firm_count, 1);
             let killed = launcher.kill(slot).await.unwrap().unwrap();
             assert_eq!(killed.signal, Some(9));
-            launcher.release(slot).await.unwrap();
+            give_back(&launcher, slot).await;
             launcher.shutdown().await;
         });
         assert!(held_slots(host.run_dir()).unwrap().is_empty());
@@ -470,7 +509,7 @@ async fn signals_of_a_terminal_or_a_service_manager_do_not_end_it() {
     let process = launcher.launch(spec).await.unwrap();
     output.read_exact(&mut [0; 3]).unwrap();
     signal_to(process.pid, Signal::TERM);
-    let reaped = within_a_second(launcher.wait(slot)).await.unwrap();
+    let reaped = in_time(launcher.wait(slot)).await.unwrap();
     assert_eq!(reaped.signal, Some(15));
     launcher.shutdown().await;
 }

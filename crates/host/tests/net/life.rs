@@ -20,7 +20,7 @@ fn tables() -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Namespaces go a moment after their last descriptor: waits for what follows from that.
+/// Namespaces go a moment after their last descriptor, and what a launcher ends may end after it: waits for what follows from that.
 async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !holds() {
@@ -80,15 +80,9 @@ async fn nothing_is_left_when_the_daemon_is_gone() {
         host,
         ..
     } = site;
-    let ended = Instant::now();
     launcher.shutdown().await;
-    assert!(
-        ended.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        ended.elapsed()
-    );
-    assert_eq!(tables(), "");
-    assert!(!world.has_link(&link).unwrap());
+    eventually("the table stays", || tables().is_empty()).await;
+    eventually("the link stays", || !world.has_link(&link).unwrap()).await;
     drop((hub, hub_namespace, vm, host));
 }
 
@@ -120,7 +114,7 @@ async fn the_next_hub_takes_away_what_a_killed_launcher_left() {
     assert_eq!(tables(), "table ip vm0_hub0\n");
     assert!(!world.has_link("vm0h1").unwrap());
     next.shutdown().await;
-    assert_eq!(tables(), "");
+    eventually("the table stays", || tables().is_empty()).await;
 }
 
 #[tokio::test]

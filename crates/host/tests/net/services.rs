@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
 
 use host::launcher::{LauncherError, ServiceId, ServiceSpec};
 use host::slot::SLOTS;
@@ -109,9 +108,7 @@ async fn a_service_is_killed_with_what_it_started_and_may_start_again() {
     let (spec, mut output) = shell("setsid sleep 1000 & echo up; wait");
     site.launcher.launch_service(spec).await.unwrap();
     output.read_exact(&mut [0; 3]).unwrap();
-    let ended = Instant::now();
     site.launcher.shutdown().await;
-    assert!(ended.elapsed() < Duration::from_secs(1));
     let end = tokio::task::spawn_blocking(move || output.read(&mut [0; 1]).unwrap());
     assert_eq!(
         tokio::time::timeout(PATIENCE, end).await.unwrap().unwrap(),
