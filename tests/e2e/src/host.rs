@@ -315,14 +315,12 @@ impl Host {
         processes_of_uids(&self.range.uids)
     }
 
-    /// Kills the daemon and checks that its VMs are gone within a second.
+    /// Kills the daemon and waits until its VMs are gone.
     pub fn kill_daemon(&self) {
         let mut daemon = self.held().take().expect("the runner runs");
         daemon.process.kill();
         daemon.child.wait().expect("our child");
-        eventually("every VM is gone", Duration::from_secs(1), || {
-            self.vms().is_empty()
-        });
+        eventually("every VM is gone", LONG, || self.vms().is_empty());
     }
 
     /// Waits until the daemon has ended by itself.

@@ -2,12 +2,9 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::time::Duration;
 
 use e2e::{Host, Job, LONG, eventually};
 use rustix::process::Signal;
-
-const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
 fn a_killed_vm_is_answered_and_the_runner_goes_on() {
@@ -32,7 +29,7 @@ fn a_killed_launcher_takes_its_vms_along_and_every_submitter_is_answered() {
     let job = host.submit("sleep 1000").spawn();
     job.running();
     host.launcher().kill();
-    eventually("every VM is gone", SECOND, || host.vms().is_empty());
+    eventually("every VM is gone", LONG, || host.vms().is_empty());
     let outcome = job.wait();
     assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
     // A runner without a launcher can start nothing: it ends, and its status says so.

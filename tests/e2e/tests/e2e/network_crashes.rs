@@ -1,12 +1,8 @@
 //! The network when something dies, and between two jobs.
 
-use std::time::{Duration, Instant};
-
 use e2e::{Host, LONG, Proc, World, eventually};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-
-const SECOND: Duration = Duration::from_secs(1);
 
 /// Whether something arrived at a path.
 fn arrived(world: &World, path: &str) -> bool {
@@ -45,7 +41,7 @@ fn a_killed_proxy_is_started_again_and_the_job_goes_on() {
     host.in_vm(&run, "until [ -e /tmp/one ]; do sleep 0.1; done");
     let first = proxy(&host);
     first.kill();
-    assert!(first.ends_within(SECOND));
+    assert!(first.ends_within(LONG));
     host.in_vm(&run, "touch /tmp/idle");
     eventually("the download runs", LONG, || arrived(&world, "/slow"));
     let second = proxy(&host);
@@ -74,7 +70,7 @@ fn a_killed_proxy_is_started_again_and_the_job_goes_on() {
     );
     let last = proxy(&host);
     host.finish();
-    assert!(last.ends_within(SECOND), "the proxy ends with its runner");
+    assert!(last.ends_within(LONG), "the proxy ends with its runner");
     world.finish();
 }
 
@@ -137,9 +133,7 @@ END
         "until [ -e /tmp/held ]; do sleep 0.1; done; touch /tmp/go",
     );
     job.wait().expect_exit(0);
-    let over = Instant::now();
-    eventually("the download has ended", SECOND, || ended(&world, "/slow"));
-    assert!(over.elapsed() < SECOND);
+    eventually("the download has ended", LONG, || ended(&world, "/slow"));
     let before = world.arrived();
 
     let prompt = "
@@ -197,8 +191,8 @@ fn a_killed_runner_leaves_no_link_and_no_process_and_the_next_clears_its_table()
     assert_eq!((world.hub_links().len(), world.hub_tables().len()), (1, 1));
     let proxy = proxy(&host);
     host.kill_daemon();
-    assert!(proxy.ends_within(SECOND), "the proxy outlives its runner");
-    eventually("the hub's link is gone", 5 * SECOND, || {
+    assert!(proxy.ends_within(LONG), "the proxy outlives its runner");
+    eventually("the hub's link is gone", LONG, || {
         world.hub_links().is_empty()
     });
     host.start_runner();

@@ -1,8 +1,6 @@
 //! What flows both ways for long: server-sent events, WebSockets.
 
-use std::time::Duration;
-
-use e2e::{Host, World, eventually};
+use e2e::{Host, LONG, World, eventually};
 use serde_json::{Value, json};
 
 /// Confirms each event before it reads the next; the world sends none that nobody asked for by that.
@@ -132,7 +130,7 @@ until [ -e /tmp/open ]; do sleep 0.1; done"
         ("status", json!(101)),
     ]);
     assert_eq!(sockets.len(), 2, "{}", network.text());
-    eventually("the server saw both end", Duration::from_secs(1), || {
+    eventually("the server saw both end", LONG, || {
         let arrived = world.arrived();
         arrived.iter().filter(|one| one["ended"] == true).count() == 2
     });
