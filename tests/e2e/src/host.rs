@@ -19,6 +19,7 @@ pub use builder::HostBuilder;
 pub(crate) use builder::{home_prefix, sweep};
 pub(crate) use places::{binary, hashes, images, target, top, wheels};
 pub use places::{has_wheels, kept};
+pub use trees::copy_program;
 pub(crate) use trees::{copy_tree, give};
 
 use crate::audit;

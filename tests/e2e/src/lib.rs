@@ -37,7 +37,7 @@ pub use api::Api;
 pub use api_exec::{ApiExec, Ended};
 pub use capture::Capture;
 pub use clock::{DaemonClock, seconds_now};
-pub use host::{Host, HostBuilder, has_wheels, kept};
+pub use host::{Host, HostBuilder, copy_program, has_wheels, kept};
 pub use metal::{Metal, NAME as METAL_NAME, Submission};
 pub use mounts::in_own_mounts;
 pub use network_log::NetworkLog;

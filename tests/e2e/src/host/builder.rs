@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use super::Host;
 use super::places::{binary, hashes, images, target};
-use super::trees::{copy_tree, give, link_tree, mount_ext4, size_of};
+use super::trees::{copy_program, copy_tree, give, link_tree, mount_ext4, size_of};
 use crate::api::Api;
 use crate::range::RunRange;
 use crate::skip::skip;
@@ -240,7 +240,7 @@ impl HostBuilder {
             let directory = home.path().join("bin").join(&self.name);
             fs::create_dir_all(&directory).expect("a home can be filled");
             let copy = directory.join("runner");
-            fs::copy(&runs, &copy).expect("the binary can be copied");
+            copy_program(&runs, &copy);
             runs = copy;
         }
         let queue = home.path().join("groups").join(&self.group);

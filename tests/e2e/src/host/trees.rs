@@ -31,6 +31,17 @@ pub(crate) fn copy_tree(from: &Path, to: &Path) {
     assert!(copied.success(), "a copy of {}", from.display());
 }
 
+/// A copy of a program, made by another process: what this one has open for writing the children of other threads hold
+/// until they execute something, and what anybody holds so cannot be executed.
+pub fn copy_program(from: &Path, to: &Path) {
+    let copied = Command::new("cp").args([from, to]).status();
+    assert!(
+        copied.expect("cp is installed").success(),
+        "a copy of {}",
+        from.display()
+    );
+}
+
 /// Bytes of all files below a directory.
 pub(crate) fn size_of(directory: &Path) -> u64 {
     fs::read_dir(directory)

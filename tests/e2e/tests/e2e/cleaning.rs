@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use e2e::{Host, LONG, eventually};
+use e2e::{Host, LONG, copy_program, eventually};
 use serde_json::Value;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -25,14 +25,19 @@ fn old_log(host: &Host) -> PathBuf {
 }
 
 fn gc(host: &Host, args: &[&str]) -> Value {
+    let report = tried_gc(host, args);
+    assert_eq!(report["failed"], Value::Array(Vec::new()), "{report}");
+    report
+}
+
+/// The same, where something may have to stay for now.
+fn tried_gc(host: &Host, args: &[&str]) -> Value {
     let output = host
         .runner(&[&["gc", "--json"], args].concat())
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["failed"], Value::Array(Vec::new()), "{report}");
-    report
+    serde_json::from_slice(&output.stdout).unwrap()
 }
 
 fn removed(report: &Value, kind: &str) -> usize {
@@ -127,8 +132,10 @@ fn gc_reclaims_the_slots_of_a_runner_that_was_killed_with_its_launcher() {
     drop(job);
     let rehearsal = gc(&host, &["--dry-run"]);
     assert_eq!(removed(&rehearsal, "slot"), 1, "{rehearsal}");
-    let report = gc(&host, &[]);
-    assert_eq!(removed(&report, "slot"), 1, "{report}");
+    // The kernel may let go of its control group late.
+    eventually("it is reclaimed", LONG, || {
+        removed(&tried_gc(&host, &[]), "slot") == 1
+    });
     assert_eq!(removed(&gc(&host, &[]), "slot"), 0);
     // The claim is answered by the next runner, as after any crash.
     host.start_runner();
@@ -165,7 +172,7 @@ fn deployed_runners_go_when_nobody_starts_them() {
         let directory = bin.join(name);
         fs::create_dir_all(&directory).unwrap();
         let path = directory.join(file);
-        fs::copy(program, &path).unwrap();
+        copy_program(Path::new(program), &path);
         aged(&path, DAY);
         aged(&directory, DAY);
         path
