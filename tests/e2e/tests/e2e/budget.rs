@@ -4,6 +4,25 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use e2e::{Host, Job, LONG, eventually};
+use serde_json::Value;
+
+/// Waits until a job waits at `host` while `run` runs, and then for as long as a command in that one's VM takes: by then
+/// a job that need not wait would run. Gives the status of that time.
+fn until_one_waits(host: &Host, first: &Host, run: &str) -> Value {
+    host.until_status("it sees the job", |status| status["waiting"] == 1);
+    first.in_vm(run, "true");
+    let status = host.status().unwrap();
+    assert_eq!(status["waiting"], 1, "{status}");
+    status
+}
+
+/// The ids of the active runs.
+fn active(status: &Value) -> Vec<&str> {
+    let runs = status["active_runs"].as_array().unwrap();
+    runs.iter()
+        .map(|run| run["run_id"].as_str().unwrap())
+        .collect()
+}
 
 #[test]
 fn max_concurrent_caps_the_jobs_and_the_rest_wait() {
@@ -13,9 +32,10 @@ fn max_concurrent_caps_the_jobs_and_the_rest_wait() {
     let first = host.submit("echo first; sleep 1000").spawn();
     let run = first.running();
     let mut second = host.submit("exit 0").spawn();
-    second.run_id();
-    assert!(second.is_running());
+    let status = until_one_waits(&host, &host, &run);
+    assert_eq!(active(&status), [run.as_str()], "{status}");
     assert_eq!(host.vms().len(), 1);
+    assert!(second.is_running());
     let cancel = host.runner(&["kill", &run]).output().unwrap();
     assert!(cancel.status.success(), "{cancel:?}");
     first.wait().expect_error(&["cancel"]);
@@ -30,14 +50,10 @@ fn the_first_job_is_admitted_even_above_the_budget_and_the_second_waits_for_it()
     };
     let first = host.submit("echo first; sleep 1000").spawn();
     let run = first.running();
-    let second = host.submit("exit 0").spawn();
-    second.run_id();
-    let status = host.until_status("one run is active", |status| {
-        status["active_runs"]
-            .as_array()
-            .is_some_and(|runs| runs.len() == 1)
-    });
-    assert_eq!(status["active_runs"][0]["run_id"], run.as_str());
+    let mut second = host.submit("exit 0").spawn();
+    let status = until_one_waits(&host, &host, &run);
+    assert_eq!(active(&status), [run.as_str()], "{status}");
+    assert!(second.is_running());
     // The VM's own memory, and what its engine may take beside it.
     let leased = status["budget"]["host"]["firm"]["memory_mb"].as_u64();
     assert!(
@@ -66,16 +82,13 @@ fn two_runners_of_one_host_share_its_budget() {
     };
     let first = one.submit("echo first; sleep 1000").spawn();
     let run = first.running();
-    let second = two.submit("exit 0").spawn();
-    second.run_id();
-    let status = two.until_status("the other runner's job counts", |status| {
+    two.until_status("the other runner's job counts", |status| {
         status["budget"]["host"]["firm_count"] == 1
     });
-    assert_eq!(
-        status["active_runs"].as_array().map(Vec::len),
-        Some(0),
-        "{status}"
-    );
+    let mut second = two.submit("exit 0").spawn();
+    let status = until_one_waits(&two, &one, &run);
+    assert!(active(&status).is_empty(), "{status}");
+    assert!(second.is_running());
     assert!(one.runner(&["kill", &run]).status().unwrap().success());
     first.wait();
     second.wait().expect_exit(0);
