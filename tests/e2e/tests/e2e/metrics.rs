@@ -1,18 +1,16 @@
-//! What Prometheus gets of a runner, asked of a real Prometheus.
+//! What Prometheus gets of a runner, asked of a real Prometheus. Each test has a world of its own, and every port in it.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use e2e::{Host, LONG, eventually, skip};
+use e2e::{Host, LONG, World, eventually, skip};
 use serde_json::Value;
 
-/// A port that was free a moment ago.
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
+/// Where runners serve their metrics.
+const RUNNER: &str = "127.0.0.1:9464";
+/// Where Prometheus listens.
+const PROMETHEUS: &str = "127.0.0.1:9090";
 
 fn top() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -22,14 +20,14 @@ fn top() -> &'static Path {
 }
 
 /// A Prometheus of the test's own; it ends with it.
-struct Prometheus {
+struct Prometheus<'w> {
+    world: &'w World,
     child: Child,
-    port: u16,
     directory: tempfile::TempDir,
 }
 
-impl Prometheus {
-    fn start(target: u16) -> Option<Self> {
+impl<'w> Prometheus<'w> {
+    fn start(world: &'w World) -> Option<Self> {
         let version = Command::new("prometheus").arg("--version").output();
         if !version.is_ok_and(|output| output.status.success()) {
             skip("prometheus is not installed (apt-get install prometheus)");
@@ -39,37 +37,38 @@ impl Prometheus {
         let rules = top().join("deploy/prometheus/runners.rules.yml");
         let config = format!(
             "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: ['{}']\nscrape_configs:\n  \
-             - job_name: vm0-runner\n    static_configs: [{{targets: ['127.0.0.1:{target}']}}]\n",
+             - job_name: vm0-runner\n    static_configs: [{{targets: ['{RUNNER}']}}]\n",
             rules.display()
         );
         let file = directory.path().join("prometheus.yml");
         fs::write(&file, config).unwrap();
-        let port = free_port();
         let log = fs::File::create(directory.path().join("log")).unwrap();
-        let child = Command::new("setpriv")
+        let child = world
+            .on_host("setpriv")
             .args(["--pdeathsig", "KILL", "--", "prometheus"])
             .arg(format!("--config.file={}", file.display()))
             .arg(format!(
                 "--storage.tsdb.path={}",
                 directory.path().join("data").display()
             ))
-            .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+            .arg(format!("--web.listen-address={PROMETHEUS}"))
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
             .unwrap();
         Some(Self {
+            world,
             child,
-            port,
             directory,
         })
     }
 
     /// What a query answers now; nothing while Prometheus does not.
     fn query(&self, expression: &str) -> Vec<Value> {
-        let url = format!("http://127.0.0.1:{}/api/v1/query", self.port);
+        let url = format!("http://{PROMETHEUS}/api/v1/query");
         let query = format!("query={expression}");
-        let output = Command::new("curl")
+        let mut curl = self.world.on_host("curl");
+        let output = curl
             .args(["-fsS", "--get", &url, "--data-urlencode", &query])
             .output()
             .unwrap();
@@ -81,15 +80,16 @@ impl Prometheus {
     }
 
     fn rules(&self) -> Vec<Value> {
-        let url = format!("http://127.0.0.1:{}/api/v1/rules", self.port);
-        let output = Command::new("curl").args(["-fsS", &url]).output().unwrap();
+        let url = format!("http://{PROMETHEUS}/api/v1/rules");
+        let mut curl = self.world.on_host("curl");
+        let output = curl.args(["-fsS", &url]).output().unwrap();
         let answer: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         let rules = answer["data"]["groups"][0]["rules"].as_array();
         rules.cloned().unwrap_or_default()
     }
 }
 
-impl Drop for Prometheus {
+impl Drop for Prometheus<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = fs::read_to_string(self.directory.path().join("log"));
@@ -103,12 +103,13 @@ impl Drop for Prometheus {
 
 #[test]
 fn a_real_prometheus_finds_data_for_every_panel_and_accepts_the_alerts() {
-    let port = free_port();
-    let Some(prometheus) = Prometheus::start(port) else {
+    let Some(world) = World::new() else { return };
+    let Some(prometheus) = Prometheus::start(&world) else {
         return;
     };
     let Some(host) = Host::new()
-        .option("metrics", format!("{{listen: '127.0.0.1:{port}'}}"))
+        .world(&world)
+        .option("metrics", format!("{{listen: '{RUNNER}'}}"))
         .start()
     else {
         return;
@@ -177,9 +178,10 @@ fn a_real_prometheus_finds_data_for_every_panel_and_accepts_the_alerts() {
 
 #[test]
 fn metrics_are_served_where_the_configuration_says_and_logs_are_json_when_asked() {
-    let port = free_port();
+    let Some(world) = World::new() else { return };
     let Some(host) = Host::new()
-        .option("metrics", format!("{{listen: '127.0.0.1:{port}'}}"))
+        .world(&world)
+        .option("metrics", format!("{{listen: '{RUNNER}'}}"))
         .prepare()
     else {
         return;
@@ -188,12 +190,9 @@ fn metrics_are_served_where_the_configuration_says_and_logs_are_json_when_asked(
     command.args(["--log-format", "json"]);
     host.start_runner_with(command);
     let get = |path: &str, more: &[&str]| {
-        let url = format!("http://127.0.0.1:{port}{path}");
-        let output = Command::new("curl")
-            .args(["-sSi", &url])
-            .args(more)
-            .output()
-            .unwrap();
+        let url = format!("http://{RUNNER}{path}");
+        let mut curl = world.on_host("curl");
+        let output = curl.args(["-sSi", &url]).args(more).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
     };
     let answer = get("/metrics", &[]);
@@ -215,7 +214,8 @@ fn metrics_are_served_where_the_configuration_says_and_logs_are_json_when_asked(
     let other = Host::new()
         .name("other")
         .beside(&host)
-        .option("metrics", format!("{{listen: '127.0.0.1:{port}'}}"))
+        .world(&world)
+        .option("metrics", format!("{{listen: '{RUNNER}'}}"))
         .prepare()
         .unwrap();
     assert!(!other.try_start_runner());
