@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use e2e::{Host, LONG, eventually};
+use e2e::{Host, LONG, eventually, eventually_some};
 use serde_json::Value;
 
 fn lines(host: &Host) -> Vec<Value> {
@@ -56,7 +56,12 @@ fn who_did_what_to_a_job_is_noted_and_no_secret_is() {
         assert_eq!(output.status.code(), Some(code), "{args:?}: {output:?}");
     }
     job.wait().expect_error(&["cancel"]);
-    let lines = lines(&host);
+    // An end is noted when the client may have left already.
+    let lines = eventually_some("every end is noted", LONG, || {
+        let lines = lines(&host);
+        let ends = lines.iter().filter(|line| line["event"] == "end").count();
+        (ends == 5).then_some(lines)
+    });
     let exec = end(&lines, "exec");
     assert_eq!(exec["exit_code"], 7);
     assert_eq!(exec["as_user"], "root");
@@ -144,6 +149,9 @@ fn root_is_noted_with_whom_it_works_for() {
     }
     let output = command.output().unwrap();
     assert!(output.status.success(), "{output:?}");
+    eventually("the end of the exec is noted", LONG, || {
+        lines(&host).iter().any(|line| line["event"] == "end")
+    });
     let exec = end(&lines(&host), "exec");
     assert_eq!(
         (&exec["by"]["uid"], &exec["by"]["for_uid"]),
