@@ -471,14 +471,15 @@ impl Metal {
         }
     }
 
-    /// Ids of the active runs of all instances of the runner.
+    /// Ids of the active runs of all instances of the runner; the host must answer.
     pub fn active(&self) -> Vec<String> {
-        let script = format!(
-            "cd ~/.vm0-runner/runners/{NAME}/instances && for i in *; do flock -n $i/lock true 2>/dev/null || cat $i/status.json; done"
-        );
         // A directory may vanish while we look.
-        let output = self.ssh(&script);
-        serde_json::Deserializer::from_slice(&output.stdout)
+        let script = format!(
+            "cd ~/.vm0-runner/runners/{NAME}/instances && \
+             for i in *; do flock -n $i/lock true 2>/dev/null || cat $i/status.json 2>/dev/null || true; done"
+        );
+        let text = self.on_host(&script);
+        serde_json::Deserializer::from_str(&text)
             .into_iter::<serde_json::Value>()
             .map_while(Result::ok)
             .filter_map(|status| status["active_runs"].as_array().cloned())

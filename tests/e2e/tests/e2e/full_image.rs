@@ -193,8 +193,12 @@ fn exec_it_is_a_real_terminal_beside_a_sleeping_job() {
     let Some(tmux) = Tmux::new() else {
         return host.finish();
     };
-    let job = host.submit("sleep 60").spawn();
-    tmux.try_out(&host, &job.running());
+    let job = host
+        .submit("until [ -e /tmp/go ]; do sleep 0.2; done")
+        .spawn();
+    let run = job.running();
+    tmux.try_out(&host, &run);
+    host.in_vm(&run, "touch /tmp/go");
     job.wait().expect_exit(0);
     host.finish();
 }

@@ -3,10 +3,11 @@
 use e2e::{Api, LONG, METAL_NAME, Metal, eventually, eventually_some};
 use serde_json::{Value, json};
 
-/// What the API tells of its only runner.
+/// What the API tells of its only runner; it must answer.
 fn registered(api: &Api) -> Option<Value> {
-    let (_, fleet) = api.ask(&api.client, "GET", "/api/runners", None);
-    let runners = fleet["runners"].as_array()?;
+    let (status, fleet) = api.ask(&api.client, "GET", "/api/runners", None);
+    assert_eq!(status, 200, "{fleet}");
+    let runners = fleet["runners"].as_array().expect("a list");
     runners.first().map(|runner| runner["heartbeat"].clone())
 }
 

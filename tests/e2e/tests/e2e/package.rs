@@ -9,7 +9,7 @@ use serde_json::Value;
 /// Files of the host, but for what the kernel, apt, dpkg and systemd keep for themselves, and the home that the host
 /// began with.
 const LISTING: &str = "sudo -n find / -xdev \\( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /var/tmp \
-    -o -path /var/cache -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/lib/systemd -o -path /var/log \
+    -o -path /var/backups -o -path /var/cache -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/lib/systemd -o -path /var/log \
     -o -path /home/dev/.vm0-runner \\) -prune -o -printf '%y %p\\n' | sort";
 
 /// What of a runner could still be there: processes, network namespaces, tables, mounts, users' cgroups.
