@@ -1,6 +1,6 @@
 //! A host whose disk is full: every submitter is answered, and room makes everything work again.
 
-use e2e::{Host, LONG, eventually};
+use e2e::{Host, Job, LONG, eventually};
 use std::fs;
 
 /// The home on a small file system of this test's own, in a mount namespace of its own.
@@ -60,12 +60,22 @@ fn submit_says_that_the_disk_is_full_and_leaves_nothing() {
 fn a_vm_whose_disk_finds_no_room_on_the_host_is_answered() {
     let Some(host) = small_disk() else { return };
     let filler = host.fill_disk(8);
-    let outcome = host
-        .submit("dd if=/dev/urandom of=$HOME/big bs=1M count=60 && sync $HOME/big && echo 3 | sudo tee /proc/sys/vm/drop_caches && md5sum $HOME/big")
-        .timeout_secs(60)
-        .run();
-    assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
+    let prompt = "dd if=/dev/urandom of=$HOME/big bs=1M count=60 && sync $HOME/big && \
+                  echo 3 | sudo tee /proc/sys/vm/drop_caches && md5sum $HOME/big";
+    // The VM stands still from then on, and its limit of time is what ends it.
+    let job = Job::new(&host, prompt).with("timeout_secs", 20);
+    let run = host.queue_job(&job);
+    eventually(
+        "it is answered, or there is no room for the answer",
+        LONG,
+        || {
+            host.answer_if_kept(&run).is_some()
+                || host.daemon_log_text().contains("cannot write an answer")
+        },
+    );
     fs::remove_file(filler).unwrap();
+    let answer = host.answer(&run);
+    assert_eq!(answer["error"], "timed out after 20 s", "{answer}");
     host.submit("true").run().expect_exit(0);
     host.finish();
 }

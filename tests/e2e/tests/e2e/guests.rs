@@ -1,8 +1,22 @@
 //! What a hostile guest can do: end its own job.
 
-use std::time::Instant;
-
 use e2e::{Host, LONG, eventually};
+
+/// Root writes into the port that PID 1 holds, which nobody can open a second time. It ends with its VM only.
+const GARBAGE: &str = r#"sudo python3 - <<'END'
+import ctypes, os, pathlib, time
+libc = ctypes.CDLL(None)
+# pidfd_open and pidfd_getfd
+init = libc.syscall(434, 1, 0)
+port = next(int(fd.name) for fd in pathlib.Path("/proc/1/fd").iterdir() if "vport" in os.readlink(fd))
+port = libc.syscall(438, init, port, 0)
+print("port", port, flush=True)
+while port >= 0:
+    try:
+        os.write(port, os.urandom(4096))
+    except BlockingIOError:
+        time.sleep(0.01)
+END"#;
 
 /// The next job runs, and everything ends clean.
 fn still_works(host: Host) {
@@ -47,7 +61,6 @@ fn a_fork_bomb_ends_with_its_job_and_leaves_the_operator_in_control() {
     };
     let job = host
         .submit("bomb() { bomb | bomb & }; bomb; sleep 1000")
-        .timeout_secs(30)
         .spawn();
     let run = job.running();
     let exec = host
@@ -59,8 +72,9 @@ fn a_fork_bomb_ends_with_its_job_and_leaves_the_operator_in_control() {
         "in control\n",
         "{exec:?}"
     );
-    let outcome = job.wait();
-    assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
+    let kill = host.runner(&["kill", &run]).output().unwrap();
+    assert!(kill.status.success(), "{kill:?}");
+    job.wait().expect_error(&["cancel"]);
     still_works(host);
 }
 
@@ -94,13 +108,20 @@ fn a_guest_that_panics_or_powers_off_is_answered() {
     let Some(host) = Host::new().start() else {
         return;
     };
-    for prompt in [
-        "sudo sh -c 'echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger'; sleep 1000",
-        "sudo sh -c 'echo o > /proc/sysrq-trigger'; sleep 1000",
-        "sudo kill -9 1; sudo reboot -f; sleep 1000",
+    // None has a limit of time that it could be answered by.
+    let reset = "sudo kill -9 1; sudo python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x1234567)'; sleep 1000";
+    for (prompt, why) in [
+        (
+            "sudo sh -c 'echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger'; sleep 1000",
+            "kernel panicked",
+        ),
+        (
+            "sudo sh -c 'echo o > /proc/sysrq-trigger'; sleep 1000",
+            "powered itself off",
+        ),
+        (reset, "reset itself"),
     ] {
-        let outcome = host.submit(prompt).timeout_secs(20).run();
-        assert_ne!(outcome.result()["exit_code"], 0, "{prompt}: {outcome:?}");
+        host.submit(prompt).run().expect_error(&[why]);
     }
     still_works(host);
 }
@@ -110,10 +131,8 @@ fn garbage_on_the_control_channel_harms_only_the_guest_that_sent_it() {
     let Some(host) = Host::new().start() else {
         return;
     };
-    let prompt = "for port in /dev/vport* /dev/virtio-ports/*; do \
-                  sudo timeout 5 sh -c \"head -c 1000000 /dev/urandom > $port\"; done; exit 5";
-    let outcome = host.submit(prompt).timeout_secs(60).run();
-    assert_ne!(outcome.result()["exit_code"], 0, "{outcome:?}");
+    let outcome = host.submit(GARBAGE).run();
+    outcome.expect_error(&["broke the control protocol"]);
     still_works(host);
 }
 
@@ -125,13 +144,9 @@ fn a_guest_that_closes_its_control_channel_is_killed_and_its_submitter_told() {
     // Root takes the driver off the device below the port: PID 1 lives, and can never answer again.
     let prompt =
         "cd /sys/bus/virtio/drivers/virtio_console && ls -d virtio* | sudo tee unbind; sleep 1000";
-    let begin = Instant::now();
-    let outcome = host.submit(prompt).timeout_secs(170).run();
+    // No limit of time that it could be told by.
+    let outcome = host.submit(prompt).run();
     outcome.expect_error(&["closed its control channel"]);
-    assert!(
-        begin.elapsed() < LONG / 2,
-        "told by the job's timeout only: {outcome:?}"
-    );
     eventually("the VM is gone", LONG, || host.vms().is_empty());
     still_works(host);
 }
