@@ -215,7 +215,12 @@ impl Machine {
                 "-drive",
                 "id=disk,if=none,format=raw,cache=unsafe,file.filename=/dev/fdset/2,file.locking=off",
             )
-            .opt("-device", self.virtio(1, "virtio-blk-device,drive=disk,id=vdb"))
+            // A write that finds no room on the host fails in the guest, as under Firecracker. Left alone, QEMU stops the
+            // VM there, and its job would hang until its limit of time.
+            .opt(
+                "-device",
+                self.virtio(1, "virtio-blk-device,drive=disk,id=vdb,werror=report"),
+            )
             .opt("-device", self.virtio(2, "virtio-rng-device"))
             .opt("-netdev", format!("tap,id=net,fd={}", fd::TAP))
             .opt(
