@@ -320,10 +320,12 @@ impl Service {
             RunnerMode::Running => &beat.held_sessions,
             RunnerMode::Draining | RunnerMode::Stopped => &[],
         };
-        self.index.holds(&beat.group, beat.runner_id, held);
-        for (group, runner) in self.fleet.note(info) {
-            self.index.holds(&group, runner, &[]);
+        let (group, runner, held) = (beat.group.clone(), beat.runner_id, held.to_vec());
+        for (group, gone) in self.fleet.note(info) {
+            self.index.holds(&group, gone, &[]);
         }
+        // After that: it may have been among them itself.
+        self.index.holds(&group, runner, &held);
     }
 
     async fn tick(self: Arc<Self>) {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_nats::jetstream::object_store::{DeleteErrorKind, GetErrorKind, ObjectInfo};
-use async_nats::jetstream::stream::Stream;
+use async_nats::jetstream::stream::{LastRawMessageErrorKind, Stream};
 use futures_util::TryStreamExt as _;
 use tokio::io::AsyncReadExt as _;
 
@@ -13,6 +13,8 @@ use super::{Engine, EngineError};
 
 /// Largest blob that is read back, bytes.
 const MAX_BLOB_BYTES: u64 = 64 << 20;
+/// Longest time between two pieces of one that is read.
+const SILENCE: Duration = Duration::from_secs(5);
 /// Longest time for writing one.
 const MAX_PUT: Duration = Duration::from_secs(300);
 
@@ -34,11 +36,14 @@ impl Engine {
             Err(error) => return Err(EngineError::unavailable(error)),
         };
         let mut bytes = Vec::new();
-        object
-            .take(MAX_BLOB_BYTES)
-            .read_to_end(&mut bytes)
+        let mut object = object.take(MAX_BLOB_BYTES);
+        // Of one that is removed meanwhile the rest never comes.
+        while tokio::time::timeout(SILENCE, object.read_buf(&mut bytes))
             .await
-            .map_err(EngineError::unavailable)?;
+            .map_err(EngineError::unavailable)?
+            .map_err(EngineError::unavailable)?
+            > 0
+        {}
         Ok(Some(bytes))
     }
 
@@ -65,13 +70,15 @@ impl Engine {
             .map_err(EngineError::unavailable)?;
         // Chunks first: a name that is written meanwhile is seen.
         let mut strays = subjects(&stream, &format!("{prefix}.C.>")).await?;
-        let mut histories = BTreeSet::new();
+        let (mut histories, mut forgotten) = (BTreeSet::new(), Vec::new());
         for name in subjects(&stream, &format!("{prefix}.M.>")).await? {
             // One by one from the leader, rather than as a list that may break off: what is missing here is removed.
-            let message = stream
-                .get_last_raw_message_by_subject(&name)
-                .await
-                .map_err(EngineError::unavailable)?;
+            let message = match stream.get_last_raw_message_by_subject(&name).await {
+                Ok(message) => message,
+                // Another replica was faster.
+                Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => continue,
+                Err(error) => return Err(EngineError::unavailable(error)),
+            };
             let info: ObjectInfo = serde_json::from_slice(&message.payload)
                 .map_err(|error| EngineError::Corrupt(error.to_string()))?;
             if !info.deleted {
@@ -79,7 +86,15 @@ impl Engine {
                 if info.name.starts_with(HISTORIES) {
                     histories.insert(info.name);
                 }
+            } else if info.name.starts_with(HISTORIES) {
+                // Names of histories are used once, and what is left of one that was removed would stay for ever.
+                forgotten.push((name, message.sequence));
             }
+        }
+        for (name, sequence) in forgotten {
+            let until = sequence.saturating_add(1);
+            let purged = stream.purge().filter(name).sequence(until).await;
+            purged.map_err(EngineError::unavailable)?;
         }
         strays.extend(self.unclaimed(histories).await?);
         let (old, new): (Vec<_>, Vec<_>) = strays.into_iter().partition(|s| before.contains(s));
@@ -97,7 +112,7 @@ impl Engine {
         if !old.is_empty() {
             tracing::info!(
                 blobs = old.len(),
-                "what was left of broken-off uploads is removed"
+                "what was left of broken-off and replaced uploads is removed"
             );
         }
         Ok(new.into_iter().collect())

@@ -7,7 +7,8 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use async_nats::jetstream::kv::{CreateErrorKind, Entry, Operation, Store, UpdateErrorKind, Watch};
-use async_nats::jetstream::stream::LastRawMessageErrorKind;
+use async_nats::jetstream::stream::{LastRawMessageErrorKind, State};
+use async_nats::jetstream::{self, ErrorCode};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 
@@ -78,6 +79,7 @@ impl Bucket {
         match self.store.create(key, value).await {
             Ok(revision) => Ok(Swap::Done(revision)),
             Err(error) if error.kind() == CreateErrorKind::AlreadyExists => Ok(Swap::Conflict),
+            Err(error) if is_under_way(&error) => Ok(Swap::Conflict),
             Err(error) => Err(EngineError::unavailable(error)),
         }
     }
@@ -92,6 +94,7 @@ impl Bucket {
         match self.store.update(key, value, revision).await {
             Ok(revision) => Ok(Swap::Done(revision)),
             Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(Swap::Conflict),
+            Err(error) if is_under_way(&error) => Ok(Swap::Conflict),
             Err(error) => Err(EngineError::unavailable(error)),
         }
     }
@@ -129,6 +132,7 @@ impl Bucket {
         match removed.await {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(false),
+            Err(error) if is_under_way(&error) => Ok(false),
             Err(error) => Err(EngineError::unavailable(error)),
         }
     }
@@ -141,18 +145,18 @@ impl Bucket {
             .map_err(EngineError::unavailable)
     }
 
-    /// Shows each key that holds a value to `each`, and ends with what was there when it began. Fails where a server that
-    /// lags would leave keys out: what is shown comes from any of a cluster's, what is removed because of it is gone.
+    /// Shows each key that holds a value to `each`, and ends with what was there when it began. Fails where keys would be
+    /// left out by a server that lags: any of a cluster's may show them, and what is removed because of it is gone.
     pub async fn scan(
         &self,
         mut each: impl FnMut(&Entry) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
-        // Where nothing is, nothing would come. Only the leader answers this.
-        let there = self.messages().await?;
-        if there == 0 {
+        let there = self.leaders_state().await?;
+        // Where nothing is, nothing would come.
+        if there.messages == 0 {
             return Ok(());
         }
-        let mut shown = HashSet::new();
+        let (mut shown, mut newest) = (HashSet::new(), 0);
         let mut watch = self.watch().await?;
         loop {
             let change = tokio::time::timeout(SCAN_SILENCE, watch.next())
@@ -164,30 +168,52 @@ impl Bucket {
                 each(&change)?;
             }
             let is_last = change.delta == 0;
+            newest = newest.max(change.revision);
             shown.insert(change.key);
             if is_last {
                 break;
             }
         }
+        // Who has shown the newest has shown all; but the newest may be a mark that has expired. And who has shown as many as
+        // there were lacks none of them; but a mark may have expired meanwhile.
         let shown = u64::try_from(shown.len()).unwrap_or(u64::MAX);
-        if shown < there {
+        if shown < there.subjects_count && newest < there.last_sequence {
             return Err(EngineError::unavailable(format_args!(
-                "{shown} of {there} keys were listed: the server that listed them lags"
+                "{shown} of {} keys were listed: the server that listed them lags",
+                there.subjects_count
             )));
         }
         Ok(())
     }
 
+    /// How it is by its leader. While there is none, any server may answer, also one that lags.
+    async fn leaders_state(&self) -> Result<State, EngineError> {
+        let info = self.store.stream.get_info().await;
+        let info = info.map_err(EngineError::unavailable)?;
+        if info.cluster.is_some_and(|cluster| cluster.leader.is_none()) {
+            return Err(EngineError::unavailable("the bucket has no leader now"));
+        }
+        Ok(info.state)
+    }
+
     /// How many keys hold a value or a mark of removal.
     pub async fn messages(&self) -> Result<u64, EngineError> {
-        let info = self
-            .store
-            .stream
-            .get_info()
-            .await
-            .map_err(EngineError::unavailable)?;
-        Ok(info.state.messages)
+        Ok(self.leaders_state().await?.messages)
     }
+}
+
+/// Whether it was refused because another write of the same key is under way in the cluster: the library knows only the
+/// refusal for one that is done.
+fn is_under_way(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let code = error.downcast_ref().map(jetstream::Error::error_code);
+        if code == Some(ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// Whether a watched change left a value.

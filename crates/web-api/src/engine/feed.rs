@@ -279,6 +279,8 @@ impl Engine {
         match judged {
             // What is remembered may be behind; nothing is refused on it.
             Some(Appended::Fenced | Appended::Gap(_)) if cached => return Ok(None),
+            // Nor taken for one that is there: the run may have been removed and made anew.
+            Some(Appended::Next(_)) if cached && chunk.len() > 0 => return Ok(None),
             Some(appended) => return Ok(Some(appended)),
             None => {}
         }

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | runs | bucket `<ns>_runs`, one key a run | compare-and-set only |
 //! | specifications | bucket `<ns>_specs`; above 512 KiB in the object store | once |
-//! | tokens, keys, group policies | buckets `<ns>_{tokens,keys,policies}` | put, or create |
+//! | tokens, keys, group policies | buckets `<ns>_{tokens,keys,policies}` | put, create, or compare-and-set |
 //! | checkpoints | bucket `<ns>_sessions`, their histories in the object store | compare-and-set |
 //! | fleet | bucket `<ns>_fleet`, forgotten after a minute | put |
 //! | events, outputs, logs, inputs | stream `<ns>_feed`, subject `<ns>.feed.<kind>.<run>` | compare-and-set on the subject |

@@ -186,6 +186,7 @@ impl Engine {
         }
         // Whoever makes it anew writes the specification first. So it is this entry's where this entry still stands now.
         let spec = self.spec_revision(&entry).await?;
+        let policy = self.policies.get(&run_policy(run)).await?;
         match self.run(run).await? {
             None => return Ok(true),
             Some((_, now)) if now != revision => return Ok(false),
@@ -193,12 +194,15 @@ impl Engine {
         }
         self.remove_feeds(run).await?;
         self.remove_spec(&entry, spec).await?;
-        let policy = run_policy(run);
-        // A removal leaves a mark, so it is looked first.
-        if self.policies.get(&policy).await?.is_some() {
-            self.policies.remove(&policy).await?;
+        if let Some(policy) = policy {
+            let key = run_policy(run);
+            self.policies.remove_at(&key, policy.revision).await?;
         }
-        self.runs.remove_at(&run.to_string(), revision).await
+        if self.runs.remove_at(&run.to_string(), revision).await? {
+            return Ok(true);
+        }
+        // Another replica has removed it, or a client made it anew.
+        Ok(self.run(run).await?.is_none())
     }
 
     /// When the oldest run was made that is still there. Fails where one entry cannot be read: it may be that one.

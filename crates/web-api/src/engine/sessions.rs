@@ -3,18 +3,19 @@
 //! Every checkpoint's blob has a name of its own. So whoever reads, replaces or removes one never meets another's bytes.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use api_types::{ClaimId, UnixMillis};
 use async_nats::jetstream::kv::Entry;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Engine, EngineError, Swap};
+use super::{Engine, EngineError, PATIENCE, PAUSE, Swap};
 
 /// What names of histories begin with.
 pub(super) const HISTORIES: &str = "session/";
 
-/// Reads of a record whose blob was replaced in between; each time there is a newer one.
+/// Reads of a record whose blob was replaced in between.
 const READS: usize = 5;
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -54,6 +55,7 @@ impl Engine {
             serde_json::to_vec(&record).map_err(|error| EngineError::Corrupt(error.to_string()))?;
         let value = Bytes::from(value);
         self.put_blob(&record.blob, history).await?;
+        let begin = Instant::now();
         loop {
             let before = self.sessions.get(key).await?;
             let swap = match &before {
@@ -72,6 +74,12 @@ impl Engine {
                 }
                 return Ok(());
             }
+            if begin.elapsed() >= PATIENCE {
+                return Err(EngineError::unavailable(
+                    "others write the same session all the time",
+                ));
+            }
+            tokio::time::sleep(PAUSE).await;
         }
     }
 
@@ -82,11 +90,21 @@ impl Engine {
                 return Ok(None);
             };
             let record = Record::read(&found.value)?;
-            if let Some(history) = self.blob(&record.blob).await? {
-                return Ok(Some(Checkpoint {
-                    cli_session: record.cli_session,
-                    history,
-                }));
+            match self.blob(&record.blob).await {
+                Ok(Some(history)) => {
+                    return Ok(Some(Checkpoint {
+                        cli_session: record.cli_session,
+                        history,
+                    }));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    // Unless it was removed under our hands.
+                    let now = self.sessions.get(key).await?;
+                    if now.is_some_and(|now| now.revision == found.revision) {
+                        return Err(error);
+                    }
+                }
             }
         }
         Ok(None)
@@ -111,15 +129,18 @@ impl Engine {
         let look = |found: &Entry| {
             let at = found.created.unix_timestamp_nanos() / 1_000_000;
             if at < i128::from(since) {
-                let blob = Record::read(&found.value)?.blob;
-                old.push((found.key.clone(), found.revision, blob));
+                // The blob of one that cannot be read is found to be nobody's.
+                let blob = Record::read(&found.value).map(|record| record.blob);
+                old.push((found.key.clone(), found.revision, blob.ok()));
             }
             Ok(())
         };
         self.sessions.scan(look).await?;
         for (key, revision, blob) in old {
             // One that has another checkpoint meanwhile stays.
-            if self.sessions.remove_at(&key, revision).await? {
+            if self.sessions.remove_at(&key, revision).await?
+                && let Some(blob) = blob
+            {
                 self.remove_blob(&blob).await?;
             }
         }

@@ -179,9 +179,10 @@ impl Stream {
                     }
                 }
                 Ok(Wake::Ended) | Err(_) => {
-                    // A piece may have been on its way when its connection was lost.
-                    if wake.is_err() && self.catch_up().await?.is_err() {
-                        return Ok(());
+                    // A piece may have been on its way when its connection was lost. Where it cannot be found out now, it
+                    // is the next time.
+                    if wake.is_err() {
+                        let _ = self.catch_up().await?;
                     }
                     if self.end().await? {
                         return Ok(());

@@ -68,7 +68,7 @@ struct Waiter {
 struct Inner {
     /// Runs that are not done, and those whose end the watch has yet to tell: it may be behind with their beginning.
     live: HashMap<RunId, Seen>,
-    /// The last revision that the watch brought.
+    /// The newest revision of an entry that the watch has brought.
     heard: u64,
     offers: Offers,
     waiters: HashMap<GroupName, Vec<Waiter>>,

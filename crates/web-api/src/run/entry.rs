@@ -83,8 +83,8 @@ pub struct Entry {
     pub spec: SpecAt,
     /// What if its runner is lost.
     pub on_lost: OnRunnerLost,
-    /// Its place in the queue: the revision at which it was first queued. Known from the first claim on; until then
-    /// the entry's own revision is it.
+    /// Its place in the queue: the revision at which it was first queued. Known from the first change on, which is a claim,
+    /// an input or a policy; until then the entry's own revision is it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<u64>,
     /// How often it has been claimed.

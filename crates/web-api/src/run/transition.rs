@@ -65,7 +65,7 @@ pub enum Command {
         policy_revision: u64,
         /// At least so many inputs.
         inputs: u64,
-        /// The entry's revision: the place of a run that has never been claimed.
+        /// The entry's revision: the place of a run to which nothing has happened yet.
         revision: u64,
     },
 }
