@@ -516,10 +516,11 @@ impl Drop for Metal {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = self.ssh(&format!(
-                "journalctl --no-pager -o cat -n 60 -u vm0-runner-{NAME}"
+                "journalctl --no-pager -o short-precise -n 200 -u vm0-runner-{NAME}; \
+                 cat ~/.vm0-runner/runners/{NAME}/status.json"
             ));
             eprintln!(
-                "the service's journal:\n{}",
+                "the service's journal, and its state:\n{}",
                 String::from_utf8_lossy(&log.stdout)
             );
         }

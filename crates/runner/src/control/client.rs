@@ -93,8 +93,13 @@ impl Instance {
 
     /// Sends the request and takes its one answer.
     pub(crate) async fn ask(&self, request: &Request) -> io::Result<Reply> {
+        self.ask_within(LOOKUP_LIMIT, request).await
+    }
+
+    /// The same, with so much time for the answer.
+    pub(crate) async fn ask_within(&self, limit: Duration, request: &Request) -> io::Result<Reply> {
         let mut connection = self.request(request).await?;
-        let reply = tokio::time::timeout(LOOKUP_LIMIT, protocol::receive(&mut connection));
+        let reply = tokio::time::timeout(limit, protocol::receive(&mut connection));
         reply
             .await
             .map_err(io::Error::from)??

@@ -21,7 +21,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
-use futures_util::{SinkExt, StreamExt};
+use futures_util::{FutureExt, SinkExt, StreamExt};
 use guest_control::{Client, ExecSpec, FileSpec, PtySize, Session, Stream, UserSpec};
 use policy::RuleArgument;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -170,6 +170,10 @@ impl Handler {
                 }
             }
             Request::Retire { successor } => {
+                // Who has given up waiting has ended by now, and takes over nothing.
+                if connection.next().now_or_never().is_some() {
+                    return Ok(());
+                }
                 self.lookup.retire(successor).await;
                 Reply::Done
             }

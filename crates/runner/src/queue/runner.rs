@@ -386,7 +386,7 @@ impl RunnerQueue {
         };
         let meta = match file.metadata() {
             Ok(meta) => meta,
-            Err(source) => return ReadJob::NotNow(self.unread(&name, source)),
+            Err(error) => return bad(format!("the job file cannot be examined: {error}"), None),
         };
         let modified = meta.modified().ok();
         if meta.nlink() == 0 {
@@ -402,11 +402,11 @@ impl RunnerQueue {
             return bad(JobError::TooLarge.to_string(), modified);
         }
         let mut bytes = Vec::new();
-        if let Err(source) = file
+        if let Err(error) = file
             .take(MAX_JOB_BYTES.saturating_add(1))
             .read_to_end(&mut bytes)
         {
-            return ReadJob::NotNow(self.unread(&name, source));
+            return bad(format!("the job file cannot be read: {error}"), modified);
         }
         match Job::parse(&bytes) {
             Ok(job) if job.run_id == id => ReadJob::Good(Box::new(ReadFile {
@@ -424,25 +424,16 @@ impl RunnerQueue {
             Err(error) => bad(error.to_string(), modified),
         }
     }
-
-    /// Of a regular file that is open: nothing that its submitter did.
-    fn unread(&self, name: &str, source: std::io::Error) -> FsError {
-        FsError::Io {
-            path: self.group.dir.display_path(name),
-            action: "read",
-            source,
-        }
-    }
 }
 
-/// Whether it is this process or its host that has no room or a bad disk, and not the file that is wrong: another moment, or
-/// another runner, may do better.
+/// Whether it is this process or its host that has no room, and not the file that is wrong: another moment, or another
+/// runner, may do better.
 fn is_ours(error: &FsError) -> bool {
     let FsError::Io { source, .. } = error else {
         return false;
     };
     let code = source.raw_os_error();
-    [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::IO]
+    [Errno::MFILE, Errno::NFILE, Errno::NOMEM]
         .iter()
         .any(|errno| code == Some(errno.raw_os_error()))
 }

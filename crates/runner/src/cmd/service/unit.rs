@@ -12,7 +12,7 @@ use crate::notify::WATCHDOG_SECS;
 /// Longest start: every byte of a full image is compared first, on a slow disk.
 const START: Duration = Duration::from_secs(600);
 /// What a stop takes beside the jobs' time: VMs and networks go, the status is written.
-const STOP_BESIDE: Duration = Duration::from_secs(30);
+const STOP_BESIDE: Duration = Duration::from_secs(45);
 
 /// `vm0-runner-<name>.service`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -317,7 +317,7 @@ mod tests {
                     \"/home/a b/100%%/$$x/runner.yaml\" --local";
         assert!(text.lines().any(|l| l == line), "{text}");
         assert!(text.lines().any(|l| l == "EnvironmentFile=/home/a b/100%%"));
-        assert!(text.lines().any(|l| l == "TimeoutStopSec=90"), "{text}");
+        assert!(text.lines().any(|l| l == "TimeoutStopSec=105"), "{text}");
     }
 
     #[test]

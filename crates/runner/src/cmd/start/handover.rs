@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use host::fs::Lock;
 use rustix::pipe::PipeFlags;
@@ -28,6 +29,9 @@ use crate::control::client::{self, Instance};
 use crate::control::protocol::{Reply, Request};
 use crate::home::Home;
 use crate::names::RunnerName;
+
+/// How long an instance may take to say that it retires. One that says so after that would retire for nobody.
+const RETIRE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Which side of the split one is on.
 #[derive(Debug)]
@@ -113,7 +117,8 @@ async fn retire_others(home: &Home, name: &RunnerName, ours: &str) -> Result<(),
         if instance.runner != *name || instance.id == ours {
             continue;
         }
-        match instance.ask(&Request::Retire { successor }).await {
+        let retire = Request::Retire { successor };
+        match instance.ask_within(RETIRE_LIMIT, &retire).await {
             Ok(Reply::Done) => {}
             Ok(_) => all = Err(client::odd()),
             Err(error) => {

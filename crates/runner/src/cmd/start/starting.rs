@@ -167,12 +167,14 @@ impl Starting {
             log_max: config.log_max(),
             mock: std::env::var("USE_MOCK_CLAUDE").ok(),
             networks: Some(networks),
-            restores: Arc::new(Semaphore::new(cpus)),
+            // One more than the pool takes: a job need not wait until a warm VM has run its warm-up jobs.
+            restores: Arc::new(Semaphore::new(cpus.saturating_add(1))),
         };
         // Last, when nothing else can fail: who has retired takes no jobs any more whatever becomes of us, and its jobs would
         // end with us, whom systemd takes for the service from then on. It sends its signals to us, too, and they are heard.
         // That both look for jobs for a moment does no harm: a claim is a link that one of them makes, and the claims of an
         // instance that lives are left alone. From the API nothing is asked for before the daemon runs.
+        launcher.usage().await?;
         let name = match name {
             Some(name) => name,
             None => match handover::take_over(&home, &config.name, &instance).await {

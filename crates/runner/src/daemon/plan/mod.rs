@@ -112,6 +112,8 @@ struct Chosen {
 struct Admitting {
     run: RunId,
     vm: Option<Chosen>,
+    /// As what it was chosen.
+    head: JobHead,
     /// Room has come free since: a refusal that is on its way knows nothing of it.
     outdated: bool,
     /// It was taken back since. If it waits again it may be another job under the same name: what is on its way is not for
@@ -212,7 +214,15 @@ impl Plan {
         match event {
             // Offered again while its claim is on its way, it is ours all the same: it does not wait.
             Event::Found(head) if self.runs.contains_key(&head.run_id) => {}
-            Event::Found(head) => self.waiting.add(head),
+            Event::Found(head) => {
+                // An offer that was given up and came again is what it was.
+                if let Some(one) = &mut self.admitting
+                    && one.head.decides_like(&head)
+                {
+                    one.gone = false;
+                }
+                self.waiting.add(head);
+            }
             Event::Gone(id) => {
                 self.waiting.remove(id);
                 if let Some(admitting) = self.admitting.as_mut().filter(|one| one.run == id) {

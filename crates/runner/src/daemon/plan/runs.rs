@@ -22,9 +22,10 @@ impl Plan {
         {
             return;
         }
-        let Some((run, profile, slot)) = self.choose() else {
+        let Some((head, slot)) = self.choose() else {
             return;
         };
+        let (run, profile) = (head.run_id, head.profile.clone());
         self.actions.push(Action::Admit { run, profile, slot });
         let vm = slot.map(|slot| Chosen {
             slot,
@@ -32,6 +33,7 @@ impl Plan {
         });
         self.admitting = Some(Admitting {
             run,
+            head,
             vm,
             outdated: false,
             gone: false,
@@ -40,7 +42,7 @@ impl Plan {
 
     /// The job to admit next, and the VM that is there for it. A job whose VM is being prepared waits for that one:
     /// another restore would only slow both down.
-    pub(super) fn choose(&self) -> Option<(RunId, ProfileName, Option<SlotId>)> {
+    pub(super) fn choose(&self) -> Option<(JobHead, Option<SlotId>)> {
         let mut spoken_for: BTreeMap<&ProfileName, u32> = BTreeMap::new();
         for head in self.waiting.candidates() {
             if self.is_about_to_keep(head) {
@@ -56,7 +58,7 @@ impl Plan {
                     continue;
                 }
             }
-            return Some((head.run_id, profile.clone(), slot));
+            return Some((head.clone(), slot));
         }
         None
     }

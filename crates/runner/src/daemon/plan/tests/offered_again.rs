@@ -59,6 +59,19 @@ fn a_run_that_is_ours_keeps_its_vm_whatever_is_admitted() {
 }
 
 #[test]
+fn a_lease_is_good_for_a_job_whose_offer_was_given_up_and_came_again() {
+    let mut bench = Bench::new();
+    let job = bench.submit("vm0/small");
+    let run = job.job.run_id;
+    bench.tell(Event::Gone(run));
+    bench.tell(Event::Found(head(&job)));
+    let (admitted, slot, _) = bench.admit();
+    assert_eq!(admitted, run);
+    bench.claim(job);
+    assert_eq!(bench.started(run), slot);
+}
+
+#[test]
 fn a_lease_that_is_asked_for_a_job_that_was_taken_back_is_not_the_next_one_s_of_its_name() {
     for refused in [false, true] {
         let mut bench = Bench::new();
