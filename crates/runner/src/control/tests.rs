@@ -217,12 +217,19 @@ async fn a_session_that_somebody_asked_for_and_went_away_is_still_there() {
         session,
         size: None,
     };
-    // Gone before the server, which has its turn at the next wait, can answer.
+    // Gone before the server, which has its turn at the next wait, can answer. It has the session then, and nobody else can,
+    // until it finds that out.
     drop(run.instance.request(&attach).await.unwrap());
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let mut again = run.instance.request(&attach).await.unwrap();
-    let reply = receive(&mut again).await;
-    assert!(matches!(reply, Reply::Started { .. }), "{reply:?}");
+    let begin = std::time::Instant::now();
+    let mut again = loop {
+        let mut again = run.instance.request(&attach).await.unwrap();
+        let reply = receive(&mut again).await;
+        if matches!(reply, Reply::Started { .. }) {
+            break again;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(20), "{reply:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
     send(&mut again, Input::Stdin("hello\n".into())).await;
     assert_eq!(finish(&mut again).await.stdout, b"got hello\n");
 }
