@@ -265,7 +265,7 @@ mod tests {
             let instance = home.ensure_dir(directory).unwrap();
             let lock = instance.lock("lock", LockKind::Exclusive, 0o600).unwrap();
             if let Some(runs) = runs {
-                let listener = instance.bind_socket("control.sock", 0o600).unwrap();
+                let listener = instance.bind_socket(crate::control::SOCKET, 0o600).unwrap();
                 listener.set_nonblocking(true).unwrap();
                 let listener = tokio::net::UnixListener::from_std(listener).unwrap();
                 tokio::spawn(answer(listener, runs));

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use host::fs::Dir;
 
+use super::SOCKET;
 use super::protocol::{self, Connection, Failure, Reply, Request, RunInfo};
 use crate::context::{CliError, note};
 use crate::home::{Home, HomeError, rel};
@@ -77,14 +78,12 @@ impl Instance {
 
     /// Whether it has come so far as to take requests.
     pub(crate) fn listens(&self) -> bool {
-        self.dir
-            .metadata("control.sock")
-            .is_ok_and(|meta| meta.is_some())
+        self.dir.metadata(SOCKET).is_ok_and(|meta| meta.is_some())
     }
 
     /// Opens a connection and sends the request.
     pub(crate) async fn request(&self, request: &Request) -> io::Result<Connection> {
-        let stream = self.dir.connect_socket("control.sock")?;
+        let stream = self.dir.connect_socket(SOCKET)?;
         stream.set_nonblocking(true)?;
         let mut connection = protocol::frame(tokio::net::UnixStream::from_std(stream)?);
         protocol::send(&mut connection, request).await?;

@@ -9,6 +9,9 @@ pub(crate) mod server;
 mod sessions;
 mod source;
 
+/// Its name in the instance's directory.
+pub(crate) const SOCKET: &str = "control.sock";
+
 #[cfg(test)]
 mod test_guest;
 #[cfg(test)]

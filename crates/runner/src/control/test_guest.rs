@@ -345,7 +345,7 @@ impl Daemon {
             .try_lock("lock", LockKind::Exclusive, 0o600)
             .unwrap()
             .unwrap();
-        let listener = instance.bind_socket("control.sock", 0o600).unwrap();
+        let listener = instance.bind_socket(super::SOCKET, 0o600).unwrap();
         let counts = Arc::new(Counts::default());
         let guest = Arc::new(Guest {
             counts: Arc::clone(&counts),

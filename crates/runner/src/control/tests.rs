@@ -412,7 +412,7 @@ async fn garbage_ends_one_connection_and_nothing_else() {
 async fn a_stranger_is_not_heard() {
     use std::os::unix::fs::PermissionsExt;
     let temp = tempfile::tempdir().unwrap();
-    let socket = temp.path().join("control.sock");
+    let socket = temp.path().join(super::SOCKET);
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     // Wide open, so that only the credentials decide.
     for path in [temp.path(), &socket] {

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use host::fs::{Lock, LockKind};
+use host::fs::{Dir, Lock, LockKind};
 use host::launcher::Launcher;
 use host::net::NetworkPool;
 use sandbox::Template;
@@ -20,7 +20,7 @@ use super::sweep::sweep;
 use crate::audit::{Action, Audit, Outcome, Who};
 use crate::config::Config;
 use crate::context::CliError;
-use crate::control::server;
+use crate::control::{SOCKET, server};
 use crate::daemon::{self, Identity, Inbox, Mailbox, Parts};
 use crate::executor::Setting;
 use crate::gc;
@@ -117,7 +117,9 @@ impl Starting {
             }
         };
         let listener = metrics_listener(&config).await?;
-        let socket = instance_dir.bind_socket("control.sock", 0o600)?;
+        let socket = instance_dir.bind_socket(SOCKET, 0o600)?;
+        // Also where something fails before the daemon runs.
+        let _named = SocketName(instance_dir.try_clone()?);
         let status_dir = instance_dir.try_clone()?;
         let link = home.ensure_dir(rel::runner(&config.name))?;
 
@@ -264,8 +266,16 @@ impl Starting {
             flush.finish().await;
         }
         tracing::info!(code, "stopped");
-        let _ = instance_dir.remove_file("control.sock");
         Ok(code)
+    }
+}
+
+/// The name of the control socket in an instance's directory, which goes with this.
+struct SocketName(Dir);
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        let _ = self.0.remove_file(SOCKET);
     }
 }
 
