@@ -168,9 +168,10 @@ mod tests {
         let run_dir = config.run_dir.clone();
         let forked = ForkedLauncher::fork_in_tests(config).unwrap();
         let launcher = forked.attach().unwrap();
-        // No look is possible without the host's lock.
+        // It has begun, and takes the host's lock for nothing else. No look is possible without that.
+        launcher.usage().await.unwrap();
         let lock = run_dir.join("lock");
-        let _ = std::fs::remove_file(&lock);
+        std::fs::remove_file(&lock).unwrap();
         std::fs::create_dir(&lock).unwrap();
         launcher.usage().await.unwrap_err();
         let (mailbox, mut inbox) = Mailbox::new();
