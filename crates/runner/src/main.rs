@@ -33,6 +33,8 @@ mod status;
 mod sync;
 mod telemetry;
 mod terminal;
+#[cfg(test)]
+mod test_alone;
 mod vms;
 
 use std::process::ExitCode;

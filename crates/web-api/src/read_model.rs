@@ -244,8 +244,7 @@ fn parse_cursor(text: &str) -> Option<(i64, RunId)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::State;
-    use crate::run::fixture::entry_of;
+    use crate::run::fixture::{done, entry_of};
 
     fn of(group: &str) -> Filter {
         Filter {
@@ -319,18 +318,7 @@ mod tests {
     fn older_news_change_nothing() {
         let model = ReadModel::open().unwrap();
         let queued = entry_of("vm0/a", 1);
-        let done = Entry {
-            state: State::Done {
-                result: api_types::client::RunResult {
-                    exit_code: 0,
-                    error: None,
-                    reason: api_types::client::EndReason::Completed,
-                    at: 7,
-                },
-                by: None,
-            },
-            ..queued.clone()
-        };
+        let done = done(&queued, 7);
         model.note(&[(done, 5), (queued.clone(), 4)]).unwrap();
         let page = model.list(&of("vm0/a")).unwrap();
         assert_eq!(page.runs[0].state, RunState::Done);

@@ -187,7 +187,7 @@ impl Service {
     }
 
     fn tell_followers(&self, entry: &Entry) {
-        if matches!(entry.state, State::Done { .. }) {
+        if entry.is_done() {
             self.hub.ended(entry.run);
         }
     }

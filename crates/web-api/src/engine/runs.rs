@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::bucket::Swap;
 use super::{Engine, EngineError, PATIENCE, PAUSE};
-use crate::run::{Command, Entry, Refusal, State, Step, transition};
+use crate::run::{Command, Entry, Refusal, Step, transition};
 
 /// A key that is no run's.
 const PROBE: &str = "probe";
@@ -181,7 +181,7 @@ impl Engine {
         let Some((entry, revision)) = self.run(run).await? else {
             return Ok(true);
         };
-        if !matches!(entry.state, State::Done { .. }) {
+        if !entry.is_done() {
             return Ok(false);
         }
         // Whoever makes it anew writes the specification first. So it is this entry's where this entry still stands now.

@@ -23,7 +23,6 @@ use super::extract::{Params, RunPath};
 use super::limits::place;
 use crate::engine::{EngineError, FeedKind, Position};
 use crate::follow::{Follower, Wake};
-use crate::run::State as RunState;
 use crate::service::Service;
 
 /// A quiet follower asks so often whether the run is done, in case nobody told it.
@@ -140,7 +139,7 @@ impl Stream {
             return Ok(false);
         };
         let data = match found {
-            Some((entry, _)) if matches!(entry.state, RunState::Done { .. }) => {
+            Some((entry, _)) if entry.is_done() => {
                 serde_json::to_string(&entry.view()).unwrap_or_default()
             }
             // Removed: it was done.

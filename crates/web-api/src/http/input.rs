@@ -15,7 +15,7 @@ use super::extract::{Json, RunPath};
 use super::runners::gap;
 use super::runs::{announce, invalid};
 use crate::engine::Appended;
-use crate::run::{Entry, State as RunState};
+use crate::run::Entry;
 use crate::service::Service;
 
 /// Longest input, bytes.
@@ -42,7 +42,7 @@ pub(super) async fn send(
     Json(body): Json<Input>,
 ) -> ApiResult<Response> {
     let (entry, _) = client.run(&service, run).await?;
-    if matches!(entry.state, RunState::Done { .. }) {
+    if entry.is_done() {
         return Err(crate::run::Refusal::Finished.into());
     }
     if !entry.accepts_input {

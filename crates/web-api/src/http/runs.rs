@@ -428,7 +428,7 @@ pub(super) async fn set_policy(
     Json(body): Json<serde_json::Value>,
 ) -> ApiResult<axum::Json<RunPolicy>> {
     let (entry, _) = client.run(&service, run).await?;
-    if matches!(entry.state, RunStateOf::Done { .. }) {
+    if entry.is_done() {
         return Err(crate::run::Refusal::Finished.into());
     }
     let policy = canonical(&body)?;

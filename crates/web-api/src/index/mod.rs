@@ -54,12 +54,6 @@ struct Seen {
     at: Instant,
 }
 
-impl Seen {
-    fn is_done(&self) -> bool {
-        matches!(self.entry.state, State::Done { .. })
-    }
-}
-
 struct Waiter {
     wants: Wants,
     answer: oneshot::Sender<Offer>,
@@ -126,7 +120,7 @@ impl Index {
         }
         // An end that was noted before is news no more, and need not be kept in mind any longer.
         let known = inner.live.get(&entry.run);
-        if known.is_some_and(|seen| seen.is_done() && seen.revision <= revision) {
+        if known.is_some_and(|seen| seen.entry.is_done() && seen.revision <= revision) {
             inner.live.remove(&entry.run);
         }
     }
@@ -158,7 +152,7 @@ impl Index {
         inner
             .live
             .get(&run)
-            .filter(|seen| !seen.is_done())
+            .filter(|seen| !seen.entry.is_done())
             .map(|seen| (seen.entry.clone(), seen.revision))
     }
 

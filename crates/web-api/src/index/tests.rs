@@ -1,5 +1,5 @@
 use api_types::ClaimId;
-use api_types::client::{EndReason, Holder, RunResult};
+use api_types::client::Holder;
 
 use super::*;
 use crate::run::{Lease, fixture};
@@ -25,19 +25,6 @@ fn running(entry: &Entry) -> Entry {
             cancel_requested: false,
             renewals: 0,
         }),
-        ..entry.clone()
-    }
-}
-
-fn done(entry: &Entry) -> Entry {
-    let result = RunResult {
-        exit_code: 137,
-        error: None,
-        reason: EndReason::Cancelled,
-        at: 0,
-    };
-    Entry {
-        state: State::Done { result, by: None },
         ..entry.clone()
     }
 }
@@ -100,7 +87,7 @@ fn news_that_come_late_change_nothing() {
 fn a_run_that_ended_here_is_not_offered_while_the_watch_is_behind() {
     let (index, now) = index();
     let queued = entry("vm0/small", None);
-    let done = done(&queued);
+    let done = fixture::done(&queued, 0);
     index.note(&queued, 1, now);
     index.note(&done, 2, now);
     index.heard(&queued, 1, now);

@@ -118,6 +118,11 @@ impl Entry {
         }
     }
 
+    /// Whether it is answered.
+    pub fn is_done(&self) -> bool {
+        matches!(self.state, State::Done { .. })
+    }
+
     /// As clients see it.
     pub fn view(&self) -> Run {
         let (holder, cancel_requested, result) = match &self.state {

@@ -1,6 +1,6 @@
 //! Entries for unit tests.
 
-use api_types::client::OnRunnerLost;
+use api_types::client::{EndReason, OnRunnerLost, RunResult};
 use api_types::{RunId, UnixMillis};
 
 use super::{Entry, SpecAt, State};
@@ -26,6 +26,20 @@ pub(crate) fn entry() -> Entry {
         accepts_input: false,
         inputs: 0,
         advice: None,
+    }
+}
+
+/// The same run, ended at a time.
+pub(crate) fn done(entry: &Entry, at: UnixMillis) -> Entry {
+    let result = RunResult {
+        exit_code: 0,
+        error: None,
+        reason: EndReason::Completed,
+        at,
+    };
+    Entry {
+        state: State::Done { result, by: None },
+        ..entry.clone()
     }
 }
 

@@ -147,9 +147,7 @@ async fn chunks(world: &World) -> usize {
 }
 
 async fn blobs(world: &World) -> async_nats::jetstream::Context {
-    let options = async_nats::ConnectOptions::with_user_and_password("app".into(), "app".into());
-    let client = options.connect(world.nats.url()).await.unwrap();
-    async_nats::jetstream::new(client)
+    async_nats::jetstream::new(world.nats.client().await)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -390,6 +390,12 @@ impl Nats {
         self.urls("app:app")
     }
 
+    /// NATS, as another replica has it.
+    pub(crate) async fn client(&self) -> async_nats::Client {
+        let user = async_nats::ConnectOptions::with_user_and_password("app".into(), "app".into());
+        user.connect(self.url()).await.unwrap()
+    }
+
     pub(crate) fn system_url(&self) -> String {
         // With what has to be escaped in an address.
         self.urls("sys:s%2Fp")

@@ -98,9 +98,7 @@ async fn what_is_removed_at_a_revision_is_that_revision_and_a_revocation_is_neve
     bearers.add(&id, &record).await.unwrap();
     assert!(bearers.revoke(&id).await.unwrap());
     bucket.remove("k").await.unwrap();
-    let options = async_nats::ConnectOptions::with_user_and_password("app".into(), "app".into());
-    let client = options.connect(world.nats.url()).await.unwrap();
-    let context = async_nats::jetstream::new(client);
+    let context = async_nats::jetstream::new(world.nats.client().await);
     let lifetime = async |bucket: &str, key: &str| {
         let stream = context
             .get_stream(format!("KV_vm0_{bucket}"))

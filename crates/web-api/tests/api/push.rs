@@ -104,12 +104,6 @@ impl Stage {
     async fn operator(&self) -> Socket {
         Socket::exec(&self.replica.url, &self.world.client, self.run).await
     }
-
-    /// NATS, as another replica has it.
-    async fn nats(&self) -> async_nats::Client {
-        let user = async_nats::ConnectOptions::with_user_and_password("app".into(), "app".into());
-        user.connect(self.world.nats.url()).await.unwrap()
-    }
 }
 
 /// Who does not read while a test is busy elsewhere answers no ping, and is given up after three times as long.
@@ -192,7 +186,7 @@ async fn an_exec_whose_answers_get_lost_or_stop_is_ended_with_a_word() {
     let Some(stage) = Stage::new().await else {
         return;
     };
-    let nats = stage.nats().await;
+    let nats = stage.world.nats.client().await;
     let subject = format!("vm0.push.vm0.demo.{}", stage.me);
     let mut pushes = nats.subscribe(subject).await.unwrap();
     nats.flush().await.unwrap();

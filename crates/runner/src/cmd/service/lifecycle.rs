@@ -437,25 +437,21 @@ mod tests {
     fn a_service_takes_jobs_again_unless_it_has_ended() {
         // In a process of its own, which gets the signals and another `systemctl`.
         const PLACE: &str = "VM0_TEST_SYSTEMCTL";
-        let Some(place) = std::env::var_os(PLACE) else {
-            let temp = tempfile::tempdir().unwrap();
+        let temp = tempfile::tempdir().unwrap();
+        let name = "a_service_takes_jobs_again_unless_it_has_ended";
+        let another = |test: &mut std::process::Command| {
             let program = temp.path().join("systemctl");
             let script = format!("#!/bin/sh\necho \"$4\" >> {}/told\n", temp.path().display());
             std::fs::write(&program, script).unwrap();
             std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-            let module = module_path!().strip_prefix("runner::").unwrap();
-            let name = format!("{module}::a_service_takes_jobs_again_unless_it_has_ended");
             let path = std::env::var("PATH").unwrap();
-            let test = std::process::Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", &name])
-                .env("PATH", format!("{}:{path}", temp.path().display()))
-                .env(PLACE, temp.path())
-                .output()
-                .unwrap();
-            let told = String::from_utf8_lossy(&test.stdout);
-            assert!(test.status.success() && told.contains("1 passed"), "{told}");
-            return;
+            test.env("PATH", format!("{}:{path}", temp.path().display()))
+                .env(PLACE, temp.path());
         };
+        if crate::test_alone::elsewhere(module_path!(), name, another) {
+            return;
+        }
+        let place = std::env::var_os(PLACE).unwrap();
         let told = || {
             let told = std::fs::read_to_string(PathBuf::from(&place).join("told")).unwrap();
             told.replace('\n', " ").trim_end().to_owned()
